@@ -1,0 +1,1 @@
+"""The Monarch attention IR to Triton kernels."""

@@ -1,0 +1,115 @@
+"""Options of the backend: typed, validated, frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from monarch_compile.errors import ConfigError
+from monarch_compile.ir import INITS, PADS
+
+POLICIES = ("auto", "always", "never")
+
+
+class OptionRule(NamedTuple):
+    """What an option may be: a predicate and its wording."""
+
+    allows: Callable[[Any], bool]
+    wording: str
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _one_of(allowed: tuple[str, ...]) -> OptionRule:
+    return OptionRule(lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}")
+
+
+OPTION_RULES: dict[str, OptionRule] = {
+    "block_size": OptionRule(lambda v: v == "auto" or _is_count(v), "'auto' or an int of at least 1"),
+    "num_iters": OptionRule(_is_count, "an int of at least 1"),
+    "init": _one_of(INITS),
+    "pad": _one_of(PADS),
+    "policy": _one_of(POLICIES),
+    "min_seq_len": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
+    "strict": OptionRule(lambda v: isinstance(v, bool), "True or False"),
+    "mode": OptionRule(lambda v: v is None or v in _inductor_modes(), "None or a mode of torch.compile"),
+}
+
+
+@dataclass(frozen=True)
+class MonarchConfig:
+    """Options of ``torch.compile(model, backend="monarch", options={...})``.
+
+    block_size: keys in a block, or "auto" (the cost model chooses).
+    num_iters: pairs of updates of the Monarch factors.
+    init: "identity" or "mean" start.
+    pad: pad the sequence to whole blocks after ("post") or before it ("pre").
+    policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
+    min_seq_len: sites with fewer keys stay exact, under any policy.
+    strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.
+    mode: Inductor's mode, such as "reduce-overhead" (torch.compile refuses mode= together with options=).
+    """
+
+    block_size: int | str = "auto"
+    num_iters: int = 1
+    init: str = "identity"
+    pad: str = "post"
+    policy: str = "auto"
+    min_seq_len: int = 0
+    strict: bool = False
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, rule in OPTION_RULES.items():
+            value = getattr(self, name)
+            if not rule.allows(value):
+                raise ConfigError(f"option {name!r} must be {rule.wording}; found {value!r}")
+
+    def digest(self) -> str:
+        """A short hash of every option, for cache keys."""
+        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:16]
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[MonarchConfig, dict[str, Any]]:
+    """Split `options` into ours and Inductor's config patches (a mode's own patches included).
+
+    Raises:
+        ConfigError: a key is neither ours nor Inductor's, a value is not allowed, or `mode` is given twice.
+    """
+    ours, patches = {}, {}
+    names = [f.name for f in fields(MonarchConfig)]
+    for key, value in (options or {}).items():
+        if key in names:
+            ours[key] = value
+        else:
+            patches[_inductor_key(key, names)] = value
+    if mode is not None and ours.setdefault("mode", mode) != mode:
+        raise ConfigError(f"mode is given twice: {mode!r} and options={{'mode': {ours['mode']!r}}}")
+    config = MonarchConfig(**ours)
+    if config.mode is not None:
+        from torch._inductor import list_mode_options
+
+        patches = {**list_mode_options(config.mode), **patches}
+    return config, patches
+
+
+def _inductor_modes() -> tuple[str, ...]:
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
+
+
+def _inductor_key(key: str, names: list[str]) -> str:
+    from torch._inductor import config as inductor_config
+
+    known = inductor_config.get_config_copy() if hasattr(inductor_config, "get_config_copy") else {}
+    normal = key.replace("-", "_")
+    if normal not in known:
+        raise ConfigError(
+            f"unknown option {key!r}; valid options are {', '.join(names)}, or any key of torch._inductor.config"
+        )
+    return normal

@@ -1,0 +1,43 @@
+"""What the passes decided about one attention site, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from monarch_compile.ir import Dim, MonarchAttention
+
+LOWERED = "lowered"
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome for one attention site.
+
+    name: module path and source line of the site, e.g. ``encoder.layers.0.self_attn (model.py:12)``.
+    status: "lowered" or "exact".
+    stage: the last stage reached: "match", "mask", "legality", "cost" or "lowered".
+    code: short stable identifier, e.g. "lowered", "mask_general", "cost_exact_wins".
+    reason: one sentence for a person.
+    node: name of the FX node that decided it; source: its source line, "" when unknown.
+    ir: the IR of the lowered form; also present where a legal site was kept exact by the cost model.
+    q_shape, k_shape, v_shape: (batch, heads, seq_len, dim); empty when unknown.
+    mask: "none", "key_padding", or the kind that was refused.
+    """
+
+    name: str
+    status: str
+    stage: str
+    code: str
+    reason: str
+    node: str
+    source: str = ""
+    ir: MonarchAttention | None = None
+    q_shape: tuple[Dim, ...] = ()
+    k_shape: tuple[Dim, ...] = ()
+    v_shape: tuple[Dim, ...] = ()
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    mask: str = "none"

@@ -1,0 +1,27 @@
+"""Every error that monarch_compile raises on purpose."""
+
+from __future__ import annotations
+
+
+class MonarchError(Exception):
+    """Base of all errors raised by monarch_compile."""
+
+
+class ConfigError(MonarchError, ValueError):
+    """An option is unknown or has a value that is not allowed."""
+
+
+class InputError(MonarchError, ValueError):
+    """Tensors given to a public function do not fit together."""
+
+
+class IRError(MonarchError, ValueError):
+    """A Monarch attention IR breaks one of its rules. The message carries the printed IR."""
+
+
+class LoweringError(MonarchError, RuntimeError):
+    """Raised in strict mode where the default would keep a site exact or fall back."""
+
+
+class CodegenError(MonarchError, RuntimeError):
+    """No kernel can be emitted for an IR and a schedule."""

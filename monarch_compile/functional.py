@@ -1,0 +1,88 @@
+"""The public functional form of Monarch attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from monarch_compile.errors import InputError
+from monarch_compile.ir import INITS, PADS
+
+
+def monarch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    num_iters: int = 1,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    init: str = "identity",
+    pad: str = "post",
+) -> Tensor:
+    """MonarchAttention (arXiv 2505.18698, section 3): softmax attention through a Monarch matrix, in N * sqrt(N) work.
+
+    Args:
+        q: queries, (batch, num_heads, seq_len_q, head_dim); float16, bfloat16, float32 or float64.
+        k: keys, (batch, num_heads, seq_len_k, head_dim).
+        v: values, (batch, num_heads, seq_len_k, value_dim).
+        block_size: keys in a block. 1, or at least seq_len_k, gives exact softmax attention.
+        num_iters: pairs of updates of the two Monarch factors.
+        scale: multiplies q k^T; 1 / sqrt(head_dim) when None.
+        key_padding_mask: (batch, seq_len_k) bool, **True where a key is padding and is ignored**, as in
+            torch.nn.MultiheadAttention. A row that sees no key outputs 0.
+        init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
+        pad: on which side a sequence is padded to whole blocks, "post" or "pre".
+
+    Returns:
+        (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory in (batch, seq, heads, dim) order.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together, or a parameter is out of range.
+    """
+    _check_tensors(q, k, v, key_padding_mask)
+    _check_parameters(block_size, num_iters, init, pad)
+    from monarch_compile.ops import attention
+
+    key_mask = None if key_padding_mask is None else ~key_padding_mask
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    return attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise InputError(f"q, k and v must be (batch, num_heads, seq_len, dim); found {shapes}")
+    if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]):
+        raise InputError(
+            f"q and k must agree in batch, num_heads and head_dim, k and v in batch, num_heads and seq_len; found {shapes}"
+        )
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise InputError(f"no size may be 0; found {shapes}")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+        raise InputError(f"q, k and v must share one floating dtype; found {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise InputError(f"q, k and v must be on one device; found {q.device}, {k.device}, {v.device}")
+    if mask is None:
+        return
+    expected = (k.shape[0], k.shape[2])
+    if tuple(mask.shape) != expected or mask.dtype != torch.bool or mask.device != k.device:
+        raise InputError(
+            f"key_padding_mask must be bool {expected} on {k.device}, True where a key is ignored; "
+            f"found {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+        )
+
+
+def _check_parameters(block_size: int, num_iters: int, init: str, pad: str) -> None:
+    if block_size < 1:
+        raise InputError(f"block_size must be at least 1; found {block_size}")
+    if num_iters < 1:
+        raise InputError(f"num_iters must be at least 1; found {num_iters}")
+    if init not in INITS:
+        raise InputError(f"init must be one of {INITS}; found {init!r}")
+    if pad not in PADS:
+        raise InputError(f"pad must be one of {PADS}; found {pad!r}")

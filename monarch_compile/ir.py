@@ -1,0 +1,146 @@
+"""The typed Monarch attention IR: what a lowered site computes, independent of how it runs.
+
+A value is frozen, hashable and equal by value, prints on one line, and is checked by `verify`.
+Notation follows arXiv 2505.18698: keys are cut into `num_blocks` blocks of `block_size`; queries into as many blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from monarch_compile.errors import IRError
+
+Dim = int | str
+"""A size: an int, or the name of a symbolic size such as ``"s0"``."""
+
+DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+INITS = ("identity", "mean")
+PADS = ("post", "pre")
+
+
+class MaskKind(Enum):
+    """Which keys a row may see, beyond the sequence's own length."""
+
+    NONE = "none"
+    KEY_PADDING = "key_padding"
+
+
+@dataclass(frozen=True)
+class ExactGroups:
+    """Key groups taken out of the far field and treated exactly.
+
+    `window`: blocks on each side of a row's own block (0: own block only; None: no window).
+    `prefix`: leading keys that every query sees exactly.
+    """
+
+    window: int | None = None
+    prefix: int = 0
+
+    def __str__(self) -> str:
+        return f"window={self.window} prefix={self.prefix}"
+
+
+@dataclass(frozen=True)
+class MonarchAttention:
+    """One attention site in Monarch form.
+
+    Shapes: q (batch, num_heads, seq_len_q, head_dim), k (batch, num_kv_heads, seq_len_k, head_dim),
+    v (batch, num_kv_heads, seq_len_k, value_dim), output (batch, num_heads, seq_len_q, value_dim).
+    `block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
+    """
+
+    batch: Dim
+    num_heads: Dim
+    num_kv_heads: Dim
+    seq_len_q: Dim
+    seq_len_k: Dim
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    block_size: int
+    scale: float
+    num_iters: int = 1
+    init: str = "identity"
+    pad: str = "post"
+    mask: MaskKind = MaskKind.NONE
+    exact: ExactGroups = ExactGroups()
+    is_causal: bool = False
+
+    def __post_init__(self) -> None:
+        verify(self)
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Number of blocks M, or None while seq_len_k is symbolic."""
+        return -(-self.seq_len_k // self.block_size) if isinstance(self.seq_len_k, int) else None
+
+    @property
+    def block_size_q(self) -> int | None:
+        """Rows in a query block, or None while a length is symbolic and differs from seq_len_k."""
+        if self.seq_len_q == self.seq_len_k:
+            return self.block_size
+        if isinstance(self.seq_len_q, int) and self.num_blocks is not None:
+            return -(-self.seq_len_q // self.num_blocks)
+        return None
+
+    def __str__(self) -> str:
+        b, hq, hk, nq, nk = self.batch, self.num_heads, self.num_kv_heads, self.seq_len_q, self.seq_len_k
+        blocks = "?" if self.num_blocks is None else self.num_blocks
+        parts = [
+            f"monarch.attention<{DTYPE_NAMES.get(self.dtype, str(self.dtype))}>",
+            f"q[{b},{hq},{nq},{self.head_dim}] k[{b},{hk},{nk},{self.head_dim}] v[{b},{hk},{nk},{self.value_dim}]",
+            f"blocks={blocks}x{self.block_size} iters={self.num_iters} init={self.init} pad={self.pad}",
+            f"mask={self.mask.value} causal={str(self.is_causal).lower()} {self.exact} scale={self.scale:.6g}",
+        ]
+        return " ".join(parts)
+
+
+class Rule(NamedTuple):
+    """A rule that every IR value obeys: `holds` must be true, or `message` (formatted with the IR) is raised."""
+
+    holds: Callable[[MonarchAttention], bool]
+    message: str
+
+
+def _positive(*dims: Dim) -> bool:
+    return all(isinstance(d, str) or d >= 1 for d in dims)
+
+
+def _heads_divide(ir: MonarchAttention) -> bool:
+    if isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
+        return ir.num_heads % ir.num_kv_heads == 0
+    return ir.num_heads == ir.num_kv_heads
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(lambda ir: _positive(ir.batch, ir.num_heads, ir.num_kv_heads), "batch and head counts must be at least 1"),
+    Rule(lambda ir: _positive(ir.seq_len_q, ir.seq_len_k), "sequence lengths must be at least 1"),
+    Rule(lambda ir: ir.head_dim >= 1 and ir.value_dim >= 1, "head_dim and value_dim must be at least 1"),
+    Rule(_heads_divide, "num_heads must be a multiple of num_kv_heads"),
+    Rule(lambda ir: ir.dtype in DTYPE_NAMES, "dtype must be one of float16, bfloat16, float32, float64"),
+    Rule(lambda ir: ir.block_size >= 1, "block_size must be at least 1"),
+    Rule(lambda ir: ir.num_iters >= 1, "num_iters must be at least 1"),
+    Rule(lambda ir: ir.init in INITS, f"init must be one of {INITS}"),
+    Rule(lambda ir: ir.pad in PADS, f"pad must be one of {PADS}"),
+    Rule(lambda ir: math.isfinite(ir.scale), "scale must be finite"),
+    Rule(lambda ir: ir.exact.window is None or ir.exact.window >= 0, "window must be None or at least 0"),
+    Rule(lambda ir: ir.exact.prefix >= 0, "prefix must be at least 0"),
+    Rule(
+        lambda ir: not ir.is_causal or (ir.num_iters == 1 and ir.init == "identity"),
+        "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
+    ),
+    Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
+)
+
+
+def verify(ir: MonarchAttention) -> None:
+    """Raise IRError, with the printed IR, for the first rule that `ir` breaks."""
+    for rule in RULES:
+        if not rule.holds(ir):
+            raise IRError(f"{rule.message}; found {ir}")

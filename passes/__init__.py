@@ -1,0 +1,1 @@
+"""FX graphs to the Monarch attention IR and back."""
