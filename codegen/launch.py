@@ -1,0 +1,199 @@
+"""Run time of the emitted kernels: a launcher per problem, built once, called inside the body of the operator."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monarch_compile.codegen.emit import ATTEND, MEAN, STRIDES, WEIGH, Role, emit, pitch, role_tiling, steps
+from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule
+from monarch_compile.codegen.source import is_interpreted
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import Dim, MaskKind, MonarchAttention
+
+MIN_CAPABILITY = (8, 0)
+MAX_BLOCKS_KEY = 1024
+"""Schedules look no further than this number of blocks, so that few launchers serve all long sequences."""
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    *,
+    scale: float,
+    block_size: int,
+    num_iters: int,
+    init: str,
+    pad: str,
+) -> Tensor:
+    """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.
+
+    q, k, v and key_mask are read through their strides; sizes may be symbolic. Works eagerly, under fake tensors and
+    inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
+
+    Raises:
+        CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
+    """
+    if q.shape[2] != k.shape[2]:
+        raise CodegenError(f"no kernel for seq_len_q != seq_len_k; found {q.shape[2]} and {k.shape[2]}")
+    seq_len = q.shape[2]
+    num_blocks = (seq_len + block_size - 1) // block_size
+    blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
+    problem = Problem(
+        int(q.shape[3]), int(v.shape[3]), q.dtype, block_size, scale, num_iters, init, pad, key_mask is not None
+    )
+    launcher = build(problem, blocks_key, _capability(q.device), is_interpreted())
+    with _on_device(q):
+        return launcher(q, k, v, key_mask, num_blocks)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that the text of the kernels depends on, but for the schedule."""
+
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    block_size: int
+    scale: float
+    num_iters: int
+    init: str
+    pad: str
+    masked: bool
+
+    def ir(self, seq_len: Dim) -> MonarchAttention:
+        """The IR of this problem at one sequence length."""
+        return MonarchAttention(
+            batch="B",
+            num_heads="H",
+            num_kv_heads="H",
+            seq_len_q=seq_len,
+            seq_len_k=seq_len,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            dtype=self.dtype,
+            block_size=self.block_size,
+            scale=self.scale,
+            num_iters=self.num_iters,
+            init=self.init,
+            pad=self.pad,
+            mask=MaskKind.KEY_PADDING if self.masked else MaskKind.NONE,
+        )
+
+
+@functools.cache
+def build(problem: Problem, blocks_key: int | None, capability: tuple[int, int] | None, interpreted: bool) -> Launcher:
+    """The launcher of a problem with about `blocks_key` blocks (None: unknown); emits and loads its kernels once.
+
+    `interpreted` says how Triton is running: it only keeps compiled and interpreted launchers apart.
+    """
+    ir = problem.ir("N" if blocks_key is None else blocks_key * problem.block_size)
+    return Launcher(problem, choose_schedule(ir, capability))
+
+
+class Launcher:
+    """The loaded kernels of one problem under one schedule, and the order in which they run."""
+
+    def __init__(self, problem: Problem, schedule: Schedule) -> None:
+        self.problem = problem
+        self.schedule = schedule
+        self.sources = emit(problem.ir("N"), schedule)
+        loaded = {source.name: (source.load(), source.parameters) for source in self.sources}
+        self._steps = tuple(
+            (role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(problem.num_iters, problem.init)
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, num_blocks: Dim) -> Tensor:
+        """Run every kernel in turn: q, k (E, H, N, D), v (E, H, N, D_v) -> (E, H, N, D_v), laid out (E, N, H, D_v)."""
+        heads = q.shape[0] * q.shape[1]
+        values: dict[str, Any] = {"num_heads": q.shape[1], "seq_len": q.shape[2], "num_blocks": num_blocks}
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask)):
+            if tensor is not None:
+                values[name] = tensor
+                values.update(zip(STRIDES[name], tensor.stride(), strict=True))
+        for role, kernel, parameters, tiling in self._steps:
+            self._allocate_outputs(role, values, heads)
+            grid = (heads * self._programs_per_head(role, tiling, num_blocks),)
+            arguments = [values[name] for name in parameters]
+            _wrap(kernel)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+        return values["z"].transpose(1, 2)
+
+    def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:
+        problem, q, num_blocks = self.problem, values["q"], values["num_blocks"]
+        head_pitch, value_pitch = pitch(problem.head_dim), pitch(problem.value_dim)
+        per_block = (heads, problem.block_size, num_blocks)
+        if role.template == "summarize":
+            values["a"] = _allocate(q, (*per_block, head_pitch), q.dtype)
+            values["c"] = _allocate(q, per_block, torch.float32)
+            if role.values:
+                values["y"] = _allocate(q, (*per_block, value_pitch), q.dtype)
+        elif role is WEIGH:
+            values["unlog"] = _allocate(q, per_block, torch.float32)
+        elif role is ATTEND:
+            values["z"] = _allocate(q, (q.shape[0], q.shape[2], q.shape[1], problem.value_dim), q.dtype)
+        else:
+            representatives = 1 if role is MEAN else num_blocks
+            row = representatives * head_pitch
+            values["qhat"] = _allocate(q, (heads, problem.block_size, representatives, head_pitch), q.dtype)
+            strides = (problem.block_size * row, 0 if role is MEAN else head_pitch, row)
+            values.update(zip(STRIDES["qhat"], strides, strict=True))
+
+    def _programs_per_head(self, role: Role, tiling: Tiling, num_blocks: Any) -> Any:
+        block_size = self.problem.block_size
+        if role.template == "summarize":
+            return num_blocks * -(-block_size // tiling.rows)
+        if role is MEAN:
+            return block_size
+        return block_size * ((num_blocks + tiling.rows - 1) // tiling.rows)
+
+
+def _wrap(kernel: Any) -> Any:
+    """The kernel as tracing can see it; the interpreter has no tracing."""
+    return torch.library.wrap_triton(kernel) if _is_compiled(kernel) else kernel
+
+
+@functools.cache
+def _is_compiled(kernel: Any) -> bool:
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(kernel, JITFunction)
+
+
+def _allocate(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Every buffer that a kernel writes comes from here, uninitialised."""
+    return like.new_empty(tuple(shape), dtype=dtype)
+
+
+def _blocks_key(num_blocks: int) -> int:
+    return min(MAX_BLOCKS_KEY, 1 << (num_blocks - 1).bit_length())
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None where there is none to ask (the interpreter, fake tensors)."""
+    if device.type == "cpu" and is_interpreted():
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise CodegenError(f"kernels run on NVIDIA devices, or on the CPU under TRITON_INTERPRET=1; found {device}")
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise CodegenError(f"kernels need compute capability {MIN_CAPABILITY} or later; {device} has {capability}")
+    return capability
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    index = tensor.device.index
+    if index is None or tensor.device.type != "cuda" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)

@@ -1,0 +1,155 @@
+"""How the kernels of one IR are tiled: a frozen value, chosen from a small table tuned by hand.
+
+Letters: j offset of a query in its block, i offset of a key in its block, l block of queries, b block of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import MonarchAttention
+
+DOT_PRECISIONS = ("ieee", "tf32x3")
+MIN_TILE = 16  # the least size of a tl.dot operand on every tensor core generation we emit for
+MAX_HEAD_DIM = 256
+DTYPE_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
+SHARED_LIMITS = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}
+"""Shared memory that one program may use, in KiB, by compute capability."""
+DEFAULT_SHARED_LIMIT = 99
+WARP_SCORES = 512
+WARP_ACCUMULATORS = 4096  # float32 accumulators that 32 threads hold without spilling: 128 each
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiling of one kernel: it owns `rows` output rows and streams over its reduction `step` at a time."""
+
+    rows: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for size in (self.rows, self.step):
+            if size < MIN_TILE or size & (size - 1):
+                raise CodegenError(f"a tile must be a power of two of at least {MIN_TILE}; found {size} in {self}")
+        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1:
+            raise CodegenError(f"a kernel needs 1, 2, 4, 8 or 16 warps and at least 1 stage; found {self}")
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.step}/w{self.num_warps}/s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tilings of every kernel of one IR.
+
+    summarize: rows j, step i (stage 1: what a block of keys says to the queries of each offset).
+    attend: rows l, step b (stage 2: attention over the block summaries).
+    represent: rows b, step l (between iterations: the query that stands for a block's readers; also the mean start).
+    dot_precision: how float32 products are formed, "ieee" or "tf32x3"; 16-bit products are exact either way.
+    """
+
+    summarize: Tiling
+    attend: Tiling
+    represent: Tiling
+    dot_precision: str = "tf32x3"
+
+    def __post_init__(self) -> None:
+        if self.dot_precision not in DOT_PRECISIONS:
+            raise CodegenError(f"dot_precision must be one of {DOT_PRECISIONS}; found {self.dot_precision!r}")
+
+    def tilings(self) -> Iterator[tuple[str, Tiling]]:
+        """Each kernel's name and tiling."""
+        yield "summarize", self.summarize
+        yield "attend", self.attend
+        yield "represent", self.represent
+
+    def __str__(self) -> str:
+        tilings = " ".join(f"{name}={tiling}" for name, tiling in self.tilings())
+        return f"{tilings} dot={self.dot_precision}"
+
+
+# (bytes of an element, largest padded head or value dim) -> tilings, each tile already the largest worth trying.
+TABLE: dict[tuple[int, int], Schedule] = {
+    (2, 64): Schedule(Tiling(64, 128, 4, 2), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2)),
+    (2, 128): Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (2, 256): Schedule(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    (4, 64): Schedule(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+    (4, 128): Schedule(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+    (4, 256): Schedule(Tiling(16, 16, 4, 2), Tiling(16, 16, 4, 2), Tiling(16, 16, 4, 2)),
+}
+
+
+def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = None) -> Schedule:
+    """The schedule for `ir` on a device of compute `capability` (None: the smallest shared memory we emit for).
+
+    Raises:
+        CodegenError: no kernel exists for the dtype or the head size.
+    """
+    check_supported(ir)
+    width = max(64, padded(ir.head_dim), padded(ir.value_dim))
+    best = TABLE[DTYPE_BYTES[ir.dtype], width]
+    blocks = ir.num_blocks
+    limit = 1024 * SHARED_LIMITS.get(capability or (0, 0), DEFAULT_SHARED_LIMIT)
+    fitted = Schedule(
+        _fit(best.summarize, ir, ir.block_size),
+        _fit(best.attend, ir, blocks),
+        _fit(best.represent, ir, blocks),
+        best.dot_precision,
+    )
+    return Schedule(**{n: _within(t, ir, limit) for n, t in fitted.tilings()}, dot_precision=fitted.dot_precision)
+
+
+def padded(size: int) -> int:
+    """`size` as a tile of tl.dot sees it: the next power of two, at least 16."""
+    return max(MIN_TILE, 1 << (size - 1).bit_length())
+
+
+def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:
+    """An upper estimate of the shared memory of one program: its rows, its weights, and every stage of its stream."""
+    head, value, size = padded(ir.head_dim), padded(ir.value_dim), DTYPE_BYTES[ir.dtype]
+    rows = tiling.rows * (head + tiling.step)
+    return size * (rows + tiling.num_stages * tiling.step * (head + value)) + 1024
+
+
+def check_supported(ir: MonarchAttention) -> None:
+    """Raise CodegenError where no kernel exists for `ir`, whatever the schedule."""
+    if ir.dtype not in DTYPE_BYTES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_BYTES)
+        raise CodegenError(f"no kernel for {ir.dtype}: it falls back to the reference; kernels exist for {allowed}")
+    for name, size in (("head_dim", ir.head_dim), ("value_dim", ir.value_dim)):
+        if size > MAX_HEAD_DIM:
+            raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
+    if ir.seq_len_q != ir.seq_len_k or ir.num_heads != ir.num_kv_heads:
+        raise CodegenError(f"no kernel for seq_len_q != seq_len_k or num_heads != num_kv_heads; found {ir}")
+    if ir.is_causal or ir.exact.window is not None or ir.exact.prefix:
+        raise CodegenError(f"no kernel for causal attention or exact groups; found {ir}")
+
+
+def _fit(tiling: Tiling, ir: MonarchAttention, extent: int | None) -> Tiling:
+    """Tiles no larger than the `extent` that both sides cover (None: unknown), and warps that still have work."""
+    rows, step = tiling.rows, tiling.step
+    if extent is not None:
+        sizes = [size for size in (step, step // 2) if size >= MIN_TILE]
+        least_waste = min(sizes, key=lambda size: (-(-extent // size) * size, -size))
+        rows, step = min(rows, padded(extent)), min(least_waste, padded(extent))
+    accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
+    useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS)
+    return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful.bit_length() - 1)))
+
+
+def _within(tiling: Tiling, ir: MonarchAttention, limit: int) -> Tiling:
+    """`tiling` with fewer stages, then smaller steps, until its shared memory is under `limit` bytes."""
+    while shared_bytes(tiling, ir) > limit:
+        if tiling.num_stages > 1:
+            tiling = replace(tiling, num_stages=tiling.num_stages - 1)
+        elif tiling.step > MIN_TILE:
+            tiling = replace(tiling, step=tiling.step // 2)
+        else:
+            raise CodegenError(f"no tiling of {ir} fits {limit} bytes of shared memory")
+    return tiling

@@ -1,0 +1,210 @@
+"""The demo, from a checkout: ``make demo`` or ``python -m examples.demo``.
+
+Whisper base transcribes five clips with its encoder compiled by Inductor and by backend="monarch"; then
+attention alone is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.progress import median_seconds, step, table
+from examples.whisper.audio import log_mel, read_clips, read_wav
+from examples.whisper.load import PackagesMissing, Whisper, load_whisper
+from examples.whisper.transcribe import transcribe, word_error_rate
+
+REPEATS = 5
+NUM_HEADS, HEAD_DIM = 12, 64
+ATTENTION_RUNS = {4096: 5, 16384: 2}
+"""Sequence length of attention alone -> timed runs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to compile the encoder. `options` None: plain Inductor, exact attention."""
+
+    name: str
+    options: Mapping[str, Any] | None
+    why: str = ""
+
+    def compile(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """`model` compiled this way, for the shapes that it meets and no others."""
+        if self.options is None:
+            return torch.compile(model, dynamic=False)
+        return torch.compile(model, backend="monarch", options=dict(self.options), dynamic=False)
+
+
+EXACT = Setting("inductor", None, "exact attention")
+MONARCH = Setting(
+    "monarch",
+    {"policy": "always", "block_size": 500},
+    "few large blocks: the smallest block size tried that keeps the words of the exact encoder",
+)
+PAPER = Setting(
+    "monarch, small blocks", {"policy": "always", "block_size": 50}, "near sqrt(1500): least work, loses words"
+)
+SETTINGS = (EXACT, MONARCH, PAPER)
+ATTENTION = Setting("monarch", {"policy": "auto"})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one setting gave on the clips. `states`: encoder output (clips, 1500, d_model)."""
+
+    setting: Setting
+    encoder: Callable[[Tensor], Tensor]
+    states: Tensor
+    texts: list[str]
+    wer: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0, or 2 when the model's packages are missing."""
+    args = parse_arguments(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} CPU threads\n")
+    with torch.no_grad():
+        if args.part in ("all", "whisper"):
+            try:
+                whisper_part(args.whisper, args.attention, device, args.report)
+            except PackagesMissing as error:
+                print(error)
+                return 2
+        if args.part in ("all", "attention"):
+            attention_part(device)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
+    parser.add_argument("--whisper", metavar="CHECKPOINT", help="hub id or folder of another Whisper")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "eager"), default="sdpa", help="spelling of attention in the model"
+    )
+    parser.add_argument("--part", choices=("all", "whisper", "attention"), default="all")
+    parser.add_argument("--report", metavar="FILE.html", help="also save the report as a page")
+    return parser.parse_args(argv)
+
+
+def whisper_part(source: str | None, attention: str, device: torch.device, report_path: str | None) -> None:
+    """Transcribe the clips under every setting; print texts, word error rates, timings and the report."""
+    with step(f"loading {source or 'Whisper base'}"):
+        whisper = load_whisper(source, attn_implementation=attention)
+        whisper.model.to(device=device, dtype=torch.float16 if device.type == "cuda" else torch.float32)
+    clips = read_clips()
+    features = log_mel(whisper.features, [read_wav(clip.path) for clip in clips]).to(device, whisper.model.dtype)
+    references = [clip.words for clip in clips]
+    outcomes = [outcome_of(setting, whisper, features, references) for setting in SETTINGS]
+    print_texts(references, outcomes)
+    with step(f"timing the encoders, {REPEATS} runs each"):
+        seconds = median_seconds({o.setting.name: _call(o.encoder, features[:1]) for o in outcomes}, REPEATS)
+    print_tradeoff(outcomes, seconds)
+    print_report(whisper.model.model.encoder, features[:1], report_path)
+
+
+def outcome_of(setting: Setting, whisper: Whisper, features: Tensor, references: Sequence[str]) -> Outcome:
+    """Compile the encoder as `setting` says and transcribe `features` with it."""
+    compiled = setting.compile(whisper.model.model.encoder)
+
+    def encoder(clip: Tensor) -> Tensor:
+        states: Tensor = compiled(clip).last_hidden_state
+        return states
+
+    with step(f"compiling the encoder: {setting.name}"):
+        encoder(features[:1])
+    with step("transcribing"):
+        states = torch.cat([encoder(clip) for clip in features.split(1)])
+        texts = transcribe(whisper, states)
+    return Outcome(setting, encoder, states, texts, word_error_rate(references, texts))
+
+
+def print_texts(references: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """Every clip's words, as read and as transcribed under each setting."""
+    width = max(len(o.setting.name) for o in outcomes)
+    print()
+    for index, words in enumerate(references):
+        print(f"{'read':{width}}  {words}")
+        for outcome in outcomes:
+            print(f"{outcome.setting.name:{width}}  {outcome.texts[index]}")
+        print()
+
+
+def print_tradeoff(outcomes: Sequence[Outcome], seconds: Mapping[str, float]) -> None:
+    """Words, accuracy and time of each setting; the first outcome is the one to compare with."""
+    exact = outcomes[0]
+    rows = [["encoder", "options", "word error rate", "change of its output", "ms a clip", "speed-up"]]
+    for outcome in outcomes:
+        name, options = outcome.setting.name, outcome.setting.options
+        change = ((outcome.states - exact.states).float().norm() / exact.states.float().norm()).item()
+        speedup = seconds[exact.setting.name] / seconds[name]
+        cells = [f"{outcome.wer:.3f}", f"{change:.3f}", f"{seconds[name] * 1e3:.1f}", f"{speedup:.2f}x"]
+        rows.append([name, _spelled(options), *cells])
+    print(f"\n{table(rows)}\n")
+    for outcome in outcomes:
+        print(f"{outcome.setting.name}: {outcome.setting.why}")
+    print(
+        "Whisper reads 1500 positions, where attention is a small part of the encoder's work: replacing all of it\n"
+        "changes the encoder's time little. The gain is in long sequences, below.\n"
+    )
+
+
+def print_report(encoder: nn.Module, features: Tensor, path: str | None) -> None:
+    """What the compiler did at each attention site of the encoder."""
+    import monarch_compile
+
+    with step("explaining the compilation"):
+        report = monarch_compile.explain(encoder, features, options=dict(MONARCH.options or {}))
+    print(f"{report}\n")
+    if path:
+        report.save(path)
+        print(f"saved {path}\n")
+
+
+def attention_part(device: torch.device) -> None:
+    """Attention alone on random tensors: compiled by Inductor and by backend="monarch", timed."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    print(f"attention alone, batch 1, {NUM_HEADS} heads x {HEAD_DIM}, {dtype}; random tensors: only time is compared")
+    rows = [["tokens", "inductor ms", "monarch ms", "speed-up"]]
+    for seq_len, repeats in ATTENTION_RUNS.items():
+        with step(f"N = {seq_len}, {repeats} runs each"):
+            exact, monarch = time_attention(seq_len, repeats, device, dtype)
+        rows.append([str(seq_len), f"{exact * 1e3:.2f}", f"{monarch * 1e3:.2f}", f"{exact / monarch:.1f}x"])
+    print(f"\n{table(rows)}")
+
+
+def time_attention(seq_len: int, repeats: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Median seconds of exact and of Monarch attention at `seq_len`, after a first, compiling call of each."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (3, 1, NUM_HEADS, seq_len, HEAD_DIM)
+    q, k, v = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    calls = {}
+    for setting in (EXACT, ATTENTION):
+        calls[setting.name] = _call(setting.compile(_attention), q, k, v)
+        calls[setting.name]()
+    seconds = median_seconds(calls, repeats)
+    return seconds[EXACT.name], seconds[ATTENTION.name]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    return lambda: function(*args)
+
+
+def _spelled(options: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{key}={value}" for key, value in (options or {}).items()) or "-"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

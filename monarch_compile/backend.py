@@ -1,0 +1,87 @@
+"""The torch.compile backend: run the passes, hand the rest to Inductor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from monarch_compile.config import MonarchConfig, parse_options
+from monarch_compile.decision import EXACT, Decision
+from monarch_compile.errors import LoweringError
+
+logger = logging.getLogger(__name__)
+
+CHOSEN = ("cost_exact_wins", "policy_never", "min_seq_len")
+"""Codes of sites kept exact because the user or the cost model wanted so; strict mode accepts them."""
+
+
+class CacheKey(CustomGraphPass):
+    """A pass that does nothing but put our sources and options into the key of every compile cache."""
+
+    def __init__(self, config: MonarchConfig) -> None:
+        self._config = config
+
+    def __call__(self, graph: Graph) -> None:
+        """Leave the graph as it is."""
+
+    def uuid(self) -> str:
+        """The hash that goes into the key."""
+        from monarch_compile.passes.pipeline import source_digest
+
+        return f"monarch_compile-{source_digest()}-{self._config.digest()}"
+
+
+def monarch(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph from Dynamo: attention becomes Monarch attention where that is legal and pays.
+
+    Options are those of `MonarchConfig`; other keys go to Inductor's config.
+
+    Raises:
+        ConfigError: an option is unknown or has a value that is not allowed.
+        LoweringError: strict mode, and a site stayed exact for lack of support or a pass failed.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    config, patches = parse_options(options, mode)
+    lowered = _rewrite(gm, example_inputs, config)
+    if lowered is None:
+        return compile_fx(gm, example_inputs, config_patches=patches or None)
+    patches.setdefault("joint_custom_pre_pass", CacheKey(config))
+    return compile_fx(lowered, example_inputs, config_patches=patches)
+
+
+def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> GraphModule | None:
+    """The graph with attention lowered, or None where Dynamo's own graph is to be compiled as it is."""
+    from monarch_compile.passes.pipeline import rewrite
+
+    try:
+        result = rewrite(gm, example_inputs, config)
+    except Exception as error:
+        counters["monarch"]["fallback"] += 1
+        if config.strict:
+            raise LoweringError(f"the passes failed on a graph: {error!r}") from error
+        logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=True)
+        return None
+    counters["monarch"]["lowered"] += result.num_lowered
+    counters["monarch"]["exact"] += len(result.decisions) - result.num_lowered
+    if config.strict:
+        _require_lowered(result.decisions)
+    return result.after if result.num_lowered else None
+
+
+def _require_lowered(decisions: Sequence[Decision]) -> None:
+    missed = [d for d in decisions if d.status == EXACT and d.code not in CHOSEN]
+    if missed:
+        lines = "\n".join(f"  {d.name}: [{d.code}] {d.reason} (node {d.node})" for d in missed)
+        raise LoweringError(f"strict=True and {len(missed)} attention sites cannot be lowered:\n{lines}")

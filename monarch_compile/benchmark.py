@@ -1,0 +1,146 @@
+"""Timing that stands up on a busy machine, and the CPU benchmark: attention alone, exact against Monarch form."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monarch_compile.cost import choose_block_size, predict
+from monarch_compile.devices import DEVICES
+from monarch_compile.ir import MonarchAttention
+from monarch_compile.version import __version__
+
+SEQ_LENS = (128, 256, 512, 1024, 1500, 2048, 4096)
+LONG_SEQ_LENS = (*SEQ_LENS, 16384)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one form: the 20th, 50th and 80th percentile of `runs` runs."""
+
+    p20: float
+    p50: float
+    p80: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CPU benchmark; shapes are (batch, num_heads, seq_len, head_dim)."""
+
+    shape: tuple[int, int, int, int]
+    block_size: int
+    exact: Timing
+    monarch: Timing
+    predicted_speedup: float
+    max_error: float
+
+    @property
+    def speedup(self) -> float:
+        """Median exact time over median Monarch time."""
+        return self.exact.p50 / self.monarch.p50
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, min_runs: int = 10
+) -> dict[str, Timing]:
+    """Time `calls` in turns, so that a disturbance of the machine meets all of them, for about `seconds` in all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    stop = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_runs or time.perf_counter() < stop:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        rounds += 1
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def _timing(values: Sequence[float]) -> Timing:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(p20=fifths[0], p50=statistics.median(values), p80=fifths[3], runs=len(values))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the body with one intra-op thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of a timing needs to know about the machine."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monarch_compile": __version__,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cpu_attention(
+    seq_lens: Sequence[int] = SEQ_LENS, *, num_heads: int = 12, head_dim: int = 64, block_size: int | None = None,
+    seconds: float = 2.0,
+) -> Iterator[Row]:
+    """Time scaled_dot_product_attention against Monarch attention, both compiled by Inductor: float32, one thread."""
+    with one_thread(), torch.no_grad():
+        for seq_len in seq_lens:
+            yield _cpu_row((1, num_heads, seq_len, head_dim), block_size, seconds)
+
+
+def _cpu_row(shape: tuple[int, int, int, int], block_size: int | None, seconds: float) -> Row:
+    batch, heads, seq_len, dim = shape
+    generator = torch.Generator().manual_seed(seq_len)
+    # As a projection leaves them: (batch, seq, heads, dim) in memory.
+    q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
+    cpu = DEVICES["cpu"]
+    block = block_size or choose_block_size(
+        seq_len=seq_len, head_dim=dim, value_dim=dim, dtype=q.dtype, device=cpu
+    )
+    ir = MonarchAttention(batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim))
+    exact = torch.compile(_exact, dynamic=False)
+    monarch = torch.compile(_monarch(block), dynamic=False)
+    error = (monarch(q, k, v) - _monarch(block)(q.double(), k.double(), v.double())).abs().max().item()
+    calls = {"exact": lambda: exact(q, k, v), "monarch": lambda: monarch(q, k, v)}
+    times = time_interleaved(calls, seconds)
+    return Row(shape, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def _monarch(block_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from monarch_compile.functional import monarch_attention
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return monarch_attention(q, k, v, block_size=block_size)
+
+    return run

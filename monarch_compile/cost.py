@@ -1,0 +1,241 @@
+"""What exact and Monarch attention cost, and which of them to run: FLOPs and bytes, a device, a predicted time.
+
+The counts are derived: `STAGES` lists the matrix products of one Monarch iteration with the tensors that cross a
+kernel's border (arXiv 2505.18698, section 3), and sympy sums them. Times are a roofline with the rates of a `Device`.
+Everything here is a pure function of its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+
+from monarch_compile.devices import Device
+from monarch_compile.errors import InputError
+from monarch_compile.ir import Dim, MonarchAttention
+
+Quantity = Any
+"""An int, or a sympy expression in the symbolic sizes of an IR."""
+
+MARGIN = 1.1
+"""The Monarch form is worth lowering to only where it is predicted to be this many times faster."""
+TIE = 1.02
+"""Block sizes whose predicted times differ by less than this factor tie; the largest is taken, for its quality."""
+
+_SYMBOLS = sympy.symbols("E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True)
+E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = _SYMBOLS
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one attention site, all batches and heads: ints, or sympy expressions where a size is symbolic.
+
+    flops: floating-point operations of the matrix products, a multiply-add counted as two.
+    bytes: bytes moved between memory and kernels.
+    exps: elements that pass through a softmax.
+    """
+
+    flops: Quantity
+    bytes: Quantity
+    exps: Quantity
+
+    def __str__(self) -> str:
+        return f"{self.flops} FLOP, {self.bytes} bytes, {self.exps} exponentials"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds of one forward pass of a site."""
+
+    exact_s: float
+    monarch_s: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the Monarch form is predicted to be."""
+        return self.exact_s / self.monarch_s
+
+    @property
+    def pays(self) -> bool:
+        """Whether the Monarch form wins by more than the margin that guards against a wrong prediction."""
+        return self.speedup >= MARGIN
+
+
+class Stage(NamedTuple):
+    """One group of equal matrix products of an iteration.
+
+    kernel: stages with one name share a kernel, so what passes between them stays on chip.
+    when: "every" iteration, the "last" one only, or every one "before" the last.
+    count, matmul: how many products there are per head, and their (rows, contraction, columns).
+    moves: tensors (keys of `TENSORS`) that the stage reads from or writes to memory.
+    softmax: whether the product's elements pass through a softmax.
+    """
+
+    name: str
+    kernel: str
+    when: str
+    count: Quantity
+    matmul: tuple[Quantity, Quantity, Quantity]
+    moves: tuple[str, ...]
+    softmax: bool = False
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("scores", "blocks", "every", M, (B_Q, D, B_K), ("qhat", "k"), softmax=True),
+    Stage("a", "blocks", "every", M, (B_Q, B_K, D), ("k", "a", "c")),
+    Stage("y", "blocks", "last", M, (B_Q, B_K, D_V), ("v", "y")),
+    Stage("logits", "offsets", "every", B_Q, (M, D, M), ("q", "a", "c"), softmax=True),
+    Stage("next qhat", "offsets", "before", B_Q, (M, M, D), ("q", "qhat")),
+    Stage("z", "offsets", "last", B_Q, (M, M, D_V), ("y", "z")),
+)
+
+TENSORS: dict[str, Quantity] = {
+    "q": H * N_Q * D * ITEM,
+    "k": H_KV * N_K * D * ITEM,
+    "v": H_KV * N_K * D_V * ITEM,
+    "z": H * N_Q * D_V * ITEM,
+    "qhat": H * N_Q * D * ITEM,
+    "a": H * M * B_Q * D * ITEM,
+    "y": H * M * B_Q * D_V * ITEM,
+    "c": H * M * B_Q * 4,
+}
+"""Bytes of each tensor for one batch element; `c` is kept in float32."""
+
+
+def exact_cost(ir: MonarchAttention) -> Cost:
+    """Cost of exact attention at the site of `ir`, as one fused kernel: each tensor crosses memory once."""
+    return _substituted(exact_formula(), ir)
+
+
+def monarch_cost(ir: MonarchAttention) -> Cost:
+    """Cost of the Monarch form of `ir`, two kernels an iteration, padding to whole blocks included."""
+    return _substituted(monarch_formula(), ir)
+
+
+@lru_cache(maxsize=1)
+def exact_formula() -> Cost:
+    """Exact attention in the symbols of this module: q k^T, a softmax and the product with v."""
+    products = _product(H, (N_Q, D, N_K)) + _product(H, (N_Q, N_K, D_V))
+    moved = sum(TENSORS[name] for name in ("q", "k", "v", "z"))
+    return Cost(E * products, E * moved, E * H * N_Q * N_K)
+
+
+@lru_cache(maxsize=2)
+def monarch_formula(tiled: bool = False) -> Cost:
+    """The Monarch form in the symbols of this module: T iterations, the last of which gives the output.
+
+    With `tiled`, each product's block dimensions are rounded up to whole tiles of the symbol `tile`.
+    """
+    repeats = {"every": T, "last": 1, "before": T - 1}
+    shape = _whole_tiles if tiled else tuple
+    flops = sum(repeats[s.when] * _product(H * s.count, shape(s.matmul)) for s in STAGES)
+    exps = sum(repeats[s.when] * H * s.count * s.matmul[0] * s.matmul[2] for s in STAGES if s.softmax)
+    moved = _moved("last") + (T - 1) * _moved("before")
+    return Cost(*(sympy.expand(E * total) for total in (flops, moved, exps)))
+
+
+def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | None = None) -> Prediction:
+    """Predicted times of the site of `ir` on `device`; `hints` gives a value for each symbolic size.
+
+    Raises:
+        InputError: a size is symbolic and has no hint.
+    """
+    sizes = _numbers(ir, hints or {})
+    return Prediction(*(launch + work for launch, work in _times(sizes, device, ir.dtype)))
+
+
+@lru_cache(maxsize=1024)
+def choose_block_size(
+    *, seq_len: int, head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, num_iters: int = 1
+) -> int:
+    """The block size with the least predicted time for `seq_len` keys and as many queries; a pure function.
+
+    Candidates lie between half and twice sqrt(seq_len): every size on a CPU; 16, 32 and multiples of 64 on CUDA.
+    Times within 2% tie, and the largest tied block is taken: larger blocks approximate better. 1 <= result <= seq_len.
+    """
+    if seq_len < 1:
+        raise InputError(f"seq_len must be at least 1; found {seq_len}")
+    times = {}
+    for block in _candidates(seq_len, device.kind):
+        blocks = -(-seq_len // block)
+        one_head = (1, 1, 1, seq_len, seq_len, blocks, block, block, head_dim, value_dim, dtype.itemsize, num_iters)
+        times[block] = _times(one_head, device, dtype)[1][1]
+    fastest = min(times.values())
+    return max(block for block, seconds in times.items() if seconds <= fastest * TIE)
+
+
+def _candidates(seq_len: int, kind: str) -> list[int]:
+    root = math.isqrt(seq_len - 1) + 1
+    low, high = -(-root // 2), 2 * root
+    sizes = (16, 32, *range(64, high + 1, 64)) if kind == "cuda" else range(low, high + 1)
+    return [size for size in sizes if low <= size <= min(high, seq_len)] or [min(root, seq_len)]
+
+
+def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Quantity:
+    return 2 * count * math.prod(shape)
+
+
+def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
+    return tuple(TILE * sympy.ceiling(x / TILE) if x in (M, B_Q, B_K) else x for x in shape)
+
+
+def _moved(iteration: str) -> Quantity:
+    """Bytes of the tensors that cross the border of each kernel of the "last" iteration or of one "before" it."""
+    crossing = {(s.kernel, name) for s in STAGES if s.when in ("every", iteration) for name in s.moves}
+    return sum(TENSORS[name] for _, name in sorted(crossing))
+
+
+def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quantity, ...]:
+    """Values of the symbols E .. T for `ir`, where `value` turns a size into a number or an expression."""
+    rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
+    blocks = _ceil_div(keys, ir.block_size)
+    block_rows = ir.block_size if ir.seq_len_q == ir.seq_len_k else _ceil_div(rows, blocks)
+    heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
+    fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.num_iters)
+    return (*heads, rows, keys, blocks, block_rows, ir.block_size, *fixed)
+
+
+def _ceil_div(a: Quantity, b: Quantity) -> Quantity:
+    return -(-a // b) if isinstance(a, int) and isinstance(b, int) else sympy.ceiling(a / b)
+
+
+def _substituted(formula: Cost, ir: MonarchAttention) -> Cost:
+    sizes = _sizes(ir, lambda d: d if isinstance(d, int) else sympy.Symbol(d, positive=True, integer=True))
+    values = dict(zip(_SYMBOLS, sizes, strict=False))
+    exprs = (sympy.sympify(x).subs(values, simultaneous=True) for x in (formula.flops, formula.bytes, formula.exps))
+    return Cost(*(int(x) if x.is_number else x for x in exprs))
+
+
+def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> tuple[int, ...]:
+    def number(dim: Dim) -> int:
+        if isinstance(dim, int):
+            return dim
+        if dim not in hints:
+            raise InputError(f"size {dim!r} is symbolic and has no hint; hints are {dict(hints)}; found {ir}")
+        return hints[dim]
+
+    return _sizes(ir, number)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., tuple[float, ...]]:
+    exact, monarch = exact_formula(), monarch_formula(tiled=True)
+    exprs = [x for cost in (exact, monarch) for x in (cost.flops, cost.bytes, cost.exps)]
+    compiled: Callable[..., tuple[float, ...]] = sympy.lambdify(_SYMBOLS, exprs, modules="math")
+    return compiled
+
+
+def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    """(seconds to launch, seconds of work) of the exact and of the Monarch form; `sizes` are those of `_sizes`."""
+    values = _compiled()(*sizes, device.tile)
+    keys, blocks, block_keys, iters = sizes[4], sizes[5], sizes[7], sizes[11]
+    exact_flops, exact_bytes, _, flops, moved, exps = values
+    exact = device.seconds(exact_flops, exact_bytes, 0, dtype, exact=True)
+    monarch = device.seconds(flops, moved, exps, dtype, exact=False, padded=blocks * block_keys != keys)
+    return (device.exact_launch_s, exact), (device.launch_s * device.kernels_per_iter * iters, monarch)

@@ -1,0 +1,125 @@
+"""Descriptions of devices for the cost model: rates that were fitted to measurements, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from monarch_compile.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP per second that a form of attention reaches in its matrix products, by the size of an element."""
+
+    half: float
+    single: float
+    double: float
+
+    def of(self, dtype: torch.dtype) -> float:
+        """The rate for `dtype`, a floating type of 2, 4 or 8 bytes."""
+        return {2: self.half, 4: self.single, 8: self.double}[dtype.itemsize]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the cost model knows of a device.
+
+    kind: "cpu" or "cuda".
+    exact_flops, monarch_flops: rates of the fused exact kernel and of the Monarch form's smaller products.
+    bytes_per_s: memory bandwidth that kernels reach.
+    exps_per_s: softmax elements per second of the Monarch form, where they are passes of their own; inf where fused.
+    exact_launch_s, launch_s: fixed seconds of the exact kernel, and of each Monarch kernel.
+    kernels_per_iter: Monarch kernels in an iteration.
+    tile: matrix products are padded to multiples of this.
+    overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
+    pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
+    """
+
+    name: str
+    kind: str
+    exact_flops: Rates
+    monarch_flops: Rates
+    bytes_per_s: float
+    exps_per_s: float
+    exact_launch_s: float
+    launch_s: float
+    kernels_per_iter: int
+    tile: int
+    overlap: float
+    pad_penalty: float = 1.0
+
+    def seconds(
+        self, flops: float, moved: float, exps: float, dtype: torch.dtype, *, exact: bool, padded: bool = False
+    ) -> float:
+        """Seconds of work of one form, without launches: `flops`, `moved` bytes and `exps` softmax elements."""
+        rate = (self.exact_flops if exact else self.monarch_flops).of(dtype)
+        parts = (flops / rate, moved / self.bytes_per_s, exps / self.exps_per_s)
+        total: float = math.fsum(part**self.overlap for part in parts) ** (1 / self.overlap)
+        return total * (self.pad_penalty if padded else 1.0)
+
+
+DEVICES: dict[str, Device] = {
+    # Fitted to float32 on one thread of a 2.5 GHz AVX-512 server core (benchmarks/results/cpu_attention.json).
+    "cpu": Device(
+        name="cpu",
+        kind="cpu",
+        exact_flops=Rates(half=50e9, single=50e9, double=25e9),
+        monarch_flops=Rates(half=50e9, single=50e9, double=25e9),
+        bytes_per_s=5e9,
+        exps_per_s=0.3e9,
+        exact_launch_s=20e-6,
+        launch_s=50e-6,
+        kernels_per_iter=2,
+        tile=1,
+        overlap=1.0,
+    ),
+    # float16 fitted to CUDA-graph replays: cuDNN for exact attention, two streaming kernels for the Monarch form.
+    # The float32 and float64 rates are guesses on the careful side (equal for both forms), not measured.
+    "h200": Device(
+        name="h200",
+        kind="cuda",
+        exact_flops=Rates(half=450e12, single=40e12, double=20e12),
+        monarch_flops=Rates(half=320e12, single=40e12, double=20e12),
+        bytes_per_s=4.27e12,
+        exps_per_s=math.inf,
+        exact_launch_s=5e-6,
+        launch_s=3e-6,
+        kernels_per_iter=2,
+        tile=64,
+        overlap=2.0,
+    ),
+    # A data-centre GPU of no particular make: guesses, not measured.
+    "cuda": Device(
+        name="cuda",
+        kind="cuda",
+        exact_flops=Rates(half=150e12, single=15e12, double=7e12),
+        monarch_flops=Rates(half=90e12, single=12e12, double=5e12),
+        bytes_per_s=1.5e12,
+        exps_per_s=math.inf,
+        exact_launch_s=5e-6,
+        launch_s=4e-6,
+        kernels_per_iter=2,
+        tile=64,
+        overlap=2.0,
+    ),
+}
+
+_CUDA_NAMES = (("H200", "h200"), ("H100", "h200"))
+"""A substring of torch.cuda.get_device_name() and the description it selects; the first that fits."""
+
+
+def device_for(device_type: str, name: str | None = None) -> Device:
+    """The description of a device of `device_type` ("cpu" or "cuda"), `name` as torch.cuda.get_device_name() gives it.
+
+    Raises:
+        InputError: there is no description for this type of device.
+    """
+    if device_type == "cuda":
+        known = next((key for part, key in _CUDA_NAMES if part in (name or "")), "cuda")
+        return DEVICES[known]
+    if device_type == "cpu":
+        return DEVICES["cpu"]
+    raise InputError(f"device_type must be 'cpu' or 'cuda'; found {device_type!r}")

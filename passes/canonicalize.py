@@ -1,0 +1,140 @@
+"""Spellings folded before matching, so that the matcher sees fewer of them."""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from monarch_compile.passes.graph import VIEW_OPS, arg, aten, dtype_of, mutated_inputs, shape_of
+
+ALIASES: dict[OpOverload, OpOverload] = {
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.divide.Scalar: aten.div.Scalar,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.true_divide.Scalar: aten.div.Scalar,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.multiply.Scalar: aten.mul.Scalar,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.special_softmax.default: aten.softmax.int,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view.default: aten.reshape.default,
+    aten.logical_and.default: aten.bitwise_and.Tensor,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+}
+"""Op -> the spelling used from here on. `view` becomes `reshape`: a lowered site may have other strides than it had."""
+
+FUNCTIONAL: dict[OpOverload, OpOverload] = {
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.logical_not_.default: aten.logical_not.default,
+}
+"""In-place op -> its functional form, used where the written memory is private to the graph."""
+
+FRESH_OPS = frozenset(
+    {
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.zeros.default,
+        aten.ones.default,
+        aten.full.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.softmax.int,
+        aten.linear.default,
+        aten.logical_not.default,
+    }
+)
+"""Ops that always return memory of their own."""
+
+
+def fold_aliases(gm: GraphModule) -> int:
+    """Rename ops to one spelling each; returns how many changed."""
+    changed = 0
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in ALIASES:
+            both_bool = dtype_of(node) is torch.bool and all(
+                dtype_of(n) is torch.bool for n in node.all_input_nodes
+            )
+            if node.target is aten.logical_and.default and not both_bool:
+                continue
+            node.target = ALIASES[node.target]
+            changed += 1
+    return changed
+
+
+def drop_inactive_dropout(gm: GraphModule) -> int:
+    """Remove dropout that does nothing (eval, or p = 0)."""
+    changed = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target is not aten.dropout.default:
+            continue
+        source = node.args[0]
+        if (arg(node, 2, "train") and arg(node, 1, "p") != 0) or not isinstance(source, Node):
+            continue
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
+        changed += 1
+    return changed
+
+
+def functionalize_private_writes(gm: GraphModule) -> int:
+    """Make an in-place op functional where only the graph can see the memory it writes.
+
+    The written value must come from an op that owns its memory, and no view of it may exist before the write; later
+    readers of the old value are pointed at the new one. Anything else stays in place, and sites it touches are refused.
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    changed = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in FUNCTIONAL:
+            continue
+        base = node.args[0]
+        if not _is_private(base, node, order) or dtype_of(base) != _promoted(node) or shape_of(base) != shape_of(node):
+            continue
+        node.target = FUNCTIONAL[node.target]
+        later = [user for user in base.users if order[user] > order[node]]
+        for user in later:
+            user.replace_input_with(base, node)
+        changed += 1
+    return changed
+
+
+def _is_private(base: object, write: Node, order: dict[Node, int]) -> bool:
+    if not isinstance(base, Node) or base.op != "call_function" or base.target not in FRESH_OPS:
+        return False
+    before = [user for user in base.users if order[user] < order[write]]
+    return not any(user.target in VIEW_OPS or base in mutated_inputs(user) for user in before)
+
+
+def _promoted(node: Node) -> torch.dtype | None:
+    """The dtype the functional form would give; in-place ops keep the written tensor's."""
+    base, other = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if not isinstance(base, Node) or "masked_fill" in str(node.target) or other is None:
+        return dtype_of(base) if isinstance(base, Node) else None
+    tensors = [n for n in (base, other) if isinstance(n, Node)]
+    result: torch.dtype | None = torch.result_type(
+        torch.empty(_ones_of_rank(tensors[0]), dtype=dtype_of(tensors[0]), device="meta"),
+        torch.empty(_ones_of_rank(other), dtype=dtype_of(other), device="meta") if isinstance(other, Node) else other,
+    )
+    return result
+
+
+def _ones_of_rank(node: Node) -> tuple[int, ...]:
+    """A shape of ones with the node's rank: promotion treats 0-d tensors differently."""
+    return (1,) * len(shape_of(node))
+
+

@@ -1,0 +1,124 @@
+"""For each site: lower it, or keep it exact, and say why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from monarch_compile.config import MonarchConfig
+from monarch_compile.cost import MARGIN, Prediction, choose_block_size, predict
+from monarch_compile.decision import EXACT, LOWERED, Decision
+from monarch_compile.devices import Device, device_for
+from monarch_compile.ir import MonarchAttention
+from monarch_compile.passes.graph import dim_of, dtype_of, site_name, source_of
+from monarch_compile.passes.legality import Context, first_refusal
+from monarch_compile.passes.lowering import to_ir
+from monarch_compile.passes.masks import MaskFact
+from monarch_compile.passes.region import AttentionRegion, Missed, Site
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and what lowering needs to carry it out."""
+
+    decision: Decision
+    region: AttentionRegion | None = None
+    facts: tuple[MaskFact, ...] = ()
+    ir: MonarchAttention | None = None
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the site is to be rewritten."""
+        return self.decision.status == LOWERED
+
+
+def choose(site: Site, config: MonarchConfig) -> Choice:
+    """Decide about one site: matched? legal? worth it?"""
+    if isinstance(site, Missed):
+        return Choice(_decision(site.anchor, "match", site.code, site.reason, site.node))
+    context = Context.of(site, config)
+    kinds = sorted({fact.kind for fact in context.facts} - {"none"})
+    base = _describe(site, _decision(site.anchor, "legality", "", "", site.output), ",".join(kinds) or "none")
+    refusal = first_refusal(site, context)
+    if refusal is not None:
+        stage = "mask" if refusal.code.startswith("mask_") else "legality"
+        exact = replace(
+            base,
+            stage=stage,
+            code=refusal.code,
+            reason=refusal.reason,
+            node=refusal.node.name,
+            source=source_of(refusal.node),
+        )
+        return Choice(exact)
+    device = _device(site)
+    ir = to_ir(
+        site,
+        context.facts,
+        block_size=_block_size(site, config, device),
+        num_iters=config.num_iters,
+        init=config.init,
+        pad=config.pad,
+    )
+    decision = _weigh(replace(base, ir=ir, stage="cost"), predict(ir, device, _hints(site)), config)
+    return Choice(decision, site, context.facts, ir)
+
+
+def _weigh(decision: Decision, prediction: Prediction, config: MonarchConfig) -> Decision:
+    gain = f"{prediction.speedup:.2f}x"
+    if config.policy == "never":
+        return replace(decision, code="policy_never", reason="policy is 'never'")
+    if config.policy == "auto" and not prediction.pays:
+        reason = f"exact attention wins: predicted gain {gain}, below the margin of {MARGIN:g}x"
+        return replace(decision, code="cost_exact_wins", reason=reason)
+    reason = f"predicted {gain} against exact attention"
+    return replace(decision, status=LOWERED, stage="lowered", code="lowered", reason=reason)
+
+
+def _decision(anchor: Node, stage: str, code: str, reason: str, node: Node) -> Decision:
+    return Decision(
+        name=site_name(anchor),
+        status=EXACT,
+        stage=stage,
+        code=code,
+        reason=reason,
+        node=node.name,
+        source=source_of(node),
+        dtype=dtype_of(anchor),
+        device=anchor.meta["val"].device.type,
+    )
+
+
+def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decision:
+    q, k, v = (tuple(dim_of(n) for n in shape) for shape in (region.q_shape, region.k_shape, region.v_shape))
+    mask = "causal" if region.is_causal else mask
+    return replace(decision, q_shape=q, k_shape=k, v_shape=v, mask=mask, dtype=dtype_of(region.q.node))
+
+
+def _device(region: AttentionRegion) -> Device:
+    device = region.output.meta["val"].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    return device_for(device.type, name)
+
+
+def _block_size(region: AttentionRegion, config: MonarchConfig, device: Device) -> int:
+    """The option's, or the cost model's for a static length (legality has refused "auto" on a symbolic one)."""
+    if isinstance(config.block_size, int):
+        return config.block_size
+    return choose_block_size(
+        seq_len=region.k_shape[2],
+        head_dim=region.q_shape[3],
+        value_dim=region.v_shape[3],
+        dtype=region.q.node.meta["val"].dtype,
+        device=device,
+        num_iters=config.num_iters,
+    )
+
+
+def _hints(region: AttentionRegion) -> dict[str, int]:
+    """The sizes that symbolic dims had in the call that was captured."""
+    sizes: list[Any] = [*region.q_shape, *region.k_shape, *region.v_shape]
+    return {str(n): int(n.node.hint) for n in sizes if isinstance(n, torch.SymInt)}

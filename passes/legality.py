@@ -1,0 +1,211 @@
+"""May a region be lowered? A table of checks; each refusal has a code, a reason and a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from monarch_compile.config import MonarchConfig
+from monarch_compile.passes.graph import aten, dtype_of, mutated_inputs, storage_root
+from monarch_compile.passes.masks import MaskFact, classify
+from monarch_compile.passes.region import AttentionRegion, Operand
+
+MAX_HEAD_DIM = 256
+LOWERED_MASKS = ("none", "key_padding")
+DTYPES = {
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What checks may look at beside the region."""
+
+    config: MonarchConfig
+    order: dict[Node, int]
+    mutations: tuple[tuple[int, Node, Node], ...]
+    facts: tuple[MaskFact, ...]
+
+    @staticmethod
+    def of(region: AttentionRegion, config: MonarchConfig) -> Context:
+        nodes = list(region.output.graph.nodes)
+        order = {node: i for i, node in enumerate(nodes)}
+        writes = tuple((order[n], n, storage_root(base)) for n in nodes for base in mutated_inputs(n))
+        return Context(config, order, writes, tuple(classify(m) for m in region.masks))
+
+
+class Refusal(NamedTuple):
+    """Why a region stays exact."""
+
+    code: str
+    reason: str
+    node: Node
+
+
+class Check(NamedTuple):
+    """`refuse` returns None, or the reason (and the culprit, else the region's output)."""
+
+    code: str
+    refuse: Callable[[AttentionRegion, Context], str | tuple[str, Node] | None]
+
+
+def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
+    """The first check that refuses the region."""
+    for check in CHECKS:
+        found = check.refuse(region, context)
+        if found is not None:
+            reason, node = found if isinstance(found, tuple) else (found, region.output)
+            return Refusal(check.code, reason, node)
+    for fact in context.facts:
+        if fact.kind not in LOWERED_MASKS:
+            return Refusal(f"mask_{fact.kind}", fact.reason, fact.node)
+    return None
+
+
+def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:
+    return region.q, region.k, region.v
+
+
+def _lead_of(operand: Operand) -> list[Any]:
+    shape = operand.node.meta["val"].shape
+    return [1 if dim is None else shape[dim] for dim in operand.dims[:-2]]
+
+
+def _is_static(size: Any) -> bool:
+    return isinstance(size, int)
+
+
+def _check_gqa(region: AttentionRegion, context: Context) -> str | None:
+    heads = {str(_lead_of(x)[-1:]) for x in _operands(region)}
+    if region.enable_gqa and len(heads) > 1:
+        return "grouped-query attention (enable_gqa) is not lowered yet"
+    return None
+
+
+def _check_lead(region: AttentionRegion, context: Context) -> str | None:
+    for operand, lead in ((region.q, region.qk_lead), (region.k, region.qk_lead), (region.v, region.pv_lead)):
+        for own, whole in zip(_lead_of(operand), lead, strict=True):
+            if not (str(own) == str(whole) or (_is_static(own) and own == 1)):
+                return f"batch and head sizes do not fit together: {own} beside {whole}"
+    if len(region.qk_lead) > 2 or len(region.pv_lead) > 2:
+        return "attention over more than (batch, heads) leading dims is not lowered yet"
+    return None
+
+
+def _check_cross(region: AttentionRegion, context: Context) -> str | None:
+    n_q, n_k = region.q_shape[2], region.k_shape[2]
+    if str(n_q) != str(n_k):
+        return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}) is not lowered yet"
+    return None
+
+
+def _check_values(region: AttentionRegion, context: Context) -> str | None:
+    n_k, n_v = region.k_shape[2], region.v_shape[2]
+    return None if str(n_k) == str(n_v) else f"k has {n_k} rows and v has {n_v}"
+
+
+def _check_dims(region: AttentionRegion, context: Context) -> str | None:
+    sizes = {"num_heads": region.lead[1], "head_dim": region.q_shape[3], "value_dim": region.v_shape[3]}
+    for name, size in sizes.items():
+        if not _is_static(size):
+            return f"{name} is symbolic ({size})"
+    if region.output.meta["val"].device.type == "cuda":
+        for name in ("head_dim", "value_dim"):
+            if sizes[name] > MAX_HEAD_DIM:
+                return f"{name} {sizes[name]} is above {MAX_HEAD_DIM}, the most the kernels hold"
+    return None
+
+
+def _check_dynamic(region: AttentionRegion, context: Context) -> str | None:
+    if not _is_static(region.k_shape[2]) and context.config.block_size == "auto":
+        return "seq_len is symbolic and block_size is 'auto'; give block_size a number, or mark the length static"
+    return None
+
+
+def _check_device(region: AttentionRegion, context: Context) -> str | None:
+    kinds = {x.node.meta["val"].device.type for x in _operands(region)}
+    if len(kinds) > 1 or not kinds <= set(DTYPES):
+        return f"devices {sorted(kinds)}; kernels exist for {sorted(DTYPES)}"
+    return None
+
+
+def _check_dtype(region: AttentionRegion, context: Context) -> str | None:
+    found = {dtype_of(x.node) for x in _operands(region)}
+    allowed = DTYPES[region.q.node.meta["val"].device.type]
+    if len(found) > 1:
+        return f"q, k and v have different dtypes: {sorted(map(str, found))}"
+    if not found <= set(allowed):
+        return f"dtype {found.pop()}; kernels exist for {', '.join(map(str, allowed))}"
+    return None
+
+
+def _check_scale(region: AttentionRegion, context: Context) -> str | None:
+    return None if abs(region.scale) < float("inf") else f"the scale is {region.scale}"
+
+
+def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """A write to a region's inside or to what its masks are made of, or to q, k or v between first and last read."""
+    first = min(context.order[n] for n in region.interior)
+    last = context.order[region.output]
+    private = {storage_root(n) for n in region.interior} | {storage_root(n) for n in _mask_ancestors(region)}
+    shared = {storage_root(x.node) for x in _operands(region)}
+    for place, node, root in context.mutations:
+        if place < last and (root in private - shared or (root in shared and place > first)):
+            return f"{node.target} writes in place to memory that this attention reads", node
+    return None
+
+
+def _mask_ancestors(region: AttentionRegion) -> Iterator[Node]:
+    pending, seen = [m.node for m in region.masks], set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+            yield node
+
+
+def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """as_strided would read the lowered output by strides that it no longer has."""
+    for node in region.output.graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        if storage_root(node) is storage_root(region.output):
+            return "the output is read through as_strided", node
+    return None
+
+
+def _check_length(region: AttentionRegion, context: Context) -> str | None:
+    n_k = region.k_shape[2]
+    if _is_static(n_k) and n_k < context.config.min_seq_len:
+        return f"seq_len {n_k} is below min_seq_len {context.config.min_seq_len}"
+    return None
+
+
+def _check_masks_frame(region: AttentionRegion, context: Context) -> str | None:
+    ranks = {m.score_rank for m in region.masks}
+    rank = max(len(region.qk_lead), len(region.pv_lead), *(r - 2 for r in ranks), 0) + 2
+    if ranks and ranks != {rank}:
+        return "masks are applied both before and after the heads are merged into the batch"
+    return None
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("gqa", _check_gqa),
+    Check("rank", _check_lead),
+    Check("values_layout", _check_values),
+    Check("cross_attention", _check_cross),
+    Check("symbolic_dims", _check_dims),
+    Check("dynamic_seq_len", _check_dynamic),
+    Check("device", _check_device),
+    Check("dtype", _check_dtype),
+    Check("scale", _check_scale),
+    Check("mutation", _check_mutation),
+    Check("as_strided", _check_strided),
+    Check("mask_causal", lambda region, _: "causal attention is not lowered yet" if region.is_causal else None),
+    Check("mask_frame", _check_masks_frame),
+    Check("min_seq_len", _check_length),
+)

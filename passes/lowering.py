@@ -1,0 +1,134 @@
+"""A legal region becomes an IR value, and the IR a node of the Monarch attention op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.passes.graph import aten, dim_of, dtype_of, shape_of
+from monarch_compile.passes.masks import MaskFact
+from monarch_compile.passes.region import AttentionRegion, MaskTerm, Operand
+
+
+def to_ir(
+    region: AttentionRegion, facts: Iterable[MaskFact], *, block_size: int, num_iters: int, init: str, pad: str
+) -> MonarchAttention:
+    """The IR of a legal region. Raises IRError when the options break one of its rules."""
+    batch, heads = (dim_of(n) for n in region.lead)
+    masked = any(fact.kind == "key_padding" for fact in facts)
+    return MonarchAttention(
+        batch=batch,
+        num_heads=heads,
+        num_kv_heads=heads,
+        seq_len_q=dim_of(region.q_shape[2]),
+        seq_len_k=dim_of(region.k_shape[2]),
+        head_dim=int(region.q_shape[3]),
+        value_dim=int(region.v_shape[3]),
+        dtype=region.q.node.meta["val"].dtype,
+        block_size=block_size,
+        scale=region.scale,
+        num_iters=num_iters,
+        init=init,
+        pad=pad,
+        mask=MaskKind.KEY_PADDING if masked else MaskKind.NONE,
+    )
+
+
+def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttention) -> Node:
+    """Replace the region's output by the Monarch attention op; returns the op's node."""
+    graph, output = region.output.graph, region.output
+    with graph.inserting_before(output):
+        q = _operand(graph, region.q, region.qk_lead, region.lead)
+        k = _operand(graph, region.k, region.qk_lead, region.lead)
+        v = _operand(graph, region.v, region.pv_lead, region.lead)
+        masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind == "key_padding"]
+        key_mask = _key_mask(graph, masks, region)
+        arguments = (q, k, v, key_mask, ir.scale, ir.block_size, ir.num_iters, ir.init, ir.pad)
+        op = graph.call_function(ATTENTION_OP, arguments)
+        result = op
+        if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
+            sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, region.q_shape[2:3]), ir.value_dim]
+            result = graph.call_function(aten.reshape.default, (result, sizes))
+        if region.out_dims != tuple(range(len(region.out_dims))):
+            result = graph.call_function(aten.permute.default, (result, list(region.out_dims)))
+        if dtype_of(output) != ir.dtype:
+            result = graph.call_function(aten.to.dtype, (result, dtype_of(output)))
+    for node in _new_nodes(op, result):
+        node.meta = {key: output.meta[key] for key in CARRIED if key in output.meta}
+    result.meta["val"] = output.meta["val"]
+    output.replace_all_uses_with(result)
+    return op
+
+
+CARRIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+
+
+def _new_nodes(op: Node, result: Node) -> list[Node]:
+    nodes = [op]
+    while nodes[-1] is not result:
+        nodes.append(next(iter(nodes[-1].users)))
+    return nodes
+
+
+def _sizes(graph: Graph, sizes: Iterable[Any]) -> list[Any]:
+    """Sizes as graph arguments: symbolic ones are read off a node that has them."""
+    return [n if isinstance(n, int) else _symbolic_size(graph, n) for n in sizes]
+
+
+def _symbolic_size(graph: Graph, size: Any) -> Node:
+    """A node holding a symbolic size: a graph input, or a dim of an earlier tensor."""
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) == str(size):
+            return node
+        for dim, n in enumerate(shape_of(node)):
+            if isinstance(n, torch.SymInt) and str(n) == str(size):
+                return graph.call_function(aten.sym_size.int, (node, dim))
+    raise ValueError(f"no node has the symbolic size {size}")
+
+
+def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple[Any, Any]) -> Node:
+    """The operand as (batch, heads, seq_len, dim), by views wherever its layout allows."""
+    node, own = operand.node, shape_of(operand.node)
+    order = [dim for dim in operand.dims if dim is not None]
+    result = node if order == list(range(len(own))) else graph.call_function(aten.permute.default, (node, order))
+    for place, dim in enumerate(operand.dims):
+        if dim is None:
+            result = graph.call_function(aten.unsqueeze.default, (result, place))
+    leads = [1 if dim is None else own[dim] for dim in operand.dims[:-2]]
+    tail = [own[dim] for dim in operand.dims[-2:] if dim is not None]
+    if str(leads) != str(list(lead)):
+        result = graph.call_function(aten.expand.default, (result, [*_sizes(graph, lead), -1, -1]))
+    if str(list(lead)) != str(list(frame)):
+        sizes = [*_sizes(graph, frame), *_sizes(graph, tail)]
+        result = graph.call_function(aten.reshape.default, (result, sizes))
+    return result
+
+
+def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion) -> Node | None:
+    """(batch, seq_len_k) bool, True where a key is visible: each mask's first row, joined."""
+    joined: Node | None = None
+    for mask in masks:
+        row = _first_row(graph, mask, region)
+        joined = row if joined is None else graph.call_function(aten.bitwise_and.Tensor, (joined, row))
+    return joined
+
+
+def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion) -> Node:
+    """The mask read at query 0 and head 0, which the mask pass has proved to stand for all."""
+    row, rank = mask.node, len(shape_of(mask.node))
+    if rank >= 2:
+        row = graph.call_function(aten.select.int, (row, rank - 2, 0))
+    if rank >= 3 and mask.score_rank == 4:
+        row = graph.call_function(aten.select.int, (row, rank - 3, 0))
+    if mask.role == "drop":
+        row = graph.call_function(aten.logical_not.default, (row,))
+    elif mask.role == "add":
+        row = graph.call_function(aten.eq.Scalar, (row, 0))
+    sizes = _sizes(graph, (region.lead[0], region.k_shape[2]))
+    return graph.call_function(aten.expand.default, (row, sizes))
+

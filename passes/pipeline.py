@@ -1,0 +1,152 @@
+"""The passes, in order, and what a run of them leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+import monarch_compile
+from monarch_compile.config import MonarchConfig
+from monarch_compile.decision import LOWERED, Decision
+from monarch_compile.passes.attention import find_sites
+from monarch_compile.passes.canonicalize import drop_inactive_dropout, fold_aliases, functionalize_private_writes
+from monarch_compile.passes.capture import to_aten
+from monarch_compile.passes.choose import Choice, choose
+from monarch_compile.passes.debug import Dump
+from monarch_compile.passes.lowering import lower
+from monarch_compile.passes.region import Site
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The graph before (pre-dispatch ATen, canonical) and after lowering, and a decision for every site found."""
+
+    before: GraphModule
+    after: GraphModule
+    decisions: tuple[Decision, ...]
+
+    @property
+    def num_lowered(self) -> int:
+        """How many sites were lowered."""
+        return sum(d.status == LOWERED for d in self.decisions)
+
+
+@dataclass
+class State:
+    """What passes hand to each other."""
+
+    graph: GraphModule
+    config: MonarchConfig
+    before: GraphModule | None = None
+    sites: list[Site] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step; it changes the state and says what it did."""
+
+    name: str
+    run: Callable[[State], str]
+
+
+def _fold_aliases(state: State) -> str:
+    return f"{fold_aliases(state.graph)} ops renamed"
+
+
+def _drop_dropout(state: State) -> str:
+    return f"{drop_inactive_dropout(state.graph)} inactive dropouts removed"
+
+
+def _functionalize(state: State) -> str:
+    return f"{functionalize_private_writes(state.graph)} in-place ops made functional"
+
+
+def _match(state: State) -> str:
+    state.sites = find_sites(state.graph)
+    return f"{len(state.sites)} attention sites found"
+
+
+def _choose(state: State) -> str:
+    state.choices = [choose(site, state.config) for site in state.sites]
+    return f"{sum(c.ir is not None for c in state.choices)} sites to lower"
+
+
+def _lower(state: State) -> str:
+    if not any(c.lowers for c in state.choices):
+        return "nothing lowered"
+    state.before = _copy_graph(state.graph)
+    for choice in state.choices:
+        if choice.lowers:
+            lower(choice.region, choice.facts, choice.ir)
+    state.graph.graph.eliminate_dead_code(_is_impure)
+    return f"{sum(c.lowers for c in state.choices)} sites lowered"
+
+
+def _is_impure(node: Node) -> bool:
+    return bool(node.is_impure()) or "set_grad_enabled" in str(node.target) or "autocast" in str(node.target)
+
+
+PIPELINE: tuple[Pass, ...] = (
+    Pass("fold_aliases", _fold_aliases),
+    Pass("drop_inactive_dropout", _drop_dropout),
+    Pass("functionalize_private_writes", _functionalize),
+    Pass("match", _match),
+    Pass("choose", _choose),
+    Pass("lower", _lower),
+)
+
+
+def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite:
+    """Run the pipeline on a graph from Dynamo. `gm` itself is not changed."""
+    dump = Dump.from_environment()
+    state = State(to_aten(gm, example_inputs), config)
+    dump.graph("capture", state.graph)
+    for step in PIPELINE:
+        start = time.perf_counter()
+        outcome = step.run(state)
+        logger.debug("%s: %s (%.1f ms)", step.name, outcome, 1e3 * (time.perf_counter() - start))
+        state.graph.graph.lint()
+        dump.graph(step.name, state.graph)
+    state.graph.recompile()
+    decisions = tuple(c.decision for c in state.choices)
+    for decision in decisions:
+        logger.info("%s: %s [%s] %s", decision.name, decision.status, decision.code, decision.reason)
+    dump.decisions(decisions)
+    return Rewrite(state.before or state.graph, state.graph, decisions)
+
+
+def _copy_graph(gm: GraphModule) -> GraphModule:
+    """A copy that keeps nodes' metadata and shares parameters."""
+    graph = copy.copy(gm)
+    graph.graph = type(gm.graph)()
+    mapping: dict[Node, Node] = {}
+    result = graph.graph.graph_copy(gm.graph, mapping)
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    graph.graph.output(result)
+    new_output = next(iter(graph.graph.find_nodes(op="output")))
+    new_output.meta = dict(output.meta)
+    return graph
+
+
+@cache
+def source_digest() -> str:
+    """A hash of the package's sources and templates: part of every compile-cache key."""
+    root = Path(monarch_compile.__file__).parent
+    digest = hashlib.sha256()
+    for folder in (root, root / "passes", root / "codegen", root / "codegen" / "templates"):
+        for path in sorted(folder.glob("*.py*")):
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,140 @@
+"""The two matrix products of attention, in every spelling: matmul, bmm, baddbmm, einsum."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch.fx import Node
+
+from monarch_compile.passes.graph import arg, aten, shape_of
+from monarch_compile.passes.region import Operand
+
+
+class Scores(NamedTuple):
+    """alpha * q k^T + beta * bias."""
+
+    q: Operand
+    k: Operand
+    alpha: float = 1.0
+    bias: Node | None = None
+    beta: float = 1.0
+
+
+class Mixed(NamedTuple):
+    """probabilities @ v; the node's dims are `out_dims` of (*lead, seq_len_q, value_dim)."""
+
+    v: Operand
+    out_dims: tuple[int, ...]
+
+
+def _aligned(node: Node, rank: int, swap: bool = False) -> Operand:
+    """The node's dims against the right end of `rank` dims, the last two swapped for a transposed operand."""
+    own = list(range(len(shape_of(node))))
+    if swap:
+        own[-2:] = [own[-1], own[-2]]
+    return Operand(node, (*(None,) * (rank - len(own)), *own))
+
+
+def _matmul_scores(node: Node) -> Scores | None:
+    lhs, rhs = node.args[0], node.args[1]
+    rank = len(shape_of(node))
+    if not _are_matrices(lhs, rhs) or rank < 2:
+        return None
+    return Scores(_aligned(lhs, rank), _aligned(rhs, rank, swap=True))
+
+
+def _baddbmm_scores(node: Node) -> Scores | None:
+    bias, lhs, rhs = node.args[0], node.args[1], node.args[2]
+    beta, alpha = arg(node, 3, "beta", 1), arg(node, 4, "alpha", 1)
+    if not _are_matrices(lhs, rhs) or not all(isinstance(x, (int, float)) for x in (alpha, beta)):
+        return None
+    kept = bias if beta != 0 and isinstance(bias, Node) else None
+    return Scores(_aligned(lhs, 3), _aligned(rhs, 3, swap=True), float(alpha), kept, float(beta))
+
+
+def _einsum_scores(node: Node) -> Scores | None:
+    terms = einsum_terms(node)
+    if terms is None:
+        return None
+    (x, x_dims), (y, y_dims), out = terms
+    summed = [c for c in x_dims if c in y_dims and c not in out]
+    if len(summed) != 1 or len(out) < 2:
+        return None
+    row, column = out[-2], out[-1]
+    for (q, q_dims), (k, k_dims) in (((x, x_dims), (y, y_dims)), ((y, y_dims), (x, x_dims))):
+        extra = set(q_dims + k_dims) - set(out) - set(summed)
+        if row in q_dims and row not in k_dims and column in k_dims and column not in q_dims and not extra:
+            return Scores(_by_letter(q, q_dims, out[:-2] + row + summed[0]), _by_letter(k, k_dims, out[:-2] + column + summed[0]))
+    return None
+
+
+def _matmul_mixed(node: Node, probs: Node) -> Mixed | None:
+    lhs, rhs = node.args[0], node.args[1]
+    rank = len(shape_of(node))
+    if lhs is not probs or rhs is probs or not _are_matrices(lhs, rhs) or len(shape_of(probs)) != rank:
+        return None
+    return Mixed(_aligned(rhs, rank), tuple(range(rank)))
+
+
+def _einsum_mixed(node: Node, probs: Node) -> Mixed | None:
+    terms = einsum_terms(node)
+    if terms is None:
+        return None
+    (x, x_dims), (y, y_dims), out = terms
+    if (x is probs) == (y is probs):
+        return None
+    (p_dims, v, v_dims) = (x_dims, y, y_dims) if x is probs else (y_dims, x, x_dims)
+    lead, row, column = p_dims[:-2], p_dims[-2], p_dims[-1]
+    value = [c for c in v_dims if c not in p_dims]
+    if len(value) != 1 or column not in v_dims or row in v_dims or sorted(out) != sorted(lead + row + value[0]):
+        return None
+    frame = lead + row + value[0]
+    return Mixed(_by_letter(v, v_dims, lead + column + value[0]), tuple(frame.index(c) for c in out))
+
+
+def _by_letter(node: Node, own: str, wanted: str) -> Operand:
+    return Operand(node, tuple(own.index(c) if c in own else None for c in wanted))
+
+
+def _are_matrices(*nodes: object) -> bool:
+    return all(isinstance(n, Node) and len(shape_of(n)) >= 2 for n in nodes)
+
+
+def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] | None:
+    """Both operands with their letters and the output's letters, ellipses written out; None for anything unusual."""
+    equation, operands = node.args[0], node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+        return None
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if not arrow or len(inputs) != 2:
+        return None
+    nodes = [n for n in operands if isinstance(n, Node)]
+    spare = "".join(c for c in string.ascii_letters if c not in equation)
+    hidden = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(nodes, inputs, strict=True) if "..." in t]
+    width = max(hidden, default=0)
+    named = []
+    for n, t in zip(nodes, inputs, strict=True):
+        own = len(shape_of(n)) - len(t.replace("...", ""))
+        letters = t.replace("...", spare[width - own : width] if "..." in t else "")
+        if len(letters) != len(shape_of(n)) or len(set(letters)) != len(letters):
+            return None
+        named.append((n, letters))
+    out = out.replace("...", spare[:width])
+    return named[0], named[1], out
+
+
+SCORES: dict[object, Callable[[Node], Scores | None]] = {
+    aten.matmul.default: _matmul_scores,
+    aten.bmm.default: _matmul_scores,
+    aten.baddbmm.default: _baddbmm_scores,
+    aten.einsum.default: _einsum_scores,
+}
+
+MIXED: dict[object, Callable[[Node, Node], Mixed | None]] = {
+    aten.matmul.default: _matmul_mixed,
+    aten.bmm.default: _matmul_mixed,
+    aten.einsum.default: _einsum_mixed,
+}

@@ -1,0 +1,94 @@
+"""What matching finds: an attention region, or the nearest miss with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+
+class Miss(Exception):
+    """Matching stopped: `code` and `reason` say why, `node` where."""
+
+    def __init__(self, code: str, reason: str, node: Node) -> None:
+        super().__init__(f"{code}: {reason} ({node.name})")
+        self.code, self.reason, self.node = code, reason, node
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor seen as (*lead, seq_len, dim): `dims[i]` is the node's dim at place i, None a broadcast dim of size 1."""
+
+    node: Node
+    dims: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One mask on the scores. role: "keep" (bool, True stays), "drop" (bool, True goes), "add" (added to the scores).
+
+    `score_rank` is the rank of the scores it is broadcast to; `gain` multiplies an added mask (a scale applied later).
+    """
+
+    node: Node
+    role: str
+    score_rank: int
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class AttentionRegion:
+    """softmax(scale * q k^T, masked) v, as found in the graph.
+
+    `lead` are the leading dims (batch, heads) that the lowered form uses: two sizes. `qk_lead` and `pv_lead` are the
+    leading dims of the two products as written. `output` is the node to replace; its dims are `out_dims` of
+    (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite.
+    """
+
+    anchor: Node
+    output: Node
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float
+    masks: tuple[MaskTerm, ...]
+    lead: tuple[Any, Any]
+    qk_lead: tuple[Any, ...]
+    pv_lead: tuple[Any, ...]
+    out_dims: tuple[int, ...]
+    interior: tuple[Node, ...]
+    is_causal: bool = False
+    enable_gqa: bool = False
+
+    def _size(self, operand: Operand, place: int) -> Any:
+        dim = operand.dims[place]
+        return 1 if dim is None else operand.node.meta["val"].shape[dim]
+
+    @property
+    def q_shape(self) -> tuple[Any, ...]:
+        """(batch, num_heads, seq_len_q, head_dim)."""
+        return (*self.lead, self._size(self.q, -2), self._size(self.q, -1))
+
+    @property
+    def k_shape(self) -> tuple[Any, ...]:
+        """(batch, num_heads, seq_len_k, head_dim)."""
+        return (*self.lead, self._size(self.k, -2), self._size(self.k, -1))
+
+    @property
+    def v_shape(self) -> tuple[Any, ...]:
+        """(batch, num_heads, seq_len_k, value_dim)."""
+        return (*self.lead, self._size(self.v, -2), self._size(self.v, -1))
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A softmax that looks like attention and could not be read as a region."""
+
+    anchor: Node
+    code: str
+    reason: str
+    node: Node
+
+
+Site = AttentionRegion | Missed
