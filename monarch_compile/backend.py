@@ -20,7 +20,7 @@ CHOSEN = ("cost_exact_wins", "policy_never", "min_seq_len")
 """Codes of sites kept exact because the user or the cost model wanted so; strict mode accepts them."""
 
 
-class CacheKey(CustomGraphPass):
+class CacheKey(CustomGraphPass):  # type: ignore[misc]
     """A pass that does nothing but put our sources and options into the key of every compile cache."""
 
     def __init__(self, config: MonarchConfig) -> None:
@@ -56,9 +56,11 @@ def monarch(
     config, patches = parse_options(options, mode)
     lowered = _rewrite(gm, example_inputs, config)
     if lowered is None:
-        return compile_fx(gm, example_inputs, config_patches=patches or None)
-    patches.setdefault("joint_custom_pre_pass", CacheKey(config))
-    return compile_fx(lowered, example_inputs, config_patches=patches)
+        lowered = gm
+    else:
+        patches.setdefault("joint_custom_pre_pass", CacheKey(config))
+    compiled: Callable[..., Any] = compile_fx(lowered, example_inputs, config_patches=patches or None)
+    return compiled
 
 
 def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> GraphModule | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from monarch_compile.cost import choose_block_size, predict
 from monarch_compile.devices import DEVICES
+from monarch_compile.functional import monarch_attention
 from monarch_compile.ir import MonarchAttention
 from monarch_compile.version import __version__
 
@@ -33,6 +36,9 @@ class Timing:
     p50: float
     p80: float
     runs: int
+
+    def __str__(self) -> str:
+        return f"{self.p50:.2f} [{self.p20:.2f}, {self.p80:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,20 @@ def environment() -> dict[str, Any]:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    names = (
+        [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def cpu_attention(
-    seq_lens: Sequence[int] = SEQ_LENS, *, num_heads: int = 12, head_dim: int = 64, block_size: int | None = None,
+    seq_lens: Sequence[int] = SEQ_LENS,
+    *,
+    num_heads: int = 12,
+    head_dim: int = 64,
+    block_size: int | None = None,
     seconds: float = 2.0,
 ) -> Iterator[Row]:
     """Time scaled_dot_product_attention against Monarch attention, both compiled by Inductor: float32, one thread."""
@@ -115,32 +129,53 @@ def cpu_attention(
             yield _cpu_row((1, num_heads, seq_len, head_dim), block_size, seconds)
 
 
+def run(
+    seq_lens: Sequence[int] | None = None, *, long: bool = False, seconds: float = 2.0, json_path: Path | None = None
+) -> list[Row]:
+    """Run `cpu_attention`, print a table as rows come in, and write rows and machine to `json_path`."""
+    with one_thread():
+        machine = environment()
+    print(f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}; float32, median [p20, p80] in ms")
+    print(f"{'(batch, heads, N, D)':>20} {'block':>5}  {'exact':>26}  {'monarch':>26}  {'faster':>7} {'predicted':>9}")
+    rows = []
+    for row in cpu_attention(seq_lens or (LONG_SEQ_LENS if long else SEQ_LENS), seconds=seconds):
+        rows.append(row)
+        print(
+            f"{row.shape!s:>20} {row.block_size:>5}  {row.exact!s:>26}  {row.monarch!s:>26}  "
+            f"{row.speedup:>6.2f}x {row.predicted_speedup:>8.2f}x",
+            flush=True,
+        )
+    if json_path is not None:
+        content = {"machine": machine, "rows": [asdict(row) | {"speedup": row.speedup} for row in rows]}
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
 def _cpu_row(shape: tuple[int, int, int, int], block_size: int | None, seconds: float) -> Row:
     batch, heads, seq_len, dim = shape
     generator = torch.Generator().manual_seed(seq_len)
     # As a projection leaves them: (batch, seq, heads, dim) in memory.
     q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
     cpu = DEVICES["cpu"]
-    block = block_size or choose_block_size(
-        seq_len=seq_len, head_dim=dim, value_dim=dim, dtype=q.dtype, device=cpu
-    )
+    block = block_size or choose_block_size(seq_len=seq_len, head_dim=dim, value_dim=dim, dtype=q.dtype, device=cpu)
     ir = MonarchAttention(batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim))
-    exact = torch.compile(_exact, dynamic=False)
-    monarch = torch.compile(_monarch(block), dynamic=False)
-    error = (monarch(q, k, v) - _monarch(block)(q.double(), k.double(), v.double())).abs().max().item()
+    exact, monarch = _compiled({}), _compiled({"policy": "always", "block_size": block, "strict": True})
+    eager = monarch_attention(q.double(), k.double(), v.double(), block_size=block)
+    error = (monarch(q, k, v) - eager).abs().max().item()
     calls = {"exact": lambda: exact(q, k, v), "monarch": lambda: monarch(q, k, v)}
     times = time_interleaved(calls, seconds)
     return Row(shape, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+def _compiled(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention compiled with the backend's `options`, or by stock Inductor where there are none."""
 
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-def _monarch(block_size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from monarch_compile.functional import monarch_attention
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return monarch_attention(q, k, v, block_size=block_size)
-
-    return run
+    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__)
+    compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(
+        fresh, backend="monarch" if options else "inductor", options=options or None, dynamic=False
+    )
+    return compiled

@@ -25,7 +25,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _one_of(allowed: tuple[str, ...]) -> OptionRule:
-    return OptionRule(lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}")
+    return OptionRule(
+        lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}"
+    )
 
 
 OPTION_RULES: dict[str, OptionRule] = {

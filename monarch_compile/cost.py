@@ -8,7 +8,7 @@ Everything here is a pure function of its arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ Quantity = Any
 
 MARGIN = 1.1
 """The Monarch form is worth lowering to only where it is predicted to be this many times faster."""
-TIE = 1.02
+TIE = 1.05
 """Block sizes whose predicted times differ by less than this factor tie; the largest is taken, for its quality."""
 
 _SYMBOLS = sympy.symbols("E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True)
@@ -110,12 +110,21 @@ TENSORS: dict[str, Quantity] = {
 
 def exact_cost(ir: MonarchAttention) -> Cost:
     """Cost of exact attention at the site of `ir`, as one fused kernel: each tensor crosses memory once."""
-    return _substituted(exact_formula(), ir)
+    return _symbolic_or_counted(ir)[0]
+
+
+def exact_cost_of_shapes(
+    q_shape: tuple[Dim, ...], k_shape: tuple[Dim, ...], v_shape: tuple[Dim, ...], dtype: torch.dtype
+) -> Cost:
+    """Cost of exact attention between tensors (batch, heads, seq_len, dim): for sites that have no IR."""
+    (batch, heads, rows, dim), (_, kv_heads, keys, _), value_dim = q_shape, k_shape, v_shape[3]
+    sizes = (batch, heads, kv_heads, rows, keys, dim, value_dim, dtype.itemsize)
+    return _evaluated(exact_formula(), (E, H, H_KV, N_Q, N_K, D, D_V, ITEM), sizes)
 
 
 def monarch_cost(ir: MonarchAttention) -> Cost:
     """Cost of the Monarch form of `ir`, two kernels an iteration, padding to whole blocks included."""
-    return _substituted(monarch_formula(), ir)
+    return _symbolic_or_counted(ir)[1]
 
 
 @lru_cache(maxsize=1)
@@ -137,7 +146,7 @@ def monarch_formula(tiled: bool = False) -> Cost:
     flops = sum(repeats[s.when] * _product(H * s.count, shape(s.matmul)) for s in STAGES)
     exps = sum(repeats[s.when] * H * s.count * s.matmul[0] * s.matmul[2] for s in STAGES if s.softmax)
     moved = _moved("last") + (T - 1) * _moved("before")
-    return Cost(*(sympy.expand(E * total) for total in (flops, moved, exps)))
+    return Cost(*(E * total for total in (flops, moved, exps)))
 
 
 def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | None = None) -> Prediction:
@@ -157,7 +166,7 @@ def choose_block_size(
     """The block size with the least predicted time for `seq_len` keys and as many queries; a pure function.
 
     Candidates lie between half and twice sqrt(seq_len): every size on a CPU; 16, 32 and multiples of 64 on CUDA.
-    Times within 2% tie, and the largest tied block is taken: larger blocks approximate better. 1 <= result <= seq_len.
+    Times within 5% tie, and the largest tied block is taken: larger blocks approximate better. 1 <= result <= seq_len.
     """
     if seq_len < 1:
         raise InputError(f"seq_len must be at least 1; found {seq_len}")
@@ -205,9 +214,22 @@ def _ceil_div(a: Quantity, b: Quantity) -> Quantity:
     return -(-a // b) if isinstance(a, int) and isinstance(b, int) else sympy.ceiling(a / b)
 
 
-def _substituted(formula: Cost, ir: MonarchAttention) -> Cost:
-    sizes = _sizes(ir, lambda d: d if isinstance(d, int) else sympy.Symbol(d, positive=True, integer=True))
-    values = dict(zip(_SYMBOLS, sizes, strict=False))
+def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
+    """(exact, Monarch) cost of `ir`; plain arithmetic where every size is a number, which is far faster."""
+    sizes = _sizes(ir, _symbolic)
+    if all(isinstance(size, int) for size in sizes):
+        counts = _compiled()(*sizes, 1)
+        return Cost(*counts[:3]), Cost(*counts[3:])
+    exact, monarch = (_evaluated(formula, _SYMBOLS, sizes) for formula in (exact_formula(), monarch_formula()))
+    return exact, monarch
+
+
+def _symbolic(size: Quantity) -> Quantity:
+    return sympy.Symbol(size, positive=True, integer=True) if isinstance(size, str) else size
+
+
+def _evaluated(formula: Cost, symbols: Sequence[Quantity], sizes: Sequence[Quantity]) -> Cost:
+    values = dict(zip(symbols, map(_symbolic, sizes), strict=False))
     exprs = (sympy.sympify(x).subs(values, simultaneous=True) for x in (formula.flops, formula.bytes, formula.exps))
     return Cost(*(int(x) if x.is_number else x for x in exprs))
 
@@ -224,10 +246,10 @@ def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., tuple[float, ...]]:
+def _compiled() -> Callable[..., tuple[int, ...]]:
     exact, monarch = exact_formula(), monarch_formula(tiled=True)
     exprs = [x for cost in (exact, monarch) for x in (cost.flops, cost.bytes, cost.exps)]
-    compiled: Callable[..., tuple[float, ...]] = sympy.lambdify(_SYMBOLS, exprs, modules="math")
+    compiled: Callable[..., tuple[int, ...]] = sympy.lambdify(_SYMBOLS, exprs, modules="math")
     return compiled
 
 
@@ -236,6 +258,11 @@ def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[
     values = _compiled()(*sizes, device.tile)
     keys, blocks, block_keys, iters = sizes[4], sizes[5], sizes[7], sizes[11]
     exact_flops, exact_bytes, _, flops, moved, exps = values
-    exact = device.seconds(exact_flops, exact_bytes, 0, dtype, exact=True)
-    monarch = device.seconds(flops, moved, exps, dtype, exact=False, padded=blocks * block_keys != keys)
-    return (device.exact_launch_s, exact), (device.launch_s * device.kernels_per_iter * iters, monarch)
+    padding = device.pad_penalty if blocks * block_keys != keys else 1.0
+    return (
+        (device.exact.launch_s, device.seconds(device.exact, exact_flops, exact_bytes, 0, dtype)),
+        (
+            device.monarch.launch_s * device.kernels_per_iter * iters,
+            device.seconds(device.monarch, flops, moved, exps, dtype) * padding,
+        ),
+    )

@@ -24,69 +24,68 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How fast a device runs one form of attention.
+
+    flops: rates of its matrix products. bytes_per_s: memory bandwidth that its kernels reach.
+    exps_per_s: softmax elements per second where they are passes of their own; inf where they are fused.
+    launch_s: fixed seconds of each kernel.
+    """
+
+    flops: Rates
+    bytes_per_s: float
+    exps_per_s: float = math.inf
+    launch_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Device:
     """What the cost model knows of a device.
 
     kind: "cpu" or "cuda".
-    exact_flops, monarch_flops: rates of the fused exact kernel and of the Monarch form's smaller products.
-    bytes_per_s: memory bandwidth that kernels reach.
-    exps_per_s: softmax elements per second of the Monarch form, where they are passes of their own; inf where fused.
-    exact_launch_s, launch_s: fixed seconds of the exact kernel, and of each Monarch kernel.
+    exact, monarch: rates of the two forms.
     kernels_per_iter: Monarch kernels in an iteration.
-    tile: matrix products are padded to multiples of this.
+    tile: the Monarch form's matrix products are padded to multiples of this.
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     """
 
     name: str
     kind: str
-    exact_flops: Rates
-    monarch_flops: Rates
-    bytes_per_s: float
-    exps_per_s: float
-    exact_launch_s: float
-    launch_s: float
+    exact: Form
+    monarch: Form
     kernels_per_iter: int
     tile: int
     overlap: float
     pad_penalty: float = 1.0
 
-    def seconds(
-        self, flops: float, moved: float, exps: float, dtype: torch.dtype, *, exact: bool, padded: bool = False
-    ) -> float:
-        """Seconds of work of one form, without launches: `flops`, `moved` bytes and `exps` softmax elements."""
-        rate = (self.exact_flops if exact else self.monarch_flops).of(dtype)
-        parts = (flops / rate, moved / self.bytes_per_s, exps / self.exps_per_s)
+    def seconds(self, form: Form, flops: float, moved: float, exps: float, dtype: torch.dtype) -> float:
+        """Seconds of work of a form, without launches: `flops`, `moved` bytes and `exps` softmax elements."""
+        parts = (flops / form.flops.of(dtype), moved / form.bytes_per_s, exps / form.exps_per_s)
         total: float = math.fsum(part**self.overlap for part in parts) ** (1 / self.overlap)
-        return total * (self.pad_penalty if padded else 1.0)
+        return total
 
 
 DEVICES: dict[str, Device] = {
-    # Fitted to float32 on one thread of a 2.5 GHz AVX-512 server core (benchmarks/results/cpu_attention.json).
+    # Fitted to float32 on one thread of a 2.5 GHz AVX-512 server core (benchmarks/results/cpu_attention.json); other
+    # types are guesses. The low bandwidth stands for the copies that the reference makes between its products.
     "cpu": Device(
         name="cpu",
         kind="cpu",
-        exact_flops=Rates(half=50e9, single=50e9, double=25e9),
-        monarch_flops=Rates(half=50e9, single=50e9, double=25e9),
-        bytes_per_s=5e9,
-        exps_per_s=0.3e9,
-        exact_launch_s=20e-6,
-        launch_s=50e-6,
+        exact=Form(Rates(half=55e9, single=55e9, double=27e9), bytes_per_s=10e9, launch_s=100e-6),
+        monarch=Form(Rates(half=45e9, single=45e9, double=22e9), bytes_per_s=2.3e9, exps_per_s=0.5e9, launch_s=50e-6),
         kernels_per_iter=2,
         tile=1,
         overlap=1.0,
+        pad_penalty=1.05,
     ),
     # float16 fitted to CUDA-graph replays: cuDNN for exact attention, two streaming kernels for the Monarch form.
     # The float32 and float64 rates are guesses on the careful side (equal for both forms), not measured.
     "h200": Device(
         name="h200",
         kind="cuda",
-        exact_flops=Rates(half=450e12, single=40e12, double=20e12),
-        monarch_flops=Rates(half=320e12, single=40e12, double=20e12),
-        bytes_per_s=4.27e12,
-        exps_per_s=math.inf,
-        exact_launch_s=5e-6,
-        launch_s=3e-6,
+        exact=Form(Rates(half=450e12, single=40e12, double=20e12), bytes_per_s=4.27e12, launch_s=5e-6),
+        monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=4.27e12, launch_s=3e-6),
         kernels_per_iter=2,
         tile=64,
         overlap=2.0,
@@ -95,12 +94,8 @@ DEVICES: dict[str, Device] = {
     "cuda": Device(
         name="cuda",
         kind="cuda",
-        exact_flops=Rates(half=150e12, single=15e12, double=7e12),
-        monarch_flops=Rates(half=90e12, single=12e12, double=5e12),
-        bytes_per_s=1.5e12,
-        exps_per_s=math.inf,
-        exact_launch_s=5e-6,
-        launch_s=4e-6,
+        exact=Form(Rates(half=150e12, single=15e12, double=7e12), bytes_per_s=1.5e12, launch_s=5e-6),
+        monarch=Form(Rates(half=90e12, single=12e12, double=5e12), bytes_per_s=1.5e12, launch_s=4e-6),
         kernels_per_iter=2,
         tile=64,
         overlap=2.0,

@@ -50,7 +50,8 @@ def monarch_attention(
     key_mask = None if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    return attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad)
+    output: Tensor = attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad)
+    return output
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

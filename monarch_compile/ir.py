@@ -78,7 +78,7 @@ class MonarchAttention:
     @property
     def num_blocks(self) -> int | None:
         """Number of blocks M, or None while seq_len_k is symbolic."""
-        return -(-self.seq_len_k // self.block_size) if isinstance(self.seq_len_k, int) else None
+        return -(-self.seq_len_k // self.block_size) if isinstance(self.seq_len_k, int) and self.block_size else None
 
     @property
     def block_size_q(self) -> int | None:

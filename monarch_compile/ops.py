@@ -54,11 +54,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     scale, block_size, num_iters, init, pad = ctx.options
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference(
-            q, k, v, key_mask, scale=scale, block_size=block_size, num_iters=num_iters, init=init, pad=pad
-        )
+        return reference(q, k, v, key_mask, scale=scale, block_size=block_size, num_iters=num_iters, init=init, pad=pad)
 
-    _, vjp = torch.func.vjp(forward, q, k, v)
+    vjp = torch.func.vjp(forward, q, k, v)[1]
     return (*vjp(grad), None, None, None, None, None, None)
 
 

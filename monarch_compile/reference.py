@@ -34,8 +34,10 @@ def reference(
         q, k, v = q.float(), k.float(), v.float()
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     num_blocks = -(-seq_len_k // block_size)
-    block_size_q = -(-seq_len_q // num_blocks)
-    q, k, v = (_to_blocks(x, num_blocks, size, pad) for x, size in ((q, block_size_q), (k, block_size), (v, block_size)))
+    block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
+    q, k, v = (
+        _to_blocks(x, num_blocks, size, pad) for x, size in ((q, block_size_q), (k, block_size), (v, block_size))
+    )
     visible = _visible_keys(k, seq_len_k, block_size, num_blocks, pad, key_mask)
     row_is_real = _real_rows(q, seq_len_q, pad)
 
@@ -68,7 +70,7 @@ def _bmm(x: Tensor, y: Tensor, *, transposed: bool = False) -> Tensor:
     torch.matmul would lay out a transposed operand anew; a transposed view costs a batched product nothing.
     """
     x3, y3 = x.flatten(0, 2), y.flatten(0, 2)
-    return torch.bmm(x3, y3.mT if transposed else y3).unflatten(0, x.shape[:3])
+    return torch.unflatten(torch.bmm(x3, y3.mT if transposed else y3), 0, x.shape[:3])
 
 
 def _to_blocks(x: Tensor, num_blocks: int, size: int, pad: str) -> Tensor:

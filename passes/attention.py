@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.graph import arg, aten, normal_dim, shape_of
-from monarch_compile.passes.products import MIXED, SCORES, Scores
+from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
+from monarch_compile.passes.products import MIXED, SCORES, Scores, simplify
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site
 
 SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
@@ -51,7 +51,7 @@ def find_sites(gm: GraphModule) -> list[Site]:
 
 
 def _from_sdpa(node: Node) -> AttentionRegion:
-    q, k, v = node.args[:3]
+    q, k, v = inputs(node)[:3]
     mask, dropout_p = arg(node, 3, "attn_mask"), arg(node, 4, "dropout_p", 0.0)
     scale = node.kwargs.get("scale")
     if dropout_p != 0:
@@ -60,7 +60,9 @@ def _from_sdpa(node: Node) -> AttentionRegion:
         raise Miss("scale_not_constant", "the scale is not a constant", node)
     rank = len(shape_of(q))
     if rank not in (2, 3, 4) or any(len(shape_of(x)) != rank for x in (k, v)):
-        raise Miss("rank", f"q, k and v must share a rank of 2 to 4; found {[len(shape_of(x)) for x in (q, k, v)]}", node)
+        raise Miss(
+            "rank", f"q, k and v must share a rank of 2 to 4; found {[len(shape_of(x)) for x in (q, k, v)]}", node
+        )
     lead = shape_of(q)[:-2]
     masks = []
     if isinstance(mask, Node):
@@ -88,13 +90,16 @@ def _from_sdpa(node: Node) -> AttentionRegion:
 def _from_softmax(anchor: Node) -> AttentionRegion:
     rank = len(shape_of(anchor))
     if rank < 2 or normal_dim(arg(anchor, 1, "dim"), rank) != rank - 1:
-        raise Miss("softmax_dim", f"softmax runs over dim {arg(anchor, 1, 'dim')}, not over the keys (the last dim)", anchor)
+        raise Miss(
+            "softmax_dim", f"softmax runs over dim {arg(anchor, 1, 'dim')}, not over the keys (the last dim)", anchor
+        )
     walk = Walk()
-    scores_node, scores = _peel_up(anchor.args[0], walk)
+    scores_node, scores = _peel_up(inputs(anchor)[0], walk)
     output, below = _peel_down(anchor)
     mixed = MIXED[output.target](output, below[-1])
     if mixed is None:
         raise Miss("values_layout", "the product with the values has a layout that is not understood", output)
+    (q, q_scale), (k, k_scale) = (simplify(x, constant_of) for x in (scores.q, scores.k))
     interior = (*walk.seen, anchor, *below[1:])
     _require_single_use(walk.seen, {*interior, output})
     leads = [shape_of(n)[:-2] for n in interior]
@@ -102,10 +107,10 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
     return AttentionRegion(
         anchor=anchor,
         output=output,
-        q=scores.q,
-        k=scores.k,
+        q=q,
+        k=k,
         v=mixed.v,
-        scale=walk.scale * scores.alpha,
+        scale=walk.scale * scores.alpha * q_scale * k_scale,
         masks=tuple(walk.masks),
         lead=_frame(leads),
         qk_lead=shape_of(scores_node)[:-2],
@@ -162,7 +167,7 @@ def _peel_add(node: Node, walk: Walk) -> tuple[Node, Scores]:
     if node.kwargs.get("alpha", 1) != 1:
         raise Miss("scores_op", "a mask is added with alpha != 1", node)
     misses: list[tuple[int, Miss]] = []
-    for scores_side, mask_side in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+    for scores_side, mask_side in ((inputs(node)[0], inputs(node)[1]), (inputs(node)[1], inputs(node)[0])):
         if not isinstance(scores_side, Node) or shape_of(scores_side) != shape_of(node):
             continue
         attempt = walk.copy()
@@ -186,7 +191,7 @@ def constant_of(value: Any) -> float | None:
         return float(value)
     if not isinstance(value, Node) or value.op != "call_function" or shape_of(value) not in ((), (1,)):
         return _attribute_constant(value)
-    operands = [constant_of(a) for a in value.args if isinstance(a, (Node, int, float))]
+    operands = [constant_of(a) for a in inputs(value) if isinstance(a, (Node, int, float))]
     rule = CONSTANT_OPS.get(value.target)
     return rule(operands) if rule is not None and None not in operands else None
 
@@ -204,6 +209,7 @@ CONSTANT_OPS: dict[object, Callable[[list[Any]], float | None]] = {
     aten.lift_fresh_copy.default: lambda xs: xs[0],
     aten.clone.default: lambda xs: xs[0],
     aten.detach.default: lambda xs: xs[0],
+    aten.detach_.default: lambda xs: xs[0],
     aten.alias.default: lambda xs: xs[0],
     aten.to.dtype: lambda xs: xs[0],
     aten.sqrt.default: lambda xs: math.sqrt(xs[0]) if xs[0] >= 0 else None,
@@ -220,18 +226,22 @@ def _up_cast(node: Node, walk: Walk) -> Any:
     value = node.meta["val"]
     if not value.dtype.is_floating_point:
         raise Miss("scores_op", f"the scores are cast to {value.dtype}", node)
-    return node.args[0]
+    return inputs(node)[0]
 
 
 def _up_view(node: Node, walk: Walk) -> Any:
     if not _keeps_matrix(node):
         raise Miss("scores_view", "the scores are reshaped across rows or keys", node)
-    return node.args[0]
+    return inputs(node)[0]
 
 
 def _up_scale(node: Node, walk: Walk) -> Any:
     divide = node.target in (aten.div.Tensor, aten.div.Scalar)
-    pairs = [(node.args[0], node.args[1])] if divide else [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
+    pairs = (
+        [(inputs(node)[0], inputs(node)[1])]
+        if divide
+        else [(inputs(node)[0], inputs(node)[1]), (inputs(node)[1], inputs(node)[0])]
+    )
     for scores, factor in pairs:
         number = constant_of(factor)
         if number is not None and isinstance(scores, Node) and number != 0 and math.isfinite(number):
@@ -241,12 +251,12 @@ def _up_scale(node: Node, walk: Walk) -> Any:
 
 
 def _up_masked_fill(node: Node, walk: Walk) -> Any:
-    _add_bool_mask(node, walk, node.args[1], "drop", node.args[2])
-    return node.args[0]
+    _add_bool_mask(node, walk, inputs(node)[1], "drop", inputs(node)[2])
+    return inputs(node)[0]
 
 
 def _up_where(node: Node, walk: Walk) -> Any:
-    condition, kept, other = node.args
+    condition, kept, other = inputs(node)
     if constant_of(other) is not None:
         _add_bool_mask(node, walk, condition, "keep", other)
         return kept
@@ -269,7 +279,7 @@ DROPPED = -1e4
 
 def _keeps_matrix(node: Node) -> bool:
     """Whether a view leaves the last two dims alone."""
-    before, after = shape_of(node.args[0]), shape_of(node)
+    before, after = shape_of(inputs(node)[0]), shape_of(node)
     if len(before) < 2 or len(after) < 2:
         return False
     return str(before[-2:]) == str(after[-2:]) and (math.prod(before[:-2]) == math.prod(after[:-2]))
@@ -347,5 +357,5 @@ def _feeds_product(anchor: Node) -> bool:
         if any(u.target in MIXED for u in users):
             return True
         seen.update(users)
-        frontier = [u for u in users if u.args and isinstance(u.args[0], Node) and _keeps_matrix(u)]
+        frontier = [u for u in users if inputs(u) and isinstance(inputs(u)[0], Node) and _keeps_matrix(u)]
     return False

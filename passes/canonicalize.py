@@ -6,7 +6,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.graph import VIEW_OPS, arg, aten, dtype_of, mutated_inputs, shape_of
+from monarch_compile.passes.graph import VIEW_OPS, arg, aten, dtype_of, inputs, mutated_inputs, shape_of
 
 ALIASES: dict[OpOverload, OpOverload] = {
     aten.divide.Tensor: aten.div.Tensor,
@@ -66,9 +66,7 @@ def fold_aliases(gm: GraphModule) -> int:
     changed = 0
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in ALIASES:
-            both_bool = dtype_of(node) is torch.bool and all(
-                dtype_of(n) is torch.bool for n in node.all_input_nodes
-            )
+            both_bool = dtype_of(node) is torch.bool and all(dtype_of(n) is torch.bool for n in node.all_input_nodes)
             if node.target is aten.logical_and.default and not both_bool:
                 continue
             node.target = ALIASES[node.target]
@@ -82,7 +80,7 @@ def drop_inactive_dropout(gm: GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target is not aten.dropout.default:
             continue
-        source = node.args[0]
+        source = inputs(node)[0]
         if (arg(node, 2, "train") and arg(node, 1, "p") != 0) or not isinstance(source, Node):
             continue
         node.replace_all_uses_with(source)
@@ -91,18 +89,41 @@ def drop_inactive_dropout(gm: GraphModule) -> int:
     return changed
 
 
+def fill_by_shape(gm: GraphModule) -> int:
+    """Give `zeros_like(x)` and its kind their shape outright, so that they no longer hold on to x."""
+    changed = 0
+    for node in list(gm.graph.nodes):
+        shape = shape_of(node)
+        if node.op != "call_function" or node.target not in LIKE_FILLS or not all(isinstance(n, int) for n in shape):
+            continue
+        fill = arg(node, 1, "fill_value") if LIKE_FILLS[node.target] is None else LIKE_FILLS[node.target]
+        value = node.meta["val"]
+        node.target, node.args = aten.full.default, (list(shape), fill)
+        node.kwargs = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+        changed += 1
+    return changed
+
+
+LIKE_FILLS: dict[object, int | None] = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+}
+"""Fills that take their shape from a tensor, and what they fill with (None: their second input)."""
+
+
 def functionalize_private_writes(gm: GraphModule) -> int:
     """Make an in-place op functional where only the graph can see the memory it writes.
 
-    The written value must come from an op that owns its memory, and no view of it may exist before the write; later
-    readers of the old value are pointed at the new one. Anything else stays in place, and sites it touches are refused.
+    The written value must come from an op that owns its memory, through views that nothing else reads, and no other
+    view of it may exist before the write; later readers of the old value are pointed at the new one. Anything else stays in place, and sites it touches are refused.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     changed = 0
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in FUNCTIONAL:
             continue
-        base = node.args[0]
+        base = inputs(node)[0]
         if not _is_private(base, node, order) or dtype_of(base) != _promoted(node) or shape_of(base) != shape_of(node):
             continue
         node.target = FUNCTIONAL[node.target]
@@ -114,7 +135,12 @@ def functionalize_private_writes(gm: GraphModule) -> int:
 
 
 def _is_private(base: object, write: Node, order: dict[Node, int]) -> bool:
-    if not isinstance(base, Node) or base.op != "call_function" or base.target not in FRESH_OPS:
+    if not isinstance(base, Node):
+        return False
+    owner = base
+    while owner.target in VIEW_OPS and isinstance(parent := inputs(owner)[0], Node) and len(parent.users) == 1:
+        owner = parent
+    if owner.op != "call_function" or owner.target not in FRESH_OPS:
         return False
     before = [user for user in base.users if order[user] < order[write]]
     return not any(user.target in VIEW_OPS or base in mutated_inputs(user) for user in before)
@@ -122,7 +148,7 @@ def _is_private(base: object, write: Node, order: dict[Node, int]) -> bool:
 
 def _promoted(node: Node) -> torch.dtype | None:
     """The dtype the functional form would give; in-place ops keep the written tensor's."""
-    base, other = node.args[0], node.args[1] if len(node.args) > 1 else None
+    base, other = inputs(node)[0], inputs(node)[1] if len(inputs(node)) > 1 else None
     if not isinstance(base, Node) or "masked_fill" in str(node.target) or other is None:
         return dtype_of(base) if isinstance(base, Node) else None
     tensors = [n for n in (base, other) if isinstance(n, Node)]
@@ -136,5 +162,3 @@ def _promoted(node: Node) -> torch.dtype | None:
 def _ones_of_rank(node: Node) -> tuple[int, ...]:
     """A shape of ones with the node's rank: promotion treats 0-d tensors differently."""
     return (1,) * len(shape_of(node))
-
-

@@ -36,7 +36,7 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 def _fakify(x: Any, fake_mode: FakeTensorMode, context: TracingContext | None) -> Any:
     if not isinstance(x, torch.Tensor) or (isinstance(x, FakeTensor) and x.fake_mode is fake_mode):
         return x
-    symbolic = context.tensor_to_context.get(x) if context is not None else None
+    symbolic = context.tensor_to_context.get(x) if context is not None else None  # type: ignore[no-untyped-call]
     return fake_mode.from_tensor(x, static_shapes=None if symbolic is not None else True, symbolic_context=symbolic)
 
 

@@ -25,6 +25,8 @@ VIEW_OPS = frozenset(
         aten.transpose.int,
         aten.permute.default,
         aten.t.default,
+        aten.mT.default,
+        aten.adjoint.default,
         aten.select.int,
         aten.slice.Tensor,
         aten.narrow.default,
@@ -44,6 +46,11 @@ VIEW_OPS = frozenset(
     }
 )
 """Ops whose output may share memory with their first input (`contiguous` and `to` may return their input)."""
+
+
+def inputs(node: Node) -> tuple[Any, ...]:
+    """A node's positional arguments, untyped: which hold nodes is known from the op."""
+    return node.args
 
 
 def arg(node: Node, index: int, name: str, default: Any = None) -> Any:

@@ -149,13 +149,14 @@ def _check_scale(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """A write to a region's inside or to what its masks are made of, or to q, k or v between first and last read."""
-    first = min(context.order[n] for n in region.interior)
+    """A write to what the region or its masks are made of, or to q, k or v after they were computed."""
     last = context.order[region.output]
     private = {storage_root(n) for n in region.interior} | {storage_root(n) for n in _mask_ancestors(region)}
-    shared = {storage_root(x.node) for x in _operands(region)}
+    computed = [(storage_root(x.node), context.order[x.node]) for x in _operands(region)]
+    private -= {root for root, _ in computed}
     for place, node, root in context.mutations:
-        if place < last and (root in private - shared or (root in shared and place > first)):
+        stale = any(root is own and place > since for own, since in computed)
+        if place < last and (root in private or stale):
             return f"{node.target} writes in place to memory that this attention reads", node
     return None
 

@@ -49,7 +49,7 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind == "key_padding"]
         key_mask = _key_mask(graph, masks, region)
         arguments = (q, k, v, key_mask, ir.scale, ir.block_size, ir.num_iters, ir.init, ir.pad)
-        op = graph.call_function(ATTENTION_OP, arguments)
+        op: Node = graph.call_function(ATTENTION_OP, arguments)
         result = op
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
             sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, region.q_shape[2:3]), ir.value_dim]
@@ -87,7 +87,8 @@ def _symbolic_size(graph: Graph, size: Any) -> Node:
             return node
         for dim, n in enumerate(shape_of(node)):
             if isinstance(n, torch.SymInt) and str(n) == str(size):
-                return graph.call_function(aten.sym_size.int, (node, dim))
+                read: Node = graph.call_function(aten.sym_size.int, (node, dim))
+                return read
     raise ValueError(f"no node has the symbolic size {size}")
 
 
@@ -131,4 +132,3 @@ def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion) -> Node:
         row = graph.call_function(aten.eq.Scalar, (row, 0))
     sizes = _sizes(graph, (region.lead[0], region.k_shape[2]))
     return graph.call_function(aten.expand.default, (row, sizes))
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,12 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from monarch_compile.passes.attention import DROPPED, constant_of
-from monarch_compile.passes.graph import arg, aten, dtype_of, normal_dim, shape_of
+from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, shape_of
 from monarch_compile.passes.region import MaskTerm
 
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 Index = tuple[Any, ...]
-MAX_ATOMS = 6
+MAX_CONDITIONS = 6
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _classify_added(term: MaskTerm, expression: Any) -> MaskFact:
             else "a bias is added to the scores, which a Monarch matrix cannot hold"
         )
         return MaskFact(kind, why, term.node)
-    return _classify_keep(term.node, _conditions(expression))
+    return _classify_keep(term.node, _where_zero(expression))
 
 
 def _classify_keep(node: Node, keep: Any) -> MaskFact:
@@ -89,7 +89,11 @@ REFUSED_KINDS = {
 def _conjunct_kind(part: Any) -> str:
     if not part.free_symbols & {Q, H}:
         return "key_padding"
-    if isinstance(part, sympy.core.relational.Relational) and not part.has(sympy.Function) and H not in part.free_symbols:
+    if (
+        isinstance(part, sympy.core.relational.Relational)
+        and not part.has(sympy.Function)
+        and H not in part.free_symbols
+    ):
         slope = sympy.diff(part.lhs - part.rhs, Q), sympy.diff(part.lhs - part.rhs, K)
         below = isinstance(part, (sympy.Le, sympy.Lt))
         if slope in ((-1, 1), (1, -1)) and isinstance(part, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
@@ -102,49 +106,51 @@ def _conjunct_kind(part: Any) -> str:
 
 def _not_binary(expression: Any, gain: float) -> str | None:
     """None when every value is 0 or hides a key; else why not: "opaque" (unknown values) or "bias"."""
-    atoms = sorted(_atoms(expression), key=str)
-    if len(atoms) > MAX_ATOMS:
+    conditions = _conditions(expression)
+    if len(conditions) > MAX_CONDITIONS:
         return "opaque"
-    for truth in itertools.product((True, False), repeat=len(atoms)):
-        value = _under(expression, atoms, truth)
-        if value.has(sympy.Function) or value.free_symbols & {Q, K, H, B}:
-            return "opaque" if value.has(sympy.Function) else "bias"
-        if not (value == 0 or (value.is_number and bool(value * gain <= DROPPED))):
+    for _, value in _cases(expression, conditions):
+        if value.has(sympy.Function):
+            return "opaque"
+        if value.free_symbols or not (value == 0 or value * gain <= DROPPED):
             return "bias"
     return None
 
 
-def _atoms(expression: Any) -> set[Any]:
-    """The conditions that decide the expression's value."""
-    found: set[Any] = set()
+def _where_zero(expression: Any) -> Any:
+    """The condition under which a binary expression is 0."""
+    cases = (case for case, value in _cases(expression, _conditions(expression)) if value == 0)
+    return sympy.simplify_logic(sympy.Or(*cases))
+
+
+def _conditions(expression: Any) -> list[Any]:
+    """The comparisons that decide the expression's value, one of each that say the same or the opposite."""
+    found: list[Any] = []
     for piecewise in expression.atoms(sympy.Piecewise):
         for _, condition in piecewise.args:
-            found |= {a for a in sympy.preorder_traversal(condition) if _is_atom(a)}
+            for comparison in sorted(condition.atoms(sympy.core.relational.Relational), key=str):
+                if not any(comparison in (*_same_as(c), *_same_as(c.negated)) for c in found):
+                    found.append(comparison)
     return found
 
 
-def _is_atom(e: Any) -> bool:
-    return isinstance(e, (sympy.core.relational.Relational, sympy.Symbol)) and isinstance(e, Boolean)
+def _same_as(comparison: Any) -> tuple[Any, Any]:
+    return comparison, comparison.reversed
 
 
-def _under(expression: Any, atoms: list[Any], truth: tuple[bool, ...]) -> Any:
-    """The expression where each atom is true or false; an equality that holds also replaces its left side."""
-    replaced = {atom: sympy.true if held else sympy.false for atom, held in zip(atoms, truth, strict=True)}
-    value = expression.xreplace(replaced)
-    for atom, held in zip(atoms, truth, strict=True):
-        if isinstance(atom, sympy.Ne if not held else sympy.Eq):
-            value = value.xreplace({atom.lhs: atom.rhs})
-    return sympy.sympify(value).doit()
-
-
-def _conditions(expression: Any) -> Any:
-    """A boolean with the same dependencies as "the expression is 0"."""
-    atoms = sorted(_atoms(expression), key=str)
-    cases = []
-    for truth in itertools.product((True, False), repeat=len(atoms)):
-        if _under(expression, atoms, truth) == 0:
-            cases.append(sympy.And(*(a if held else sympy.Not(a) for a, held in zip(atoms, truth, strict=True))))
-    return sympy.simplify_logic(sympy.Or(*cases)) if len(atoms) <= MAX_ATOMS else sympy.Or(*cases)
+def _cases(expression: Any, conditions: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Every combination of the conditions with the value it gives; an equality that holds replaces its left side."""
+    for truth in itertools.product((True, False), repeat=len(conditions)):
+        held = [c if true else c.negated for c, true in zip(conditions, truth, strict=True)]
+        replaced: dict[Any, Any] = {}
+        for c in held:
+            replaced.update(dict.fromkeys(_same_as(c), sympy.true))
+            replaced.update(dict.fromkeys(_same_as(c.negated), sympy.false))
+        value = sympy.sympify(expression.xreplace(replaced)).doit()
+        for c in held:
+            if isinstance(c, sympy.Eq):
+                value = value.xreplace({c.lhs: c.rhs})
+        yield sympy.And(*held), sympy.sympify(value).doit()
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -157,10 +163,15 @@ def _broadcast(node: Any, index: Index) -> Index:
     return tuple(sympy.Integer(0) if isinstance(n, int) and n == 1 else i for n, i in zip(shape, tail, strict=True))
 
 
+def _is_condition(value: Any) -> bool:
+    """Whether a value is a truth value; sympy counts every plain symbol as one."""
+    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
+
+
 def _as_bool(value: Any) -> Any:
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
-    if isinstance(value, Boolean):
+    if _is_condition(value):
         return value
     if isinstance(value, sympy.Piecewise):
         branches = [(_as_bool(e), c) for e, c in value.args]
@@ -172,7 +183,7 @@ def _as_bool(value: Any) -> Any:
 
 
 def _as_number(value: Any) -> Any:
-    if isinstance(value, Boolean):
+    if _is_condition(value):
         return sympy.Piecewise((1, value), (0, True))
     return sympy.sympify(value)
 
@@ -185,7 +196,7 @@ class _Evaluator:
 
     def value(self, node: Any, index: Index) -> Any:
         if not isinstance(node, Node):
-            return sympy.sympify(node)
+            return _as_bool(node) if isinstance(node, bool) else _number(float(node))
         key = (node, index)
         if key not in self._known:
             self._known[key] = self._compute(node, index)
@@ -206,7 +217,7 @@ class _Evaluator:
 
     def operand(self, node: Node, place: int, index: Index) -> Any:
         """The element of an elementwise op's operand."""
-        given = node.args[place]
+        given = inputs(node)[place]
         return self.value(given, _broadcast(given, index))
 
 
@@ -220,11 +231,11 @@ Rule = Callable[[_Evaluator, Node, Index], Any]
 def _same(e: _Evaluator, n: Node, i: Index) -> Any:
     """A copy or a cast; a cast that may round or wrap is followed only for values it keeps."""
     value = e.operand(n, 0, i)
-    source, target = dtype_of(n.args[0]), dtype_of(n)
+    source, target = dtype_of(inputs(n)[0]), dtype_of(n)
     if target == torch.bool:
         return _as_bool(value)
     value = _as_number(value)
-    if target == source or target in EXACT_CASTS and not (source in FLOATS and target not in FLOATS):
+    if target == source or (target in EXACT_CASTS and not (source in FLOATS and target not in FLOATS)):
         return value
     leaves = [x for x, _ in value.args] if isinstance(value, sympy.Piecewise) else [value]
     return value if all(x.is_number and (x in (0, 1) or (target in FLOATS and x <= DROPPED)) for x in leaves) else None
@@ -246,17 +257,19 @@ def _logical(combine: Callable[..., Any]) -> Rule:
     def rule(e: _Evaluator, n: Node, i: Index) -> Any:
         if dtype_of(n) != torch.bool:
             return None
-        return combine(*(_as_bool(e.operand(n, place, i)) for place in range(len(n.args))))
+        return combine(*(_as_bool(e.operand(n, place, i)) for place in range(len(inputs(n)))))
 
     return rule
 
 
 def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
     def rule(e: _Evaluator, n: Node, i: Index) -> Any:
-        if n.kwargs.get("alpha", 1) != 1 or len(n.args) != 2:
+        if n.kwargs.get("alpha", 1) != 1 or len(inputs(n)) != 2:
             return None
         x, y = (_as_number(e.operand(n, place, i)) for place in (0, 1))
-        result = sympy.piecewise_fold(combine(x, y)) if x.has(sympy.Piecewise) or y.has(sympy.Piecewise) else combine(x, y)
+        result = (
+            sympy.piecewise_fold(combine(x, y)) if x.has(sympy.Piecewise) or y.has(sympy.Piecewise) else combine(x, y)
+        )
         return _as_bool(result) if dtype_of(n) == torch.bool else result
 
     return rule
@@ -271,7 +284,8 @@ def _where(condition: Any, x: Any, y: Any, is_bool: bool) -> Any:
 
 
 def _rule_where(e: _Evaluator, n: Node, i: Index) -> Any:
-    return _where(*(e.operand(n, place, i) for place in range(3)), dtype_of(n) == torch.bool)
+    condition, x, y = (e.operand(n, place, i) for place in range(3))
+    return _where(condition, x, y, dtype_of(n) == torch.bool)
 
 
 def _rule_masked_fill(e: _Evaluator, n: Node, i: Index) -> Any:
@@ -295,7 +309,7 @@ def _rule_full(place: int) -> Rule:
 
 
 def _rule_arange(e: _Evaluator, n: Node, i: Index) -> Any:
-    start = n.args[0] if n.target is not aten.arange.default else 0
+    start = inputs(n)[0] if n.target is not aten.arange.default else 0
     step = arg(n, 2, "step", 1) if n.target is aten.arange.start_step else 1
     if not isinstance(start, int) or not isinstance(step, int):
         return None
@@ -307,30 +321,30 @@ def _rule_expand(e: _Evaluator, n: Node, i: Index) -> Any:
 
 
 def _rule_unsqueeze(e: _Evaluator, n: Node, i: Index) -> Any:
-    dim = normal_dim(n.args[1], len(i))
-    return e.value(n.args[0], i[:dim] + i[dim + 1 :])
+    dim = normal_dim(inputs(n)[1], len(i))
+    return e.value(inputs(n)[0], i[:dim] + i[dim + 1 :])
 
 
 def _rule_transpose(e: _Evaluator, n: Node, i: Index) -> Any:
     order = list(i)
-    x, y = (normal_dim(d, len(i)) for d in n.args[1:3])
+    x, y = (normal_dim(d, len(i)) for d in inputs(n)[1:3])
     order[x], order[y] = order[y], order[x]
-    return e.value(n.args[0], tuple(order))
+    return e.value(inputs(n)[0], tuple(order))
 
 
 def _rule_permute(e: _Evaluator, n: Node, i: Index) -> Any:
     order: list[Any] = [None] * len(i)
-    for place, dim in enumerate(n.args[1]):
+    for place, dim in enumerate(inputs(n)[1]):
         order[normal_dim(dim, len(i))] = i[place]
-    return e.value(n.args[0], tuple(order))
+    return e.value(inputs(n)[0], tuple(order))
 
 
 def _rule_select(e: _Evaluator, n: Node, i: Index) -> Any:
-    rank = len(shape_of(n.args[0]))
-    dim, at = normal_dim(n.args[1], rank), n.args[2]
+    rank = len(shape_of(inputs(n)[0]))
+    dim, at = normal_dim(inputs(n)[1], rank), inputs(n)[2]
     if not isinstance(at, int) or at < 0:
         return None
-    return e.value(n.args[0], (*i[:dim], sympy.Integer(at), *i[dim:]))
+    return e.value(inputs(n)[0], (*i[:dim], sympy.Integer(at), *i[dim:]))
 
 
 def _rule_slice(e: _Evaluator, n: Node, i: Index) -> Any:
@@ -338,23 +352,27 @@ def _rule_slice(e: _Evaluator, n: Node, i: Index) -> Any:
     start, step = arg(n, 2, "start") or 0, arg(n, 4, "step", 1)
     if not isinstance(start, int) or start < 0 or not isinstance(step, int):
         return None
-    return e.value(n.args[0], (*i[:dim], start + step * i[dim], *i[dim + 1 :]))
+    return e.value(inputs(n)[0], (*i[:dim], start + step * i[dim], *i[dim + 1 :]))
 
 
 def _rule_reshape(e: _Evaluator, n: Node, i: Index) -> Any:
     """Only a reshape that adds or drops dims of size 1."""
-    before, after = shape_of(n.args[0]), shape_of(n)
+    before, after = shape_of(inputs(n)[0]), shape_of(n)
     kept = [index for size, index in zip(after, i, strict=True) if not (isinstance(size, int) and size == 1)]
     if [str(s) for s in before if s != 1] != [str(s) for s in after if s != 1]:
         return None
     source = iter(kept)
-    return e.value(n.args[0], tuple(sympy.Integer(0) if isinstance(s, int) and s == 1 else next(source) for s in before))
+    return e.value(
+        inputs(n)[0], tuple(sympy.Integer(0) if isinstance(s, int) and s == 1 else next(source) for s in before)
+    )
 
 
 def _rule_index(e: _Evaluator, n: Node, i: Index) -> Any:
     """Gather with an index tensor for every dim. A negative index wraps, so one that may be is not followed."""
-    source, indices = n.args[0], n.args[1]
-    if len(indices) != len(shape_of(source)) or any(not isinstance(x, Node) or dtype_of(x) == torch.bool for x in indices):
+    source, indices = inputs(n)[0], inputs(n)[1]
+    if len(indices) != len(shape_of(source)) or any(
+        not isinstance(x, Node) or dtype_of(x) == torch.bool for x in indices
+    ):
         return None
     at = tuple(_as_number(e.value(x, _broadcast(x, i))) for x in indices)
     return e.value(source, at) if all(a.is_nonnegative for a in at) else e.opaque(n, at)

@@ -18,7 +18,12 @@ import monarch_compile
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.passes.attention import find_sites
-from monarch_compile.passes.canonicalize import drop_inactive_dropout, fold_aliases, functionalize_private_writes
+from monarch_compile.passes.canonicalize import (
+    drop_inactive_dropout,
+    fill_by_shape,
+    fold_aliases,
+    functionalize_private_writes,
+)
 from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
@@ -69,6 +74,10 @@ def _drop_dropout(state: State) -> str:
     return f"{drop_inactive_dropout(state.graph)} inactive dropouts removed"
 
 
+def _fill_by_shape(state: State) -> str:
+    return f"{fill_by_shape(state.graph)} fills given their shape"
+
+
 def _functionalize(state: State) -> str:
     return f"{functionalize_private_writes(state.graph)} in-place ops made functional"
 
@@ -88,7 +97,7 @@ def _lower(state: State) -> str:
         return "nothing lowered"
     state.before = _copy_graph(state.graph)
     for choice in state.choices:
-        if choice.lowers:
+        if choice.lowers and choice.region is not None and choice.ir is not None:
             lower(choice.region, choice.facts, choice.ir)
     state.graph.graph.eliminate_dead_code(_is_impure)
     return f"{sum(c.lowers for c in state.choices)} sites lowered"
@@ -101,6 +110,7 @@ def _is_impure(node: Node) -> bool:
 PIPELINE: tuple[Pass, ...] = (
     Pass("fold_aliases", _fold_aliases),
     Pass("drop_inactive_dropout", _drop_dropout),
+    Pass("fill_by_shape", _fill_by_shape),
     Pass("functionalize_private_writes", _functionalize),
     Pass("match", _match),
     Pass("choose", _choose),

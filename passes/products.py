@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-from monarch_compile.passes.graph import arg, aten, shape_of
+from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, shape_of
 from monarch_compile.passes.region import Operand
 
 
@@ -38,7 +38,7 @@ def _aligned(node: Node, rank: int, swap: bool = False) -> Operand:
 
 
 def _matmul_scores(node: Node) -> Scores | None:
-    lhs, rhs = node.args[0], node.args[1]
+    lhs, rhs = inputs(node)[0], inputs(node)[1]
     rank = len(shape_of(node))
     if not _are_matrices(lhs, rhs) or rank < 2:
         return None
@@ -46,7 +46,7 @@ def _matmul_scores(node: Node) -> Scores | None:
 
 
 def _baddbmm_scores(node: Node) -> Scores | None:
-    bias, lhs, rhs = node.args[0], node.args[1], node.args[2]
+    bias, lhs, rhs = inputs(node)[0], inputs(node)[1], inputs(node)[2]
     beta, alpha = arg(node, 3, "beta", 1), arg(node, 4, "alpha", 1)
     if not _are_matrices(lhs, rhs) or not all(isinstance(x, (int, float)) for x in (alpha, beta)):
         return None
@@ -66,12 +66,13 @@ def _einsum_scores(node: Node) -> Scores | None:
     for (q, q_dims), (k, k_dims) in (((x, x_dims), (y, y_dims)), ((y, y_dims), (x, x_dims))):
         extra = set(q_dims + k_dims) - set(out) - set(summed)
         if row in q_dims and row not in k_dims and column in k_dims and column not in q_dims and not extra:
-            return Scores(_by_letter(q, q_dims, out[:-2] + row + summed[0]), _by_letter(k, k_dims, out[:-2] + column + summed[0]))
+            lead, inner = out[:-2], summed[0]
+            return Scores(_by_letter(q, q_dims, lead + row + inner), _by_letter(k, k_dims, lead + column + inner))
     return None
 
 
 def _matmul_mixed(node: Node, probs: Node) -> Mixed | None:
-    lhs, rhs = node.args[0], node.args[1]
+    lhs, rhs = inputs(node)[0], inputs(node)[1]
     rank = len(shape_of(node))
     if lhs is not probs or rhs is probs or not _are_matrices(lhs, rhs) or len(shape_of(probs)) != rank:
         return None
@@ -104,19 +105,19 @@ def _are_matrices(*nodes: object) -> bool:
 
 def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] | None:
     """Both operands with their letters and the output's letters, ellipses written out; None for anything unusual."""
-    equation, operands = node.args[0], node.args[1]
+    equation, operands = inputs(node)[0], inputs(node)[1]
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     left, arrow, out = equation.replace(" ", "").partition("->")
-    inputs = left.split(",")
-    if not arrow or len(inputs) != 2:
+    terms = left.split(",")
+    if not arrow or len(terms) != 2:
         return None
     nodes = [n for n in operands if isinstance(n, Node)]
     spare = "".join(c for c in string.ascii_letters if c not in equation)
-    hidden = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(nodes, inputs, strict=True) if "..." in t]
+    hidden = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(nodes, terms, strict=True) if "..." in t]
     width = max(hidden, default=0)
     named = []
-    for n, t in zip(nodes, inputs, strict=True):
+    for n, t in zip(nodes, terms, strict=True):
         own = len(shape_of(n)) - len(t.replace("...", ""))
         letters = t.replace("...", spare[width - own : width] if "..." in t else "")
         if len(letters) != len(shape_of(n)) or len(set(letters)) != len(letters):
@@ -124,6 +125,55 @@ def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] |
         named.append((n, letters))
     out = out.replace("...", spare[:width])
     return named[0], named[1], out
+
+
+def simplify(operand: Operand, constant_of: Callable[[object], float | None]) -> tuple[Operand, float]:
+    """The operand with transposes folded into `dims`, and the constant factor taken off it."""
+    factor = 1.0
+    while operand.node.op == "call_function":
+        node, target = operand.node, operand.node.target
+        if target in TRANSPOSES:
+            source = _source_dims(node)
+            operand = Operand(inputs(node)[0], tuple(None if d is None else source[d] for d in operand.dims))
+            continue
+        scale = constant_of(inputs(node)[1]) if target in SCALES else None
+        inner = inputs(node)[0] if inputs(node) else None
+        if (
+            not scale
+            or not isinstance(inner, Node)
+            or dtype_of(inner) != dtype_of(node)
+            or not _same_shape(inner, node)
+        ):
+            break
+        factor *= 1 / scale if SCALES[target] else scale
+        operand = Operand(inner, operand.dims)
+    return operand, factor
+
+
+TRANSPOSES = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default})
+
+SCALES: dict[object, bool] = {
+    aten.mul.Tensor: False,
+    aten.mul.Scalar: False,
+    aten.div.Tensor: True,
+    aten.div.Scalar: True,
+}
+"""Ops that scale their first input by their second; True where they divide by it."""
+
+
+def _source_dims(node: Node) -> list[int]:
+    """For each dim of a transposing op's output, the input's dim it is."""
+    rank = len(shape_of(node))
+    if node.target is aten.permute.default:
+        return [normal_dim(d, rank) for d in inputs(node)[1]]
+    order = list(range(rank))
+    x, y = (normal_dim(d, rank) for d in (inputs(node)[1:3] if node.target is aten.transpose.int else (-2, -1)))
+    order[x], order[y] = order[y], order[x]
+    return order
+
+
+def _same_shape(x: Node, y: Node) -> bool:
+    return str(shape_of(x)) == str(shape_of(y))
 
 
 SCORES: dict[object, Callable[[Node], Scores | None]] = {

@@ -18,7 +18,7 @@ class Miss(Exception):
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor seen as (*lead, seq_len, dim): `dims[i]` is the node's dim at place i, None a broadcast dim of size 1."""
+    """A tensor seen as (*lead, seq_len, dim): `dims[i]` is the node's dim at place i, None a broadcast dim."""
 
     node: Node
     dims: tuple[int | None, ...]

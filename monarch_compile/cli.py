@@ -1,0 +1,127 @@
+"""The command line: ``monarch-compile explain | demo | bench | version``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from monarch_compile.errors import InputError, MonarchError
+from monarch_compile.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv` (default: the process's arguments) and return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except MonarchError as error:
+        print(f"monarch-compile: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="monarch-compile", description="Attention to MonarchAttention, compiled.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    explain = commands.add_parser("explain", help="report which attention sites of a model are lowered, and why")
+    explain.add_argument(
+        "target", metavar="module:function", help="a function that returns (model, args) or (model, args, kwargs)"
+    )
+    explain.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the backend")
+    explain.add_argument("--html", type=Path, metavar="PATH", help="write the report as one HTML page")
+    explain.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
+    explain.set_defaults(run=_explain)
+
+    demo = commands.add_parser("demo", help="transcribe speech with a lowered Whisper encoder (needs a checkout)")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="time exact against Monarch attention")
+    bench.add_argument("what", choices=["cpu"])
+    add_benchmark_arguments(bench)
+    bench.set_defaults(run=_bench)
+
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the CPU benchmark, shared with benchmarks/cpu_attention.py."""
+    parser.add_argument("--long", action="store_true", help="also time N = 16384")
+    parser.add_argument("--seq-lens", type=int, nargs="+", metavar="N", help="sequence lengths instead of the usual")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on each row")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the machine as JSON")
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from monarch_compile.explainer import explain
+
+    result = _load(args.target)()
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        raise InputError(f"{args.target} must return (model, args) or (model, args, kwargs); found {type(result)}")
+    model, inputs, *rest = result
+    report = explain(model, *inputs, options=_options(args.options), **(rest[0] if rest else {}))
+    print(report)
+    if args.html:
+        print(f"wrote {report.save(args.html)}")
+    if args.json:
+        args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {args.json}")
+    return 0
+
+
+def _load(target: str) -> Callable[[], Any]:
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise InputError(f"a target is written module:function; found {target!r}")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a user's own file is found
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot load {target!r}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return function
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["block_size=64", "policy=always"]`` -> ``{"block_size": 64, "policy": "always"}``."""
+    options = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not key or not separator:
+            raise InputError(f"an option is written key=value; found {pair!r}")
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return options
+
+
+def _demo(_: argparse.Namespace) -> int:
+    script = Path(__file__).resolve().parent.parent / "examples" / "demo.py"
+    if not script.is_file():
+        raise InputError(f"the demo lives in a checkout of the repository, and {script} does not exist")
+    return subprocess.run([sys.executable, str(script)], check=False).returncode
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from monarch_compile.benchmark import run
+
+    run(seq_lens=args.seq_lens, long=args.long, seconds=args.seconds, json_path=args.json)
+    return 0
+
+
+def _version(_: argparse.Namespace) -> int:
+    import torch
+
+    print(f"monarch_compile {__version__} (torch {torch.__version__}, python {sys.version.split()[0]})")
+    return 0

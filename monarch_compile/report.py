@@ -1,0 +1,256 @@
+"""What the compiler did with each attention site of a model, and what it expects to gain: a value to print or save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+
+from monarch_compile.cost import Cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.decision import LOWERED, Decision
+from monarch_compile.devices import device_for
+from monarch_compile.errors import CodegenError, InputError
+from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.version import __version__
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An emitted Triton kernel: its file's name and text."""
+
+    file_name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention site.
+
+    name: module path and source line. status: "lowered" or "exact". code: a short stable identifier of the outcome.
+    reason: one sentence. ir, block_size: the Monarch form; also where a legal site was kept exact by choice.
+    q_shape, k_shape, v_shape: (batch, num_heads, seq_len, head_dim); empty where the site was not understood.
+    exact, monarch: `Cost` of each form, None where unknown. exact_s, monarch_s: predicted seconds on `device`.
+    node, source: the FX node that decided, and its line of Python.
+    kernels: what a CUDA device runs for this site; kernel_note: why there are none, or when they run.
+    graph: index of the captured graph that holds the site.
+    """
+
+    name: str
+    status: str
+    code: str
+    reason: str
+    ir: MonarchAttention | None = None
+    block_size: int | None = None
+    q_shape: tuple[Dim, ...] = ()
+    k_shape: tuple[Dim, ...] = ()
+    v_shape: tuple[Dim, ...] = ()
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    mask: str = "none"
+    exact: Cost | None = None
+    monarch: Cost | None = None
+    exact_s: float | None = None
+    monarch_s: float | None = None
+    node: str = ""
+    source: str = ""
+    kernels: tuple[Kernel, ...] = ()
+    kernel_note: str = ""
+    graph: int = 0
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the site runs in Monarch form."""
+        return self.status == LOWERED
+
+    @property
+    def predicted_speedup(self) -> float | None:
+        """Predicted exact time over predicted Monarch time, None where unknown."""
+        return self.exact_s / self.monarch_s if self.exact_s and self.monarch_s else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable form; symbolic sizes and costs become strings."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "code": self.code,
+            "reason": self.reason,
+            "ir": None if self.ir is None else str(self.ir),
+            "block_size": self.block_size,
+            "q_shape": list(self.q_shape),
+            "k_shape": list(self.k_shape),
+            "v_shape": list(self.v_shape),
+            "dtype": dtype_name(self.dtype),
+            "device": self.device,
+            "mask": self.mask,
+            "exact": _cost_dict(self.exact),
+            "monarch": _cost_dict(self.monarch),
+            "exact_s": self.exact_s,
+            "monarch_s": self.monarch_s,
+            "predicted_speedup": self.predicted_speedup,
+            "node": self.node,
+            "source": self.source,
+            "kernels": [{"file_name": kernel.file_name, "text": kernel.text} for kernel in self.kernels],
+            "kernel_note": self.kernel_note,
+            "graph": self.graph,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class GraphPair:
+    """The captured graphs before and after lowering; a node is labelled with its `target`, `shape` and `role`.
+
+    A node's key is "graph index/node name". Roles: "input", "output", "op", "replaced" (gone after lowering),
+    "monarch" (the lowered attention) and "new" (added around it).
+    """
+
+    before: nx.DiGraph
+    after: nx.DiGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `explain` found: the sites, the graphs, and the failures of whole graphs (message per graph)."""
+
+    sites: tuple[Site, ...]
+    graph: GraphPair
+    num_graphs: int = 1
+    failures: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line: how many sites were lowered, in how many graphs."""
+        graphs = f"{self.num_graphs} graph{'' if self.num_graphs == 1 else 's'}"
+        if not self.num_graphs:
+            return "no attention found: no graph was captured"
+        found = f"{sum(s.lowered for s in self.sites)} of {len(self.sites)} attention sites lowered"
+        failed = f"; the passes failed on {len(self.failures)}, which stay exact" if self.failures else ""
+        return f"{found if self.sites else 'no attention found'} in {graphs}{failed}"
+
+    def __str__(self) -> str:
+        lines = [*_table(self.sites), *(f"failed: {failure}" for failure in self.failures), self.summary]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable form."""
+        return {
+            "monarch_compile": __version__,
+            "torch": torch.__version__,
+            "summary": self.summary,
+            "num_graphs": self.num_graphs,
+            "failures": list(self.failures),
+            "sites": [site.to_dict() for site in self.sites],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page to `path` and return the path."""
+        from monarch_compile.page import render
+
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(render(self), encoding="utf-8")
+        return target
+
+
+def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: int = 0) -> Site:
+    """The site that a decision is about, with costs, predicted times and kernels; `hints` values symbolic sizes."""
+    ir = decision.ir
+    exact_s, monarch_s = _predicted(ir, decision.device, hints)
+    kernels, note = _kernels(ir) if ir is not None and decision.status == LOWERED else ((), "")
+    if kernels and decision.device != "cuda":
+        note = f"On {decision.device} Inductor compiles the reference instead; on CUDA these run."
+    return Site(
+        name=decision.name,
+        status=decision.status,
+        code=decision.code,
+        reason=decision.reason,
+        ir=ir,
+        block_size=None if ir is None else ir.block_size,
+        q_shape=decision.q_shape,
+        k_shape=decision.k_shape,
+        v_shape=decision.v_shape,
+        dtype=decision.dtype,
+        device=decision.device,
+        mask=decision.mask,
+        exact=_exact_cost(decision),
+        monarch=None if ir is None else monarch_cost(ir),
+        exact_s=exact_s,
+        monarch_s=monarch_s,
+        node=decision.node,
+        source=decision.source,
+        kernels=kernels,
+        kernel_note=note,
+        graph=graph,
+    )
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """The name without "torch."; empty where unknown."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _exact_cost(decision: Decision) -> Cost | None:
+    shapes = (decision.q_shape, decision.k_shape, decision.v_shape)
+    if decision.dtype is None or any(len(shape) != 4 for shape in shapes):
+        return None
+    return exact_cost_of_shapes(*shapes, decision.dtype)
+
+
+def _predicted(
+    ir: MonarchAttention | None, device: str, hints: Mapping[str, int] | None
+) -> tuple[float | None, float | None]:
+    if ir is None:
+        return None, None
+    name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None
+    try:
+        prediction = predict(ir, device_for(device, name), hints)
+    except InputError:  # a size without a hint, or a device that the cost model does not describe
+        return None, None
+    return prediction.exact_s, prediction.monarch_s
+
+
+@lru_cache(maxsize=256)
+def _kernels(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
+    from monarch_compile.codegen.emit import emit
+    from monarch_compile.codegen.schedule import choose_schedule
+
+    try:
+        sources = emit(ir, choose_schedule(ir))
+    except CodegenError as error:
+        return (), str(error)
+    return tuple(Kernel(source.file_name, source.text) for source in sources), ""
+
+
+def _cost_dict(cost: Cost | None) -> dict[str, int | str] | None:
+    if cost is None:
+        return None
+    values = {"flops": cost.flops, "bytes": cost.bytes, "exps": cost.exps}
+    return {name: value if isinstance(value, int) else str(value) for name, value in values.items()}
+
+
+COLUMNS = ("site", "status", "q shape", "dtype", "blocks", "predicted", "code")
+
+
+def _table(sites: Sequence[Site]) -> list[str]:
+    """An aligned row for each site; a site that stays exact is followed by its reason."""
+    if not sites:
+        return []
+    rows = [COLUMNS, *(_cells(site) for site in sites)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    result = [lines[0], "-" * max(map(len, lines))]
+    for site, line in zip(sites, lines[1:], strict=True):
+        result += [line] if site.lowered else [line, f"    exact because: {site.reason}"]
+    return result
+
+
+def _cells(site: Site) -> tuple[str, ...]:
+    ir = site.ir
+    blocks = "-" if ir is None else f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.block_size}"
+    gain = "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
+    shape = "x".join(map(str, site.q_shape)) or "-"
+    return (site.name, site.status, shape, dtype_name(site.dtype) or "-", blocks, gain, site.code)

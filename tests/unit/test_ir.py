@@ -1,0 +1,86 @@
+"""The IR: verified, printed on one line, equal and hashable by value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monarch_compile.errors import IRError
+from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+
+BASE = MonarchAttention(
+    batch=2,
+    num_heads=8,
+    num_kv_heads=8,
+    seq_len_q=1500,
+    seq_len_k=1500,
+    head_dim=64,
+    value_dim=64,
+    dtype=torch.float16,
+    block_size=50,
+    scale=0.125,
+)
+
+
+def test_prints_on_one_line() -> None:
+    assert str(BASE) == (
+        "monarch.attention<f16> q[2,8,1500,64] k[2,8,1500,64] v[2,8,1500,64] blocks=30x50 iters=1 init=identity "
+        "pad=post mask=none causal=false window=None prefix=0 scale=0.125"
+    )
+    symbolic = dataclasses.replace(BASE, batch="s0", seq_len_q="s1", seq_len_k="s1", mask=MaskKind.KEY_PADDING)
+    assert "q[s0,8,s1,64]" in str(symbolic)
+    assert "blocks=?x50" in str(symbolic)
+    assert "mask=key_padding" in str(symbolic)
+
+
+def test_is_a_value() -> None:
+    twin = dataclasses.replace(BASE)
+    assert twin == BASE
+    assert hash(twin) == hash(BASE)
+    assert dataclasses.replace(BASE, block_size=51) != BASE
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BASE.block_size = 3
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 500))
+def test_blocks_cover_the_sequence(n_q: int, n_k: int, block_size: int) -> None:
+    ir = dataclasses.replace(BASE, seq_len_q=n_q, seq_len_k=n_k, block_size=block_size)
+    assert (ir.num_blocks - 1) * block_size < n_k <= ir.num_blocks * block_size
+    assert ir.num_blocks * ir.block_size_q >= n_q
+    if n_q == n_k:
+        assert ir.block_size_q == block_size
+
+
+BROKEN = {
+    "batch and head counts": {"batch": 0},
+    "sequence lengths": {"seq_len_k": 0},
+    "head_dim and value_dim": {"head_dim": 0},
+    "multiple of num_kv_heads": {"num_kv_heads": 3},
+    "dtype must be one of": {"dtype": torch.int32},
+    "block_size must": {"block_size": 0},
+    "num_iters must": {"num_iters": 0},
+    "init must": {"init": "zeros"},
+    "pad must": {"pad": "both"},
+    "scale must": {"scale": float("nan")},
+    "window must": {"exact": ExactGroups(window=-1)},
+    "prefix must": {"exact": ExactGroups(prefix=-1)},
+    "num_iters=1 and init='identity'": {"is_causal": True, "num_iters": 2},
+    "seq_len_q == seq_len_k": {"is_causal": True, "seq_len_q": 3},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_rule_is_named_with_the_printed_ir(message: str) -> None:
+    with pytest.raises(IRError, match=message) as caught:
+        dataclasses.replace(BASE, **BROKEN[message])
+    assert "monarch.attention<" in str(caught.value)
+
+
+def test_later_forms_are_representable() -> None:
+    grouped = dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(window=1, prefix=4), is_causal=True)
+    assert "causal=true window=1 prefix=4" in str(grouped)
+    assert dataclasses.replace(BASE, seq_len_q=7).block_size_q == 1
