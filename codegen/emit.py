@@ -94,15 +94,19 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
     template = role.template
     if template == "summarize":
         template += "_whole" if ir.block_size <= tiling.step else "_stream"
-    text = _environment().get_template(f"{template}.py.jinja").render(
-        name=role.name,
-        header=_header(role, ir, schedule),
-        parameter_groups=groups,
-        constants=_constants(role, ir, tiling),
-        values=role.values,
-        from_sequence=role.from_sequence,
-        dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
-        **_masks(ir, tiling),
+    text = (
+        _environment()
+        .get_template(f"{template}.py.jinja")
+        .render(
+            name=role.name,
+            header=_header(role, ir, schedule),
+            parameter_groups=groups,
+            constants=_constants(role, ir, tiling),
+            values=role.values,
+            from_sequence=role.from_sequence,
+            dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
+            **_masks(ir, tiling),
+        )
     )
     return KernelSource(role.name, text, tuple(name for group in groups for name in group))
 
@@ -136,18 +140,25 @@ def _parameter_groups(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, .
 
 
 def _constants(role: Role, ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
-    sizes = {"BLOCK": ir.block_size, "HEAD_DIM": ir.head_dim, "HEAD_TILE": padded(ir.head_dim)}
-    sizes["HEAD_PITCH"] = pitch(ir.head_dim)
+    """The literals at the top of a kernel: those that its text goes on to use."""
+    summarizes = role.template == "summarize"
+    head, value = padded(ir.head_dim), padded(ir.value_dim)
+    sizes: dict[str, Any] = {"BLOCK": ir.block_size}
+    if head != ir.head_dim:
+        sizes["HEAD_DIM"] = ir.head_dim
+    sizes |= {"HEAD_TILE": head, "HEAD_PITCH": pitch(ir.head_dim)}
     if role.values:
-        sizes |= {"VALUE_DIM": ir.value_dim, "VALUE_TILE": padded(ir.value_dim), "VALUE_PITCH": pitch(ir.value_dim)}
-    if role.template == "mean_query":
-        return sizes | {"TILE_L": tiling.step}
+        if value != ir.value_dim or not summarizes:
+            sizes["VALUE_DIM"] = ir.value_dim
+        sizes |= {"VALUE_TILE": value, "VALUE_PITCH": pitch(ir.value_dim)}
+    if summarizes:
+        tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-ir.block_size // tiling.rows)}
+        return {**sizes, **tiles, "SCALE": repr(ir.scale * math.log2(math.e))}
     if role.template == "represent":
-        return sizes | {"TILE_B": tiling.rows, "TILE_L": tiling.step}
+        return {**sizes, "TILE_B": tiling.rows, "TILE_L": tiling.step}
     if role.template == "attend":
-        return sizes | {"TILE_L": tiling.rows, "TILE_B": tiling.step}
-    tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-ir.block_size // tiling.rows)}
-    return {**sizes, **tiles, "SCALE": repr(ir.scale * math.log2(math.e))}
+        return {**sizes, "TILE_L": tiling.rows, "TILE_B": tiling.step}
+    return {**sizes, "TILE_L": tiling.step}
 
 
 def _masks(ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
@@ -158,7 +169,6 @@ def _masks(ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
     return {
         "masked": masked,
         "pre": pre,
-        "base": "base" if masked else "new_top",
         "ragged_j": ragged_j,
         "ragged_i": ir.block_size % tiling.step != 0,
         "in_block": "in_block" if ragged_j else "",
@@ -172,6 +182,10 @@ def _masks(ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
 @functools.cache
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(  # noqa: S701 (the output is Python, not HTML)
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    return jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,7 @@ class Launcher:
         self.problem = problem
         self.schedule = schedule
         self.sources = emit(problem.ir("N"), schedule)
+        self._wrap = _wrapper()
         loaded = {source.name: (source.load(), source.parameters) for source in self.sources}
         self._steps = tuple(
             (role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(problem.num_iters, problem.init)
@@ -123,8 +124,9 @@ class Launcher:
             self._allocate_outputs(role, values, heads)
             grid = (heads * self._programs_per_head(role, tiling, num_blocks),)
             arguments = [values[name] for name in parameters]
-            _wrap(kernel)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
-        return values["z"].transpose(1, 2)
+            self._wrap(kernel)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+        output: Tensor = values["z"]
+        return output.transpose(1, 2)
 
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:
         problem, q, num_blocks = self.problem, values["q"], values["num_blocks"]
@@ -155,16 +157,9 @@ class Launcher:
         return block_size * ((num_blocks + tiling.rows - 1) // tiling.rows)
 
 
-def _wrap(kernel: Any) -> Any:
-    """The kernel as tracing can see it; the interpreter has no tracing."""
-    return torch.library.wrap_triton(kernel) if _is_compiled(kernel) else kernel
-
-
-@functools.cache
-def _is_compiled(kernel: Any) -> bool:
-    from triton.runtime.jit import JITFunction
-
-    return isinstance(kernel, JITFunction)
+def _wrapper() -> Callable[[Any], Any]:
+    """What makes a kernel visible to tracing, applied at every call; the interpreter has no tracing."""
+    return (lambda kernel: kernel) if is_interpreted() else torch.library.wrap_triton
 
 
 def _allocate(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,9 @@ SHARED_LIMITS = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, 
 """Shared memory that one program may use, in KiB, by compute capability."""
 DEFAULT_SHARED_LIMIT = 99
 WARP_SCORES = 512
-WARP_ACCUMULATORS = 4096  # float32 accumulators that 32 threads hold without spilling: 128 each
+"""Scores of a tile that are worth a warp."""
+WARP_ACCUMULATORS = {2: 2048, 4: 1024}
+"""Accumulators that a warp holds without spilling, by bytes of an operand (tf32x3 keeps each operand in two parts)."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class Schedule:
 # (bytes of an element, largest padded head or value dim) -> tilings, each tile already the largest worth trying.
 TABLE: dict[tuple[int, int], Schedule] = {
     (2, 64): Schedule(Tiling(64, 128, 4, 2), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2)),
-    (2, 128): Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (2, 256): Schedule(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    (2, 128): Schedule(Tiling(64, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (2, 256): Schedule(Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
     (4, 64): Schedule(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
-    (4, 128): Schedule(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
-    (4, 256): Schedule(Tiling(16, 16, 4, 2), Tiling(16, 16, 4, 2), Tiling(16, 16, 4, 2)),
+    (4, 128): Schedule(Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
+    (4, 256): Schedule(Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1)),
 }
 
 
@@ -139,8 +141,8 @@ def _fit(tiling: Tiling, ir: MonarchAttention, extent: int | None) -> Tiling:
         least_waste = min(sizes, key=lambda size: (-(-extent // size) * size, -size))
         rows, step = min(rows, padded(extent)), min(least_waste, padded(extent))
     accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
-    useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS)
-    return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful.bit_length() - 1)))
+    useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
+    return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 
 
 def _within(tiling: Tiling, ir: MonarchAttention, limit: int) -> Tiling:

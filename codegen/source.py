@@ -36,7 +36,7 @@ class KernelSource:
         return f"{self.name}_{self.key[:16]}.py"
 
     def write(self, directory: Path | None = None) -> Path:
-        """Put the text in `directory` (default: `cache_dir()`), atomically and only when it differs; return its path."""
+        """Put the text in `directory` (default: `cache_dir()`), atomically and only where it differs; its path."""
         path = (directory or cache_dir()) / self.file_name
         if not path.is_file() or path.read_text(encoding="utf-8") != self.text:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,8 +67,9 @@ class Device:
 
 
 DEVICES: dict[str, Device] = {
-    # Fitted to float32 on one thread of a 2.5 GHz AVX-512 server core (benchmarks/results/cpu_attention.json); other
-    # types are guesses. The low bandwidth stands for the copies that the reference makes between its products.
+    # float32 on one thread of a 2.5 GHz AVX-512 server core; its speed-ups: benchmarks/results/cpu_attention.json, from
+    # a busy machine; times from quieter runs. Other types are guesses. The low bandwidth stands for the copies
+    # that the reference makes between its products.
     "cpu": Device(
         name="cpu",
         kind="cpu",

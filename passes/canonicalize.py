@@ -116,7 +116,8 @@ def functionalize_private_writes(gm: GraphModule) -> int:
     """Make an in-place op functional where only the graph can see the memory it writes.
 
     The written value must come from an op that owns its memory, through views that nothing else reads, and no other
-    view of it may exist before the write; later readers of the old value are pointed at the new one. Anything else stays in place, and sites it touches are refused.
+    view of it may exist before the write; later readers of the old value are pointed at the new one. Anything else
+    stays in place, and sites it touches are refused.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     changed = 0
@@ -140,10 +141,15 @@ def _is_private(base: object, write: Node, order: dict[Node, int]) -> bool:
     owner = base
     while owner.target in VIEW_OPS and isinstance(parent := inputs(owner)[0], Node) and len(parent.users) == 1:
         owner = parent
-    if owner.op != "call_function" or owner.target not in FRESH_OPS:
+    if owner.op != "call_function" or not _owns_memory(owner):
         return False
     before = [user for user in base.users if order[user] < order[write]]
     return not any(user.target in VIEW_OPS or base in mutated_inputs(user) for user in before)
+
+
+def _owns_memory(node: Node) -> bool:
+    """Whether an op always returns memory of its own; einsum does where it multiplies two tensors."""
+    return node.target in FRESH_OPS or (node.target is aten.einsum.default and len(inputs(node)[1]) == 2)
 
 
 def _promoted(node: Node) -> torch.dtype | None:

@@ -62,6 +62,7 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         node.meta = {key: output.meta[key] for key in CARRIED if key in output.meta}
     result.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(result)
+    graph.erase_node(output)
     return op
 
 
@@ -82,6 +83,7 @@ def _sizes(graph: Graph, sizes: Iterable[Any]) -> list[Any]:
 
 def _symbolic_size(graph: Graph, size: Any) -> Node:
     """A node holding a symbolic size: a graph input, or a dim of an earlier tensor."""
+    node: Node
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) == str(size):
             return node

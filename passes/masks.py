@@ -356,15 +356,16 @@ def _rule_slice(e: _Evaluator, n: Node, i: Index) -> Any:
 
 
 def _rule_reshape(e: _Evaluator, n: Node, i: Index) -> Any:
-    """Only a reshape that adds or drops dims of size 1."""
-    before, after = shape_of(inputs(n)[0]), shape_of(n)
+    """A reshape that, with those before it, only adds or drops dims of size 1."""
+    source = inputs(n)[0]
+    while source.target in (aten.reshape.default, aten.view.default):
+        source = inputs(source)[0]
+    before, after = shape_of(source), shape_of(n)
     kept = [index for size, index in zip(after, i, strict=True) if not (isinstance(size, int) and size == 1)]
     if [str(s) for s in before if s != 1] != [str(s) for s in after if s != 1]:
         return None
-    source = iter(kept)
-    return e.value(
-        inputs(n)[0], tuple(sympy.Integer(0) if isinstance(s, int) and s == 1 else next(source) for s in before)
-    )
+    given = iter(kept)
+    return e.value(source, tuple(sympy.Integer(0) if isinstance(s, int) and s == 1 else next(given) for s in before))
 
 
 def _rule_index(e: _Evaluator, n: Node, i: Index) -> Any:

@@ -1,0 +1,247 @@
+"""The emitted kernels on a CUDA device: correctness first, then time against exact attention, or a sweep of schedules.
+
+    python benchmarks/gpu_kernels.py result.json            # check, then the table
+    python benchmarks/gpu_kernels.py result.json --sweep    # check, then the best schedules of a few problems
+
+Times are in ms: 20th, 50th and 80th percentile over CUDA-graph replays (the L2 cache stays warm between them), and for
+`eager` over plain calls, launch overhead included. Inputs are standard normal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from monarch_compile.codegen import launch as launching
+from monarch_compile.codegen.launch import Launcher, Problem
+from monarch_compile.codegen.schedule import Schedule, Tiling, padded
+from monarch_compile.ops import attention
+from monarch_compile.reference import reference
+from monarch_compile.version import __version__
+
+QUANTILES = (0.2, 0.5, 0.8)
+NUM_HEADS, HEAD_DIM = 12, 64
+TABLE = ((1024, 256), (1, 1024), (64, 1024), (1, 4096), (16, 4096), (1, 16384), (4, 16384), (1, 32768), (1, 65536))
+EXACT = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+SWEEP = tuple((n, b) for n in (1024, 4096, 16384, 65536) for b in (32, 64, 128, 256) if n / 16 <= b * b <= n * 16)
+CHECKS = (
+    # batch, num_heads, N, head_dim, block_size, num_iters, init, pad, masked
+    (2, 3, 1000, 64, 39, 1, "identity", "post", False),
+    (2, 3, 1000, 64, 39, 2, "mean", "pre", True),
+    (1, 2, 4999, 128, 70, 3, "identity", "post", True),
+    (1, 2, 1500, 25, 300, 1, "identity", "pre", False),
+    (1, 2, 777, 80, 32, 1, "mean", "post", True),
+    (1, 2, 700, 256, 100, 2, "identity", "post", False),
+    (1, 2, 16384, 64, 128, 1, "identity", "post", False),
+)
+TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--sweep", action="store_true", help="search schedules in place of the table")
+    parser.add_argument("--skip-check", action="store_true")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--head-dim", type=int, default=HEAD_DIM)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_kernels.py needs a CUDA device")
+    dtype = getattr(torch, arguments.dtype)
+    result: dict[str, Any] = {"environment": environment(), "dtype": arguments.dtype, "head_dim": arguments.head_dim}
+    print(result["environment"], flush=True)
+    try:
+        if not arguments.skip_check:
+            result["check"] = check()
+        rows = sweep(dtype, arguments.head_dim) if arguments.sweep else table(dtype, arguments.head_dim)
+        result["rows"] = []
+        for row in rows:
+            result["rows"].append(row)  # one at a time: what was measured is kept when a later row fails
+    finally:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "monarch_compile": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def check() -> list[dict[str, Any]]:
+    """Relative Frobenius error of every check and dtype against the float64 reference; exits when one is too large."""
+    rows, allocate = [], launching._allocate
+    launching._allocate = lambda like, shape, kind: allocate(like, shape, kind).fill_(float("nan"))
+    try:
+        for case, dtype in itertools.product(CHECKS, TOLERANCES):
+            error = _error(case, dtype)
+            fine = error <= TOLERANCES[dtype]
+            rows.append({"case": case, "dtype": str(dtype), "error": error, "fine": fine})
+            print(f"{'ok  ' if fine else 'FAIL'} {error:.1e} {dtype} {case}", flush=True)
+    finally:
+        launching._allocate = allocate
+    if not all(row["fine"] for row in rows):
+        sys.exit("the kernels disagree with the reference")
+    return rows
+
+
+def _error(case: tuple[Any, ...], dtype: torch.dtype) -> float:
+    batch, num_heads, seq_len, head_dim, block_size, num_iters, init, pad, masked = case
+    q, k, v = inputs(batch, num_heads, seq_len, head_dim, dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(batch, seq_len, device="cuda") > 0.3
+        mask[0, -2 * block_size :] = False
+    options = {"block_size": block_size, "num_iters": num_iters, "init": init, "pad": pad, "scale": head_dim**-0.5}
+    found = attention(q, k, v, mask, **options)
+    expected = reference(q.double(), k.double(), v.double(), mask, **options)
+    error = ((found - expected).norm() / expected.norm()).item()
+    return math.inf if math.isnan(error) else error
+
+
+def inputs(
+    batch: int, num_heads: int, seq_len: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as a fused projection gives them: views of one (batch, seq, 3, heads, dim) tensor."""
+    packed = torch.randn(batch, seq_len, 3, num_heads, head_dim, device="cuda", dtype=dtype)
+    return packed.permute(2, 0, 3, 1, 4).unbind()
+
+
+def table(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
+    print(f"{'batch':>6} {'N':>6} {'B':>4} {'monarch':>9} {'eager':>9} {'cudnn':>9} {'flash':>9} {'vs best':>8}")
+    for batch, seq_len in TABLE:
+        row = _time_one(batch, seq_len, head_dim, dtype)
+        medians = [row[name][1] for name in ("monarch", "eager", *EXACT)]
+        ratio = min(medians[2:]) / medians[0]
+        times = " ".join(f"{median:9.4f}" for median in medians)
+        print(f"{batch:6} {seq_len:6} {row['block_size']:4} {times} {ratio:7.2f}x", flush=True)
+        yield row
+        torch.cuda.empty_cache()
+
+
+def _time_one(batch: int, seq_len: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    q, k, v = inputs(batch, NUM_HEADS, seq_len, head_dim, dtype)
+    block_size = 1 << round(math.log2(seq_len) / 2)
+    options = {"block_size": block_size, "num_iters": 1, "init": "identity", "pad": "post", "scale": head_dim**-0.5}
+
+    def monarch() -> Tensor:
+        return attention(q, k, v, None, **options)
+
+    row: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "block_size": block_size}
+    row["monarch"] = graph_time(monarch)
+    row["eager"] = list(triton.testing.do_bench(monarch, quantiles=list(QUANTILES)))
+    for name, backend in EXACT.items():
+        with sdpa_kernel(backend):
+            row[name] = graph_time(lambda: scaled_dot_product_attention(q, k, v))
+    return row
+
+
+def graph_time(run: Callable[[], Any], rep: int = 50) -> list[float]:
+    """Percentiles of one call's time, in ms, over replays of a CUDA graph."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return list(triton.testing.do_bench_cudagraph(run, rep=rep, quantiles=list(QUANTILES)))
+
+
+def sweep(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
+    """The best tiling of each stage, the other at its default, for every problem of SWEEP."""
+    started = time.monotonic()
+    tasks = {
+        (launcher.problem, schedule, seq_len)
+        for seq_len, block_size in SWEEP
+        for launcher in [_launcher(seq_len, block_size, head_dim, dtype)]
+        for _, schedule in variants(launcher.schedule, seq_len, block_size)
+    }
+    print(f"compiling {len(tasks)} schedules", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 4) - 2), mp_context=context) as pool:
+        list(pool.map(_compile, tasks, chunksize=4))
+    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+    for seq_len, block_size in SWEEP:
+        yield _sweep_one(seq_len, block_size, head_dim, dtype)
+
+
+def _sweep_one(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    q, k, v = inputs(1, NUM_HEADS, seq_len, head_dim, dtype)
+    default = _launcher(seq_len, block_size, head_dim, dtype)
+    times: dict[str, list[tuple[float, str, Tiling | None]]] = {"summarize": [], "attend": []}
+    for stage, schedule in variants(default.schedule, seq_len, block_size):
+        try:
+            median = graph_time(run(Launcher(default.problem, schedule), q, k, v), rep=10)[1]
+        except triton.runtime.errors.OutOfResources:
+            continue
+        tiling = getattr(schedule, stage)
+        times[stage].append((median, str(tiling), tiling))
+    ranked = {stage: sorted(rows, key=lambda row: row[0]) for stage, rows in times.items()}
+    best = replace(default.schedule, **{stage: rows[0][2] for stage, rows in ranked.items()})
+    row = {"seq_len": seq_len, "block_size": block_size, "default": str(default.schedule), "best": str(best)}
+    for name, launcher in (("default_ms", default), ("best_ms", Launcher(default.problem, best))):
+        row[name] = graph_time(run(launcher, q, k, v))
+    row["ranked"] = {stage: [entry[:2] for entry in rows[:8]] for stage, rows in ranked.items()}
+    print(f"N={seq_len} B={block_size}: {row['default_ms'][1]:.4f} -> {row['best_ms'][1]:.4f} ms")
+    for stage, rows in row["ranked"].items():
+        print(f"  {stage}: " + ", ".join(f"{name} {ms:.4f}" for ms, name in rows[:4]), flush=True)
+    return row
+
+
+def run(launcher: Launcher, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """One call of a launcher, its kernels launched plainly, as the operator launches them in eager mode."""
+    num_blocks = -(-q.shape[2] // launcher.problem.block_size)
+
+    def call() -> Tensor:
+        with set_wrap_triton_enabled(False):
+            return launcher(q, k, v, None, num_blocks)
+
+    return call
+
+
+def _launcher(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Launcher:
+    problem = Problem(head_dim, head_dim, dtype, block_size, head_dim**-0.5, 1, "identity", "post", False)
+    return launching.build(problem, -(-seq_len // block_size), torch.cuda.get_device_capability(), False)
+
+
+def variants(default: Schedule, seq_len: int, block_size: int) -> Iterator[tuple[str, Schedule]]:
+    """Schedules that differ from the default in one stage's tiling."""
+    for stage, extent in (("summarize", block_size), ("attend", -(-seq_len // block_size))):
+        largest = padded(extent)
+        sizes = [size for size in (16, 32, 64, 128) if size <= largest and size >= min(32, largest)]
+        for rows, step, num_warps in itertools.product(sizes, sizes, (1, 2, 4, 8)):
+            if not 16 * num_warps <= rows <= 32 * num_warps and (rows, num_warps) != (64, 8):
+                continue  # a warp owns 16 or 32 rows, but for the widest tile
+            for num_stages in (1, 2, 3) if step < extent else (1,):
+                yield stage, replace(default, **{stage: Tiling(rows, step, num_warps, num_stages)})
+
+
+def _compile(task: tuple[Problem, Schedule, int]) -> None:
+    """Compile in a worker, into the disk cache; two heads are specialised as twelve are."""
+    problem, schedule, seq_len = task
+    q, k, v = inputs(1, NUM_HEADS, seq_len, problem.head_dim, problem.dtype)
+    with contextlib.suppress(triton.runtime.errors.OutOfResources):  # met again, and skipped, when it is timed
+        run(Launcher(problem, schedule), q, k, v)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Options and fixtures that every test directory shares."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what is emitted now")
+
+
+def pytest_configure() -> None:
+    """Without a CUDA device, kernels run in Triton's interpreter.
+
+    Triton's own library (tl.max, tl.sum) takes a side when triton is first imported, so that import happens here; our
+    kernels take theirs when they are loaded. The variable itself is put back: nothing else should be interpreted.
+    """
+    if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or not importlib.util.find_spec("triton"):
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture
+def check_golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """check_golden(file_name, text): `text` is what tests/golden holds; --update-golden makes it so."""
+
+    def check(file_name: str, text: str) -> None:
+        path = GOLDEN / file_name
+        if request.config.getoption("--update-golden"):
+            GOLDEN.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"no golden file {path.name}: --update-golden makes it"
+        assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; --update-golden rewrites it"
+
+    return check

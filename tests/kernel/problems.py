@@ -1,0 +1,106 @@
+"""Problems for the kernels, and how one is run against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+from monarch_compile.codegen.launch import launch
+from monarch_compile.ops import attention
+from monarch_compile.reference import reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention. mask: "none", "some" keys hidden, "blocks" (and one whole batch entry) hidden."""
+
+    seq_len: int
+    block_size: int
+    head_dim: int
+    value_dim: int
+    num_iters: int = 1
+    init: str = "identity"
+    pad: str = "post"
+    mask: str = "none"
+    layout: str = "contiguous"
+    batch: int = 2
+    num_heads: int = 1
+
+    def __str__(self) -> str:
+        size = f"n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
+        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}"
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of `launch` and of `reference`."""
+        return {
+            "block_size": self.block_size,
+            "scale": self.head_dim**-0.5,
+            "num_iters": self.num_iters,
+            "init": self.init,
+            "pad": self.pad,
+        }
+
+
+def tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Standard normal q, k, v in the case's layout, and its key mask."""
+    generator = torch.Generator().manual_seed(case.seq_len)
+    shape = (case.batch, case.num_heads, case.seq_len)
+
+    def random(dim: int) -> Tensor:
+        return layout(torch.randn(*shape, dim, generator=generator).to(device, dtype), case.layout)
+
+    return random(case.head_dim), random(case.head_dim), random(case.value_dim), key_mask(case, device)
+
+
+def layout(x: Tensor, kind: str) -> Tensor:
+    """The same values in other memory: packed (one projection), transposed (features outside rows), unaligned."""
+    batch, heads, rows, dim = x.shape
+    if kind == "packed":
+        wide = x.new_zeros(batch, rows, 3, heads, dim)
+        wide[:, :, 1] = x.transpose(1, 2)
+        return wide[:, :, 1].transpose(1, 2)
+    if kind == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "unaligned":
+        flat = x.new_zeros(x.numel() + 1)[1:]
+        return flat.copy_(x.flatten()).view_as(x)
+    return x
+
+
+def key_mask(case: Case, device: str) -> Tensor | None:
+    """(batch, seq_len) bool, True where a key is visible."""
+    if case.mask == "none":
+        return None
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(case.batch, case.seq_len, generator=generator) > 0.3
+    mask[0, 0] = True
+    if case.mask == "blocks":
+        mask[0, case.seq_len // 3 :] = False
+        mask[-1] = False
+    return mask.to(device)
+
+
+def run(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The kernels: through the operator on CUDA, called directly where they are interpreted (there the operator
+    runs the reference)."""
+    return (attention if q.is_cuda else launch)(q, k, v, mask, **case.options)
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> Tensor:
+    """Run the kernels of `case`, compare with the float64 reference, return their output."""
+    q, k, v, mask = tensors(case, dtype, device)
+    found = run(case, q, k, v, mask)
+    expected = reference(q.double(), k.double(), v.double(), mask, **case.options)
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    assert found.transpose(1, 2).is_contiguous()
+    assert_close(found, expected, case.num_iters)
+    if case.mask == "blocks":
+        assert (found[-1] == 0).all(), "rows that see no key must be 0"
+    return found

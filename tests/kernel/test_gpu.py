@@ -1,0 +1,85 @@
+"""The compiled kernels on a CUDA device against the float64 reference: odd sizes, every dtype, strides, races."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel.problems import DTYPES, Case, check, run, tensors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PLAIN = Case(1001, 39, 64, 64, num_heads=3)
+SIZES = tuple(
+    Case(777, 45, dim, dim, num_iters, num_heads=2) for dim in (25, 32, 64, 80, 128, 256) for num_iters in (1, 2)
+)
+ITERATED = tuple(
+    Case(997, block_size, 64, 64, num_iters, init, pad, mask, num_heads=2)
+    for block_size in (20, 150)
+    for num_iters in (1, 2, 3)
+    for init in ("identity", "mean")
+    for pad in ("post", "pre")
+    for mask in ("none", "some", "blocks")
+)
+LENGTHS = tuple(
+    Case(seq_len, block_size, 64, 64, num_heads=2)
+    for seq_len, block_size in ((1, 1), (17, 1), (63, 8), (129, 129), (100, 300), (2049, 64), (4097, 7), (4999, 71))
+)
+MIXED = (Case(500, 30, 64, 32), Case(500, 30, 32, 128, 2), Case(500, 30, 80, 25, 2, "mean", "pre", "blocks"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [PLAIN, *SIZES, *LENGTHS, *MIXED], ids=str)
+def test_sizes(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ITERATED, ids=str)
+def test_iterations_and_masks(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["packed", "transposed", "unaligned"])
+def test_layouts(kind: str, dtype: torch.dtype) -> None:
+    check(replace(PLAIN, layout=kind, mask="some"), dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_sequence_without_races(dtype: torch.dtype) -> None:
+    """A long sequence is right, and bit for bit the same each time: there are no atomics, so a difference is a race."""
+    case = Case(16384, 128, 64, 64, num_heads=12, batch=1)
+    first = check(case, dtype, "cuda")
+    q, k, v, mask = tensors(case, dtype, "cuda")
+    for _ in range(20):
+        assert torch.equal(first, run(case, q, k, v, mask))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A head that begins past 2**31 elements is read where it is."""
+    heads, seq_len, dim = 3, 512, 64
+    apart = 2**30 + 64
+    store = torch.empty(2 * apart + seq_len * dim, device="cuda", dtype=torch.float16)
+    far = store.as_strided((1, heads, seq_len, dim), (0, apart, dim, 1))
+    near = torch.randn(1, heads, seq_len, dim, device="cuda", dtype=torch.float16)
+    far.copy_(near)
+    case = Case(seq_len, 32, dim, dim)
+    assert torch.equal(run(case, far, far, far, None), run(case, near, near, near, None))
+
+
+def test_two_kernels_a_site() -> None:
+    """T = 1 from the identity start is two kernels and nothing else on the device."""
+    case = replace(PLAIN, layout="packed")
+    q, k, v, mask = tensors(case, torch.float16, "cuda")
+    run(case, q, k, v, mask)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(case, q, k, v, mask)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ours = [name for name in names if name.startswith("monarch_")]
+    assert ours == ["monarch_summarize", "monarch_attend"], names

@@ -1,0 +1,101 @@
+"""The kernels in Triton's interpreter against the float64 reference: tiny problems, every branch of the templates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel.problems import DTYPES, Case, check
+
+from monarch_compile.codegen.launch import launch
+from monarch_compile.errors import CodegenError
+
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    # A row that sees no key has the log of a zero total, which a later `where` discards.
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
+
+PLAIN = Case(21, 6, 32, 32)
+ITERATED = tuple(
+    Case(13, 5, 16, 16, num_iters, init, pad, mask)
+    for num_iters in (1, 2, 3)
+    for init in ("identity", "mean")
+    for pad in ("post", "pre")
+    for mask in ("none", "blocks")
+)
+SIZES = (
+    Case(9, 4, 25, 25),
+    Case(9, 4, 25, 80, 2),
+    Case(9, 4, 80, 25, 2, "mean"),
+    Case(9, 5, 64, 64),
+    Case(9, 5, 128, 128),
+    Case(7, 3, 256, 16),
+    Case(5, 1, 16, 16),  # blocks of one key: exact softmax
+    Case(11, 30, 16, 16, 2, batch=1),  # one block, mostly padding
+    Case(1, 1, 16, 16),
+)
+STREAMED = (
+    Case(45, 40, 16, 16, batch=1),
+    Case(45, 40, 16, 16, 1, "mean", "pre", batch=1),
+    Case(45, 40, 16, 16, 2, "identity", "pre", "blocks", batch=1),
+    Case(37, 2, 16, 16, 2, "identity", "post", "some", batch=1),
+)
+LAYOUTS = tuple(replace(PLAIN, layout=kind, mask="some") for kind in ("packed", "transposed", "unaligned"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, num_iters=2, mask="blocks", num_heads=2)], ids=str)
+def test_dtypes(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", [*ITERATED, *SIZES], ids=str)
+def test_cases(case: Case) -> None:
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", STREAMED, ids=str)
+def test_several_tiles(case: Case) -> None:
+    """Blocks of more keys than one tile, and more blocks than one tile: the online softmax."""
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_layouts(case: Case) -> None:
+    """Strides are followed, and the answer is bit for bit that of contiguous tensors."""
+    found = check(case, torch.float16, "cpu")
+    assert torch.equal(found, check(replace(case, layout="contiguous"), torch.float16, "cpu"))
+
+
+def test_batch_stride_zero_and_negative_scale() -> None:
+    q, k, v = (torch.randn(1, 1, 9, 16).expand(2, 2, 9, 16) for _ in range(3))
+    found = launch(q, k, v, None, scale=-0.3, block_size=4, num_iters=1, init="identity", pad="post")
+    assert torch.equal(found, found[:1, :1].expand_as(found))
+    whole = launch(q, k, v, None, scale=-0.3, block_size=9, num_iters=1, init="identity", pad="post")
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=-0.3)
+    torch.testing.assert_close(whole, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_keys_do_not_matter() -> None:
+    """Kept rows are bit for bit the same whatever finite values the hidden keys and values hold."""
+    q, k, v = (torch.randn(1, 1, 13, 16) for _ in range(3))
+    mask = torch.arange(13)[None] < 8
+    options = {"scale": 0.25, "block_size": 4, "num_iters": 1, "init": "identity", "pad": "post"}
+    found = launch(q, k, v, mask, **options)
+    k[:, :, 8:], v[:, :, 8:] = 1e4, -1e4
+    assert torch.equal(found, launch(q, k, v, mask, **options))
+
+
+def test_float64_has_no_kernel() -> None:
+    q = torch.randn(1, 1, 4, 16, dtype=torch.float64)
+    with pytest.raises(CodegenError, match="falls back to the reference"):
+        launch(q, q, q, None, scale=1.0, block_size=2, num_iters=1, init="identity", pad="post")
+
+
+def test_unequal_lengths_have_no_kernel() -> None:
+    q = torch.randn(1, 1, 4, 16)
+    k = torch.randn(1, 1, 6, 16)
+    with pytest.raises(CodegenError, match="seq_len_q != seq_len_k"):
+        launch(q, k, k, None, scale=1.0, block_size=2, num_iters=1, init="identity", pad="post")

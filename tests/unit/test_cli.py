@@ -1,0 +1,89 @@
+"""The command line, called in process."""
+
+import json
+import sys
+
+import pytest
+
+from monarch_compile import cli
+from monarch_compile.version import __version__
+
+MODEL = """
+import torch
+
+def build():
+    attend = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = torch.randn(3, 1, 2, 64, 8)
+    return attend, (q, k), {"value": v}
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "some_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    yield "some_model"
+    sys.modules.pop("some_model", None)
+
+
+def test_version(capsys):
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out.startswith(f"monarch_compile {__version__} (torch ")
+
+
+def test_explain_prints_and_writes(module, tmp_path, capsys):
+    options = ["--options", "policy=always", "block_size=16"]
+    outputs = ["--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.json")]
+    assert cli.main(["explain", f"{module}:build", *options, *outputs]) == 0
+    assert "1 of 1 attention sites lowered" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["sites"][0]["block_size"] == 16
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("some_model", "written module:function; found 'some_model'"),
+        ("some_model:nothing", "cannot load 'some_model:nothing'"),
+        ("no_such_model:build", "cannot load 'no_such_model:build'"),
+        ("some_model:wrong", "must return (model, args) or (model, args, kwargs)"),
+    ],
+)
+def test_bad_targets_are_explained(module, target, message, capsys):
+    assert cli.main(["explain", target]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_options_are_explained(module, capsys):
+    assert cli.main(["explain", f"{module}:build", "--options", "policy"]) == 2
+    assert "an option is written key=value; found 'policy'" in capsys.readouterr().err
+    assert cli.main(["explain", f"{module}:build", "--options", "blocksize=3"]) == 2
+    assert "unknown option 'blocksize'" in capsys.readouterr().err
+
+
+def test_demo_outside_a_checkout(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "monarch_compile" / "cli.py"))
+    assert cli.main(["demo"]) == 2
+    assert "lives in a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_benchmark_prints_and_writes(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert cli.main(["bench", "cpu", "--seq-lens", "32", "--seconds", "0.01", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    (row,) = content["rows"]
+    assert content["machine"]["threads"] == 1
+    assert row["shape"] == [1, 12, 32, 64]
+    assert row["max_error"] < 1e-5
+    assert row["exact"]["p20"] <= row["exact"]["p50"] <= row["exact"]["p80"]
+    assert f"{row['speedup']:.2f}x" in capsys.readouterr().out
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "command" in capsys.readouterr().err

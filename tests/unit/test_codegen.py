@@ -1,0 +1,313 @@
+"""Schedules, emitted text, kernel files, and what the kernels compile to; nothing here runs a kernel."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monarch_compile.codegen.emit import canonical, emit, steps
+from monarch_compile.codegen.schedule import SHARED_LIMITS, Schedule, Tiling, choose_schedule, shared_bytes
+from monarch_compile.codegen.source import KernelSource, cache_dir
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import INITS, PADS, ExactGroups, MaskKind, MonarchAttention
+
+BASE = MonarchAttention(
+    batch=2,
+    num_heads=8,
+    num_kv_heads=8,
+    seq_len_q=1500,
+    seq_len_k=1500,
+    head_dim=64,
+    value_dim=64,
+    dtype=torch.float16,
+    block_size=39,
+    scale=0.125,
+)
+GOLDENS = {
+    "t1": BASE,
+    "t1_long_block": dataclasses.replace(BASE, block_size=500),
+    "t2_mean_pre_masked": dataclasses.replace(
+        BASE,
+        head_dim=25,
+        value_dim=80,
+        dtype=torch.float32,
+        num_iters=2,
+        init="mean",
+        pad="pre",
+        mask=MaskKind.KEY_PADDING,
+    ),
+    "t3": dataclasses.replace(BASE, dtype=torch.bfloat16, num_iters=3),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def with_length(ir: MonarchAttention, seq_len: int | str) -> MonarchAttention:
+    return dataclasses.replace(ir, seq_len_q=seq_len, seq_len_k=seq_len)
+
+
+@st.composite
+def irs(draw: st.DrawFn) -> MonarchAttention:
+    heads, seq_len = draw(st.integers(1, 64)), draw(st.one_of(st.just("s0"), st.integers(1, 1 << 20)))
+    return MonarchAttention(
+        batch=draw(st.integers(1, 1024)),
+        num_heads=heads,
+        num_kv_heads=heads,
+        seq_len_q=seq_len,
+        seq_len_k=seq_len,
+        head_dim=draw(st.integers(1, 256)),
+        value_dim=draw(st.integers(1, 256)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        block_size=draw(st.integers(1, 5000)),
+        scale=draw(st.floats(-10, 10, allow_nan=False)),
+        num_iters=draw(st.integers(1, 4)),
+        init=draw(st.sampled_from(INITS)),
+        pad=draw(st.sampled_from(PADS)),
+        mask=draw(st.sampled_from(MaskKind)),
+    )
+
+
+tiles = st.sampled_from((16, 32, 64, 128, 256))
+tilings = st.builds(Tiling, tiles, tiles, st.sampled_from((1, 2, 4, 8)), st.integers(1, 4))
+schedules = st.builds(Schedule, tilings, tilings, tilings, st.sampled_from(("ieee", "tf32x3")))
+
+
+# Schedules
+
+
+@given(irs(), st.sampled_from((None, *SHARED_LIMITS)))
+def test_chosen_schedules_fit_the_device(ir: MonarchAttention, capability: tuple[int, int] | None) -> None:
+    schedule = choose_schedule(ir, capability)
+    limit = 1024 * SHARED_LIMITS.get(capability or (0, 0), 99)
+    for name, tiling in schedule.tilings():
+        assert shared_bytes(tiling, ir) <= limit, name
+    assert hash(schedule) == hash(choose_schedule(ir, capability))
+    assert str(schedule.summarize) in str(schedule)
+
+
+@given(irs())
+def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
+    schedule = choose_schedule(ir, (9, 0))
+    assert schedule.summarize.rows < 2 * max(16, ir.block_size)
+    assert schedule.summarize.step < 2 * max(16, ir.block_size)
+    if ir.num_blocks is not None:
+        assert schedule.attend.rows < 2 * max(16, ir.num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "falls back to the reference"),
+        ({"head_dim": 257}, "head_dim=257"),
+        ({"value_dim": 512}, "value_dim=512"),
+        ({"seq_len_k": 900}, "seq_len_q != seq_len_k"),
+        ({"num_kv_heads": 4}, "num_kv_heads"),
+        ({"is_causal": True}, "causal"),
+        ({"exact": ExactGroups(window=1)}, "exact groups"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_clearly(change: dict[str, Any], message: str) -> None:
+    ir = dataclasses.replace(BASE, **change)
+    with pytest.raises(CodegenError, match=message):
+        choose_schedule(ir)
+    with pytest.raises(CodegenError, match=message):
+        emit(ir, choose_schedule(BASE))
+
+
+@pytest.mark.parametrize("bad", [(24, 32, 4, 1), (8, 32, 4, 1), (32, 32, 3, 1), (32, 32, 4, 0)])
+def test_bad_tilings_are_refused(bad: tuple[int, int, int, int]) -> None:
+    with pytest.raises(CodegenError):
+        Tiling(*bad)
+
+
+def test_bad_precision_is_refused() -> None:
+    with pytest.raises(CodegenError, match="tf32x3"):
+        dataclasses.replace(choose_schedule(BASE), dot_precision="tf32")
+
+
+# Emitted text
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden_sources(name: str, check_golden: Callable[[str, str], None]) -> None:
+    ir = GOLDENS[name]
+    for source in emit(ir, choose_schedule(ir, (9, 0))):
+        check_golden(f"{name}_{source.name}.py.txt", source.text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(irs(), schedules)
+def test_any_source_parses_and_is_deterministic(ir: MonarchAttention, schedule: Schedule) -> None:
+    for source, again in zip(emit(ir, schedule), emit(ir, schedule), strict=True):
+        assert source == again
+        tree = ast.parse(source.text)
+        (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+        assert function.name == source.name
+        assert tuple(argument.arg for argument in function.args.args) == source.parameters
+        _check_names(function)
+        assert all(len(line) <= 120 or line.startswith("# ir:") for line in source.text.splitlines())
+        assert all(line == line.rstrip() for line in source.text.splitlines())
+        assert "\n\n\n" not in source.text.partition("@triton.jit")[2]
+
+
+def _check_names(function: ast.FunctionDef) -> None:
+    """A kernel reads only its parameters, what it assigned and its imports, and it reads all of those it could."""
+    parameters = {argument.arg for argument in function.args.args}
+    nodes = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    stored = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    read = {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
+    assert read <= parameters | stored | {"tl", "triton", "float"}
+    assert parameters <= read
+    assert stored <= read, f"assigned and never read: {stored - read}"
+
+
+@given(irs(), schedules, st.integers(1, 99), st.integers(1, 1 << 20))
+def test_text_does_not_depend_on_run_time_sizes(ir: MonarchAttention, schedule: Schedule, count: int, n: int) -> None:
+    other = with_length(dataclasses.replace(ir, batch=count, num_heads=count, num_kv_heads=count), n)
+    assert emit(ir, schedule) == emit(other, schedule)
+    assert canonical(ir) == canonical(other)
+
+
+@given(irs(), schedules)
+def test_provenance(ir: MonarchAttention, schedule: Schedule) -> None:
+    for source in emit(ir, schedule):
+        assert "generated by monarch_compile" in source.text
+        assert f"# ir: {canonical(ir)}\n" in source.text
+        assert f"# schedule: {schedule}\n" in source.text
+
+
+@pytest.mark.parametrize(
+    ("num_iters", "init", "names"),
+    [
+        (1, "identity", ["summarize", "attend"]),
+        (1, "mean", ["mean_query", "summarize_last", "attend"]),
+        (2, "identity", ["summarize_first", "weigh", "represent", "summarize_last", "attend"]),
+        (2, "mean", ["mean_query", "summarize_next", "weigh", "represent", "summarize_last", "attend"]),
+    ],
+)
+def test_kernels_of_an_attention(num_iters: int, init: str, names: list[str]) -> None:
+    assert [role.name for role in steps(num_iters, init)] == [f"monarch_{name}" for name in names]
+
+
+def test_a_block_within_one_tile_has_no_loop() -> None:
+    one, several = dataclasses.replace(BASE, block_size=64), dataclasses.replace(BASE, block_size=200)
+    assert "for " not in emit(one, choose_schedule(one))[0].text.partition("@triton.jit")[2]
+    assert "for tile in tl.range(0, BLOCK, TILE_I)" in emit(several, choose_schedule(several))[0].text
+
+
+def test_masks_only_where_needed() -> None:
+    whole = emit(dataclasses.replace(BASE, block_size=64), choose_schedule(BASE))
+    assert not any("is_head" in source.text or "in_block" in source.text for source in whole)
+    odd = emit(dataclasses.replace(BASE, head_dim=25), choose_schedule(BASE))
+    assert all("is_head" in source.text for source in odd)
+
+
+def test_scale_is_a_literal_in_base_two() -> None:
+    text = emit(BASE, choose_schedule(BASE))[0].text
+    line = next(line for line in text.splitlines() if "SCALE: tl.constexpr" in line)
+    assert float(line.partition("=")[2]) == pytest.approx(0.125 * math.log2(math.e), rel=1e-15)
+
+
+# Kernel files
+
+
+def test_written_only_when_different(tmp_path: Path) -> None:
+    source = KernelSource("kernel", "x = 1\n")
+    path = source.write(tmp_path)
+    os.utime(path, (1, 1))
+    assert source.write(tmp_path) == path
+    assert path.stat().st_mtime == 1
+    path.write_text("x = 2\n")
+    source.write(tmp_path)
+    assert path.read_text() == "x = 1\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == [source.file_name]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        KernelSource("kernel", "x = 1\n").write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_key_is_of_the_text() -> None:
+    assert KernelSource("a", "x").key == KernelSource("b", "x").key != KernelSource("a", "y").key
+
+
+def test_cache_directory_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONARCH_CACHE_DIR", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("MONARCH_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    assert cache_dir() == tmp_path / "inductor" / "monarch_compile"
+
+
+# What the kernels compile to, with no GPU at hand
+
+COMPILED = """
+import dataclasses, json, sys
+import torch
+from monarch_compile.codegen.emit import emit
+from monarch_compile.codegen.inspect_ptx import compile_report
+from monarch_compile.codegen.schedule import choose_schedule
+from monarch_compile.ir import MaskKind, MonarchAttention
+reports = []
+for change, capability in json.loads(sys.stdin.read()):
+    sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=4096, seq_len_k=4096, head_dim=64, value_dim=64)
+    change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
+    ir = MonarchAttention(**{**sizes, "block_size": 64, "scale": 0.125, **change})
+    schedule = choose_schedule(ir, tuple(capability))
+    for source in emit(ir, schedule):
+        report = dataclasses.asdict(compile_report(source, ir, schedule, tuple(capability)))
+        reports.append({**report, "ptx": "", "capability": capability, "dtype": str(ir.dtype), "text": str(schedule)})
+print(json.dumps(reports))
+"""
+TO_COMPILE = [
+    ({"dtype": "float16"}, (9, 0)),
+    ({"dtype": "bfloat16", "num_iters": 2, "init": "mean", "pad": "pre", "mask": "key_padding"}, (9, 0)),
+    ({"dtype": "float16", "block_size": 39, "head_dim": 256, "value_dim": 256}, (8, 0)),
+    ({"dtype": "float32", "block_size": 39, "head_dim": 80, "value_dim": 25}, (9, 0)),
+]
+
+
+@pytest.mark.slow
+def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
+    """In a process of its own: this one may hold Triton's library in interpreted form."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        input=json.dumps(TO_COMPILE),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for report in json.loads(run.stdout):
+        capability = tuple(report["capability"])
+        assert report["shared_bytes"] <= 1024 * SHARED_LIMITS[capability], report
+        assert report["registers"] <= 255, report
+        # tf32x3 keeps every operand in two parts: wide float32 rows spill a little.
+        allowed = 256 if report["dtype"] == "torch.float32" else 16
+        assert report["local_bytes"] <= allowed, f"spills: {report}"
+        if report["name"] != "monarch_mean_query":
+            assert report["has_wgmma"] or report["has_mma"], report
+        if report["name"] == "monarch_summarize" and capability == (9, 0) and "16" in report["dtype"]:
+            assert report["has_wgmma"], f"64 rows and 4 warps fill Hopper's own instructions: {report}"

@@ -1,0 +1,210 @@
+"""Counts against the closed forms of the mathematics, predictions against measurements, and the block-size choice."""
+
+import math
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monarch_compile import cost
+from monarch_compile.cost import choose_block_size, exact_cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.devices import DEVICES, device_for
+from monarch_compile.errors import InputError
+from monarch_compile.ir import MonarchAttention
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
+ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}
+SQUARE = {**ONE_HEAD, cost.N_Q: N, cost.N_K: N, cost.ITEM: E}
+
+# (batch, seq_len) -> milliseconds on one H200, float16, 12 heads of 64: exact (cuDNN), Monarch (two streaming kernels).
+H200_MS = {
+    (64, 1024): (0.501, None),
+    (1, 1024): (0.0139, None),
+    (1, 4096): (0.117, 0.0166),
+    (16, 4096): (1.86, 0.225),
+    (1, 16384): (1.84, 0.084),
+    (4, 16384): (7.25, 0.314),
+    (1, 32768): (7.38, 0.193),
+    (1, 65536): (29.0, 0.455),
+}
+
+
+def attention(seq_len=4096, block_size=64, batch=1, dtype=torch.float32, **more):
+    sizes = {"num_heads": 12, "num_kv_heads": 12, "seq_len_q": seq_len, "seq_len_k": seq_len} | more
+    head = {"head_dim": 64, "value_dim": 64} | {k: sizes.pop(k) for k in ("head_dim", "value_dim") if k in sizes}
+    return MonarchAttention(batch=batch, **sizes, **head, dtype=dtype, block_size=block_size, scale=0.125)
+
+
+def auto(seq_len, device, dtype, batch=1):
+    block = choose_block_size(seq_len=seq_len, head_dim=64, value_dim=64, dtype=dtype, device=device)
+    return attention(seq_len, block, batch, dtype)
+
+
+def is_equal(found, expected):
+    return sympy.simplify(found - expected) == 0
+
+
+def test_flops_of_one_iteration_are_6NBD_plus_4NMD():
+    found = cost.monarch_formula().flops.subs({**SQUARE, cost.T: 1}).subs(N, M * B)
+    assert is_equal(found, (6 * N * B * D + 4 * N * M * D).subs(N, M * B))
+
+
+def test_each_further_iteration_adds_4NBD_plus_4NMD():
+    flops = cost.monarch_formula().flops.subs(SQUARE)
+    added = flops.subs(cost.T, cost.T + 1) - flops
+    assert is_equal(added.subs(N, M * B), (4 * N * B * D + 4 * N * M * D).subs(N, M * B))
+
+
+def test_exact_attention_takes_4NND_flops_and_compulsory_bytes():
+    assert is_equal(cost.exact_formula().flops.subs(SQUARE), 4 * N**2 * D)
+    assert is_equal(cost.exact_formula().bytes.subs(SQUARE), 4 * N * D * E)
+
+
+def test_two_kernel_form_moves_nine_tensors_and_the_bias():
+    found = cost.monarch_formula().bytes.subs({**SQUARE, cost.T: 1}).subs(N, M * B)
+    assert is_equal(found, (9 * N * D * E + 2 * 4 * N).subs(N, M * B))
+
+
+def test_symbolic_sizes_stay_symbols():
+    ir = attention("n", 32, batch="b")
+    n, b = sympy.symbols("n b", positive=True, integer=True)
+    assert is_equal(exact_cost(ir).flops, 4 * 12 * 64 * b * n**2)
+    assert monarch_cost(ir).flops.subs({n: 100, b: 3}) == monarch_cost(attention(100, 32, batch=3)).flops
+
+
+def test_padding_to_whole_blocks_is_counted():
+    assert monarch_cost(attention(65, 64)).flops == monarch_cost(attention(128, 64)).flops
+    assert monarch_cost(attention(65, 64)).flops > monarch_cost(attention(64, 32)).flops
+
+
+def test_grouped_query_attention_reads_fewer_keys():
+    grouped, full = (attention(num_kv_heads=heads) for heads in (3, 12))
+    assert monarch_cost(grouped).bytes < monarch_cost(full).bytes
+    assert monarch_cost(grouped).flops == monarch_cost(full).flops
+
+
+def test_exact_cost_needs_no_ir():
+    ir = attention(300, 20, batch=2, value_dim=32)
+    shapes = (2, 12, 300, 64), (2, 12, 300, 64), (2, 12, 300, 32)
+    assert exact_cost_of_shapes(*shapes, torch.float32) == exact_cost(ir)
+
+
+@settings(deadline=None)
+@given(
+    seq_len=st.integers(1, 5000),
+    more=st.integers(0, 300),
+    block_size=st.integers(1, 600),
+    head_dim=st.integers(1, 256),
+    num_iters=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_cost_and_time_grow_with_the_sequence_and_the_iterations(seq_len, more, block_size, head_dim, num_iters, dtype):
+    def site(n, iters):
+        return attention(n, block_size, dtype=dtype, head_dim=head_dim, value_dim=head_dim, num_iters=iters)
+
+    small, long, deep = site(seq_len, num_iters), site(seq_len + more, num_iters), site(seq_len, num_iters + 1)
+    assert monarch_cost(small).flops <= monarch_cost(long).flops
+    assert monarch_cost(small).flops < monarch_cost(deep).flops
+    assert monarch_cost(small).bytes < monarch_cost(deep).bytes
+    for device in DEVICES.values():
+        assert predict(small, device).exact_s <= predict(long, device).exact_s
+        assert predict(small, device).monarch_s < predict(deep, device).monarch_s
+
+
+@settings(deadline=None)
+@given(
+    seq_len=st.integers(1, 200_000),
+    head_dim=st.integers(1, 256),
+    value_dim=st.integers(1, 256),
+    dtype=st.sampled_from(DTYPES),
+    device=st.sampled_from(sorted(DEVICES)),
+    num_iters=st.integers(1, 4),
+)
+def test_block_size_is_in_range_deterministic_and_near_the_root(seq_len, head_dim, value_dim, dtype, device, num_iters):
+    arguments = {
+        "seq_len": seq_len,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "dtype": dtype,
+        "device": DEVICES[device],
+        "num_iters": num_iters,
+    }
+    block = choose_block_size(**arguments)
+    assert 1 <= block <= seq_len
+    assert block <= 2 * math.isqrt(seq_len) + 2
+    choose_block_size.cache_clear()
+    assert choose_block_size(**arguments) == block
+
+
+def test_chosen_block_is_nearly_the_fastest_of_all():
+    cpu, n = DEVICES["cpu"], 1500
+    chosen = predict(auto(n, cpu, torch.float32), cpu).monarch_s
+    assert chosen <= 1.06 * min(predict(attention(n, block), cpu).monarch_s for block in range(1, n + 1))
+
+
+def test_whole_blocks_are_preferred_on_cpu():
+    assert 1500 % auto(1500, DEVICES["cpu"], torch.float32).block_size == 0
+
+
+def test_bad_seq_len_is_refused():
+    with pytest.raises(InputError, match="seq_len must be at least 1; found 0"):
+        choose_block_size(seq_len=0, head_dim=64, value_dim=64, dtype=torch.float32, device=DEVICES["cpu"])
+
+
+@pytest.mark.parametrize(("batch", "seq_len"), H200_MS)
+def test_h200_predictions_are_within_a_factor_of_what_was_measured(batch, seq_len):
+    h200 = DEVICES["h200"]
+    prediction = predict(auto(seq_len, h200, torch.float16, batch), h200)
+    exact_ms, monarch_ms = H200_MS[batch, seq_len]
+    assert 1 / 1.5 < prediction.exact_s * 1e3 / exact_ms < 1.5
+    if monarch_ms is not None:
+        assert 1 / 1.5 < prediction.monarch_s * 1e3 / monarch_ms < 1.5
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "batch", "seq_len", "pays"),
+    [
+        ("cpu", torch.float32, 1, 128, False),
+        ("cpu", torch.float32, 8, 197, False),
+        ("cpu", torch.float32, 1, 1024, True),
+        ("cpu", torch.float32, 1, 4096, True),
+        ("h200", torch.float16, 1024, 256, False),
+        ("h200", torch.bfloat16, 1, 256, False),
+        ("h200", torch.float16, 1, 4096, True),
+        ("h200", torch.float16, 16, 4096, True),
+        ("cuda", torch.float16, 1, 128, False),
+        ("cuda", torch.float16, 1, 8192, True),
+    ],
+)
+def test_crossover(device, dtype, batch, seq_len, pays):
+    described = DEVICES[device]
+    assert predict(auto(seq_len, described, dtype, batch), described).pays is pays
+
+
+def test_prediction_needs_hints_for_symbolic_sizes():
+    ir = attention("s0", 64)
+    with pytest.raises(InputError, match="'s0' is symbolic and has no hint"):
+        predict(ir, DEVICES["cpu"])
+    assert predict(ir, DEVICES["cpu"], {"s0": 4096}) == predict(attention(4096, 64), DEVICES["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("cpu", None, "cpu"),
+        ("cuda", None, "cuda"),
+        ("cuda", "NVIDIA H200", "h200"),
+        ("cuda", "NVIDIA H100 80GB HBM3", "h200"),
+        ("cuda", "Tesla T4", "cuda"),
+    ],
+)
+def test_device_for(kind, name, expected):
+    assert device_for(kind, name) is DEVICES[expected]
+
+
+def test_unknown_device_type_is_refused():
+    with pytest.raises(InputError, match="device_type must be 'cpu' or 'cuda'; found 'mps'"):
+        device_for("mps")
