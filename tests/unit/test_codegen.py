@@ -304,8 +304,8 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
         capability = tuple(report["capability"])
         assert report["shared_bytes"] <= 1024 * SHARED_LIMITS[capability], report
         assert report["registers"] <= 255, report
-        # tf32x3 keeps every operand in two parts: wide float32 rows spill a little.
-        allowed = 256 if report["dtype"] == "torch.float32" else 16
+        # tf32x3 keeps every operand in two parts: wide float32 rows spill, up to half a KiB a thread.
+        allowed = 512 if report["dtype"] == "torch.float32" else 16
         assert report["local_bytes"] <= allowed, f"spills: {report}"
         if report["name"] != "monarch_mean_query":
             assert report["has_wgmma"] or report["has_mma"], report
