@@ -50,7 +50,7 @@ def launch(
     problem = Problem(
         int(q.shape[3]), int(v.shape[3]), q.dtype, block_size, scale, num_iters, init, pad, key_mask is not None
     )
-    launcher = build(problem, blocks_key, _capability(q.device), is_interpreted())
+    launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
     with _on_device(q):
         return launcher(q, k, v, key_mask, num_blocks)
 
@@ -172,7 +172,7 @@ def _blocks_key(num_blocks: int) -> int:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def capability_of(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device; None where there is none to ask (the interpreter, fake tensors)."""
     if device.type == "cpu" and is_interpreted():
         return None

@@ -60,7 +60,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None
         raise InputError(f"q, k and v must be (batch, num_heads, seq_len, dim); found {shapes}")
     if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]):
         raise InputError(
-            f"q and k must agree in batch, num_heads and head_dim, k and v in batch, num_heads and seq_len; found {shapes}"
+            "q and k must agree in batch, num_heads and head_dim, k and v in batch, num_heads and seq_len; "
+            f"found {shapes}"
         )
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise InputError(f"no size may be 0; found {shapes}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from monarch_compile.errors import CodegenError
 from monarch_compile.reference import reference
 
 
@@ -40,6 +41,23 @@ def attention(
     from monarch_compile.codegen.launch import launch
 
     return launch(q, k, v, key_mask, **options)
+
+
+def kernel_refusal(device: torch.device) -> str | None:
+    """Why no kernel can run on `device`; None where one can, or where the reference runs instead (CPU)."""
+    if device.type != "cuda":
+        return None
+    try:
+        import triton  # noqa: F401
+
+        from monarch_compile.codegen.launch import capability_of
+
+        capability_of(device)
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it to run kernels on {device}"
+    except CodegenError as error:
+        return str(error)
+    return None
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,6 +13,7 @@ from monarch_compile.cost import MARGIN, Prediction, choose_block_size, predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import Device, device_for
 from monarch_compile.ir import MonarchAttention
+from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.graph import dim_of, dtype_of, site_name, source_of
 from monarch_compile.passes.legality import Context, first_refusal
 from monarch_compile.passes.lowering import to_ir
@@ -54,6 +55,9 @@ def choose(site: Site, config: MonarchConfig) -> Choice:
             source=source_of(refusal.node),
         )
         return Choice(exact)
+    missing = kernel_refusal(site.output.meta["val"].device)
+    if missing is not None:
+        return Choice(replace(base, code="no_kernels", reason=missing, node=site.output.name))
     device = _device(site)
     ir = to_ir(
         site,

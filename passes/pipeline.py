@@ -28,7 +28,8 @@ from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
 from monarch_compile.passes.lowering import lower
-from monarch_compile.passes.region import Site
+from monarch_compile.passes.operands import as_they_lie, hoist_scales
+from monarch_compile.passes.region import AttentionRegion, Site
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,13 @@ def _functionalize(state: State) -> str:
     return f"{functionalize_private_writes(state.graph)} in-place ops made functional"
 
 
+def _hoist_scales(state: State) -> str:
+    return f"{hoist_scales(state.graph)} scales moved behind a reshape"
+
+
 def _match(state: State) -> str:
-    state.sites = find_sites(state.graph)
+    found = find_sites(state.graph)
+    state.sites = [as_they_lie(s) if isinstance(s, AttentionRegion) else s for s in found]
     return f"{len(state.sites)} attention sites found"
 
 
@@ -112,6 +118,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("drop_inactive_dropout", _drop_dropout),
     Pass("fill_by_shape", _fill_by_shape),
     Pass("functionalize_private_writes", _functionalize),
+    Pass("hoist_scales", _hoist_scales),
     Pass("match", _match),
     Pass("choose", _choose),
     Pass("lower", _lower),

@@ -113,6 +113,24 @@ def test_broadcast_keys_are_not_copied() -> None:
     torch.testing.assert_close(output, fn(q, k, v), rtol=1e-5, atol=1e-5)
 
 
+def test_operands_are_taken_where_they_lie() -> None:
+    """A scale before the heads are split, and copies after, are taken off: the kernels read the projection itself."""
+
+    def fn(x: Tensor) -> Tensor:
+        q, k, v = (x * 0.25).view(2, 7, 3, 4), x.view(2, 7, 3, 4), x.view(2, 7, 3, 4)
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k.clone(), v, scale=1.0)
+
+    x = torch.randn(2, 7, 12)
+    output, (result,) = run_passes(fn, x)
+    (decision,) = result.decisions
+    assert decision.ir is not None
+    assert decision.ir.scale == 0.25
+    left = {str(n.target) for n in result.after.graph.nodes if n.op == "call_function"}
+    assert not left & {"aten.mul.Tensor", "aten.clone.default", "aten.contiguous.default"}
+    torch.testing.assert_close(output, fn(x), rtol=1e-5, atol=1e-5)
+
+
 def test_values_of_another_width() -> None:
     q, k, v = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
     output, (result,) = run_passes(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, q, k, v)
