@@ -35,6 +35,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from monarch_compile.codegen import launch as launching
 from monarch_compile.codegen.launch import Launcher, Problem
 from monarch_compile.codegen.schedule import Schedule, Tiling, padded
+from monarch_compile.cost import choose_block_size
+from monarch_compile.devices import device_for
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 from monarch_compile.version import __version__
@@ -145,7 +147,8 @@ def table(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
 
 def _time_one(batch: int, seq_len: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     q, k, v = inputs(batch, NUM_HEADS, seq_len, head_dim, dtype)
-    block_size = 1 << round(math.log2(seq_len) / 2)
+    device = device_for("cuda", torch.cuda.get_device_name())
+    block_size = choose_block_size(seq_len=seq_len, head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=device)
     options = {"block_size": block_size, "num_iters": 1, "init": "identity", "pad": "post", "scale": head_dim**-0.5}
 
     def monarch() -> Tensor:

@@ -43,7 +43,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _loops_to_run_time_bounds(interpreter) -> bool:  # type: ignore[no-untyped-def]
-    """Whether a tensor can bound a loop: the interpreter of triton 3.6 calls int() on a 1-d array, numpy 2.5 refuses."""
+    """Whether a tensor can bound a loop: triton 3.6 interprets by int() of a 1-d array, numpy 2.5 refuses."""
     source = inspect.getsource(interpreter)
     if "int(self.handle.data)" not in source:
         return True
