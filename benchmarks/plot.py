@@ -21,7 +21,7 @@ def main() -> None:
     rows = [row for row in data["rows"] if row["batch"] == 1]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     for form, label in FORMS.items():
-        times = [row[f"{form}_ms"][1] for row in rows]
+        times = [row[form][1] for row in rows]
         axes.plot([row["seq_len"] for row in rows], times, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="ms")
     axes.set_xscale("log", base=2)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from examples.progress import median_seconds, step, table
 from examples.whisper.audio import SAMPLE_RATE, log_mel, read_clips, read_wav
 from examples.whisper.load import Whisper, load_whisper
 from examples.whisper.transcribe import transcribe, word_error_rate
+from monarch_compile.benchmark import environment
 from monarch_compile.functional import monarch_attention
 
 NUM_WINDOWS = 4
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             wer_windows = word_error_rate(window_words, texts[len(clips) :])
             rows.append([*names, f"{wer:.3f}", f"{wer_windows:.3f}", f"{change:.3f}", f"{seconds * 1e3:.1f}"])
     print(f"\n{table(rows)}")
+    if args.json:
+        named = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+        args.json.write_text(json.dumps({"machine": environment(), "rows": named}, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -112,6 +118,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-iters", type=int, nargs="+", default=(1,))
     parser.add_argument("--init", nargs="+", default=("identity",))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the table and the machine as JSON")
     return parser.parse_args(argv)
 
 

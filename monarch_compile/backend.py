@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from monarch_compile.config import MonarchConfig, parse_options
-from monarch_compile.decision import EXACT, Decision
+from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.errors import LoweringError
+
+if TYPE_CHECKING:
+    from monarch_compile.passes.pipeline import Rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +78,23 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
             raise LoweringError(f"the passes failed on a graph: {error!r}") from error
         logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=True)
         return None
+    _dump_kernels(result)
     counters["monarch"]["lowered"] += result.num_lowered
     counters["monarch"]["exact"] += len(result.decisions) - result.num_lowered
     if config.strict:
         _require_lowered(result.decisions)
     return result.after if result.num_lowered else None
+
+
+def _dump_kernels(result: Rewrite) -> None:
+    """The kernels of every lowered site beside the dumped graphs, each once."""
+    if result.dump.folder is None:
+        return
+    from monarch_compile.report import kernels_of
+
+    lowered = [d.ir for d in result.decisions if d.status == LOWERED and d.ir is not None]
+    for kernel in dict.fromkeys(kernel for ir in lowered for kernel in kernels_of(ir)[0]):
+        result.dump.numbered(kernel.file_name, kernel.text)
 
 
 def _require_lowered(decisions: Sequence[Decision]) -> None:

@@ -160,7 +160,7 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
     """The site that a decision is about, with costs, predicted times and kernels; `hints` values symbolic sizes."""
     ir = decision.ir
     exact_s, monarch_s = _predicted(ir, decision.device, hints)
-    kernels, note = _kernels(ir) if ir is not None and decision.status == LOWERED else ((), "")
+    kernels, note = kernels_of(ir) if ir is not None and decision.status == LOWERED else ((), "")
     if kernels and decision.device != "cuda":
         note = f"On {decision.device} Inductor compiles the reference instead; on CUDA these run."
     return Site(
@@ -214,7 +214,7 @@ def _predicted(
 
 
 @lru_cache(maxsize=256)
-def _kernels(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
+def kernels_of(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
     from monarch_compile.codegen.emit import emit
     from monarch_compile.codegen.schedule import choose_schedule
 

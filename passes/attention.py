@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
+from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
+from monarch_compile.passes.memory import is_written
 from monarch_compile.passes.products import MIXED, SCORES, Scores, simplify
-from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site
+from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
 
 SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
 SDPA_OP = aten.scaled_dot_product_attention.default
@@ -67,7 +68,7 @@ def _from_sdpa(node: Node) -> AttentionRegion:
     masks = []
     if isinstance(mask, Node):
         role = "keep" if mask.meta["val"].dtype == torch.bool else "add"
-        masks.append(MaskTerm(mask, role, rank))
+        masks.append(MaskTerm(mask, role, lead))
     identity = tuple(range(rank))
     return AttentionRegion(
         anchor=node,
@@ -77,7 +78,7 @@ def _from_sdpa(node: Node) -> AttentionRegion:
         v=Operand(v, identity),
         scale=float(scale) if scale is not None else 1.0 / math.sqrt(shape_of(q)[-1]),
         masks=tuple(masks),
-        lead=_frame([lead]),
+        lead=frame_of(lead),
         qk_lead=lead,
         pv_lead=lead,
         out_dims=identity,
@@ -99,35 +100,26 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
     mixed = MIXED[output.target](output, below[-1])
     if mixed is None:
         raise Miss("values_layout", "the product with the values has a layout that is not understood", output)
-    (q, q_scale), (k, k_scale) = (simplify(x, constant_of) for x in (scores.q, scores.k))
+    q, k = simplify(scores.q, constant_of), simplify(scores.k, constant_of)
     interior = (*walk.seen, anchor, *below[1:])
     _require_single_use(walk.seen, {*interior, output})
-    leads = [shape_of(n)[:-2] for n in interior]
+    leads = [m.lead for m in walk.masks] or [shape_of(n)[:-2] for n in interior]
     pv_lead = shape_of(below[-1])[:-2]
     return AttentionRegion(
         anchor=anchor,
         output=output,
-        q=q,
-        k=k,
+        q=q.operand,
+        k=k.operand,
         v=mixed.v,
-        scale=walk.scale * scores.alpha * q_scale * k_scale,
+        scale=walk.scale * scores.alpha * q.factor * k.factor,
         masks=tuple(walk.masks),
-        lead=_frame(leads),
+        lead=frame_of(max(leads, key=len)),
         qk_lead=shape_of(scores_node)[:-2],
         pv_lead=pv_lead,
         out_dims=mixed.out_dims,
         interior=(*interior, output),
+        skipped=(*q.skipped, *k.skipped),
     )
-
-
-def _frame(leads: list[tuple[Any, ...]]) -> tuple[Any, Any]:
-    """(batch, heads) of the lowered form, from the leading dims seen along the scores."""
-    longest = max(leads, key=len)
-    if len(longest) == 2:
-        return longest[0], longest[1]
-    if len(longest) == 1:
-        return longest[0], 1
-    return (1, 1) if not longest else (math.prod(longest[:-1]), longest[-1])
 
 
 def _require_single_use(scores: list[Node], inside: set[Node]) -> None:
@@ -149,31 +141,39 @@ def _peel_up(node: Any, walk: Walk) -> tuple[Node, Scores]:
             if scores is None:
                 raise Miss("scores_layout", "the product of queries and keys has a layout that is not understood", node)
             if scores.bias is not None:
-                walk.masks.append(MaskTerm(scores.bias, "add", len(shape_of(node)), walk.scale * scores.beta))
+                walk.masks.append(MaskTerm(scores.bias, "add", shape_of(node)[:-2], walk.scale * scores.beta))
             return node, scores
-        if node.target is aten.add.Tensor:
-            return _peel_add(node, walk)
+        if node.target in SUMS:
+            return _peel_sum(node, walk)
         step = UP.get(node.target)
         if step is None:
             code = "softcap" if node.target is aten.tanh.default else "scores_op"
             label = getattr(node.target, "__name__", node.op)
             raise Miss(code, f"{label} stands between softmax and a product of queries and keys", node)
-        node = step(node, walk)
+        above = step(node, walk)
+        if step is not _up_view and isinstance(above, Node) and not same_shape(above, node):
+            raise Miss("scores_view", f"the scores are broadcast to {list(shape_of(node))}", node)
+        node = above
     raise Miss("scores_op", "softmax is not fed by a product of queries and keys", walk.seen[-1])
 
 
-def _peel_add(node: Node, walk: Walk) -> tuple[Node, Scores]:
+SUMS: dict[object, float] = {aten.add.Tensor: 1.0, aten.add.Scalar: 1.0, aten.sub.Tensor: -1.0, aten.sub.Scalar: -1.0}
+"""Ops that add to the scores, with the sign of their second input."""
+
+
+def _peel_sum(node: Node, walk: Walk) -> tuple[Node, Scores]:
     """One side of the sum is the scores, the other a mask or a bias: try both, keep the nearer miss."""
-    if node.kwargs.get("alpha", 1) != 1:
-        raise Miss("scores_op", "a mask is added with alpha != 1", node)
+    sign, (left, right), alpha = SUMS[node.target], inputs(node)[:2], arg(node, 2, "alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        raise Miss("scores_op", "a mask is added with an alpha that is not a constant", node)
+    sides = [(left, right, sign * alpha), (right, left, 1.0)] if sign * alpha == 1 else [(left, right, sign * alpha)]
     misses: list[tuple[int, Miss]] = []
-    for scores_side, mask_side in ((inputs(node)[0], inputs(node)[1]), (inputs(node)[1], inputs(node)[0])):
-        if not isinstance(scores_side, Node) or shape_of(scores_side) != shape_of(node):
+    for scores_side, added, factor in sides:
+        if not isinstance(scores_side, Node) or not same_shape(scores_side, node):
             continue
         attempt = walk.copy()
-        if isinstance(mask_side, Node):
-            attempt.masks.append(MaskTerm(mask_side, "add", len(shape_of(node)), walk.scale))
         try:
+            _note_added(node, attempt, added, factor)
             found = _peel_up(scores_side, attempt)
         except Miss as miss:
             misses.append((len(attempt.seen), miss))
@@ -185,25 +185,57 @@ def _peel_add(node: Node, walk: Walk) -> tuple[Node, Scores]:
     raise max(misses, key=lambda pair: pair[0])[1]
 
 
+def _note_added(node: Node, walk: Walk, added: Any, factor: float) -> None:
+    """A tensor is a mask; softmax ignores a constant, unless it is as large as what hides a key."""
+    constant = constant_of(added)
+    if constant is None and isinstance(added, Node):
+        walk.masks.append(MaskTerm(added, "add", shape_of(node)[:-2], walk.scale * factor))
+    elif constant is None or not abs(constant * walk.scale * factor) <= IGNORED:
+        raise Miss("scores_op", f"{added} is added to the scores: not a small constant", node)
+
+
+IGNORED = 1e2
+"""A constant this small, added to all scores, leaves hidden keys hidden."""
+
+
 def constant_of(value: Any) -> float | None:
-    """The value of a number, or of a closed 0-d tensor expression; None when it depends on an input."""
+    """The value of a number, or of a closed expression of one element; None when it depends on an input."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, Node) or value.op != "call_function" or shape_of(value) not in ((), (1,)):
-        return _attribute_constant(value)
-    operands = [constant_of(a) for a in inputs(value) if isinstance(a, (Node, int, float))]
-    rule = CONSTANT_OPS.get(value.target)
-    return rule(operands) if rule is not None and None not in operands else None
-
-
-def _attribute_constant(value: Any) -> float | None:
-    if not isinstance(value, Node) or value.op != "get_attr":
+    if not isinstance(value, Node):
         return None
-    held = getattr(value.graph.owning_module, str(value.target), None)
-    if isinstance(held, torch.Tensor) and held.numel() == 1 and str(value.target).startswith("_tensor_constant"):
-        return float(held)
-    return None
+    if value.op == "get_attr":
+        return _attribute_constant(value)
+    if value.op != "call_function" or not (value.target is FULL or shape_of(value) in ((), (1,))):
+        return None
+    if value.target is FULL:
+        fill = inputs(value)[1]
+        number = float(fill) if isinstance(fill, (bool, int, float)) else None
+    else:
+        operands = [constant_of(a) for a in inputs(value) if isinstance(a, (Node, int, float))]
+        rule = CONSTANT_OPS.get(value.target)
+        number = rule(operands) if rule is not None and None not in operands else None
+    return None if number is None or is_written(value) else held_by(number, dtype_of(value))
 
+
+def held_by(number: float, dtype: torch.dtype | None) -> float | None:
+    """What a tensor of a dtype makes of a number: rounded to the dtype; None where an int or bool would change it."""
+    if dtype in FLOATS:
+        return float(torch.tensor(number, dtype=dtype, device="cpu"))
+    if dtype is None or dtype.is_floating_point or dtype.is_complex or not float(number).is_integer():
+        return None
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return number if low <= number <= high else None
+
+
+def _attribute_constant(value: Node) -> float | None:
+    held = getattr(value.graph.owning_module, str(value.target), None)
+    if not isinstance(held, torch.Tensor) or held.numel() != 1 or not str(value.target).startswith("_tensor_constant"):
+        return None
+    return None if is_written(value) else float(held)
+
+
+FULL = aten.full.default
 
 CONSTANT_OPS: dict[object, Callable[[list[Any]], float | None]] = {
     aten.lift_fresh_copy.default: lambda xs: xs[0],
@@ -223,9 +255,8 @@ CONSTANT_OPS: dict[object, Callable[[list[Any]], float | None]] = {
 
 
 def _up_cast(node: Node, walk: Walk) -> Any:
-    value = node.meta["val"]
-    if not value.dtype.is_floating_point:
-        raise Miss("scores_op", f"the scores are cast to {value.dtype}", node)
+    if dtype_of(node) not in FLOATS:
+        raise Miss("scores_op", f"the scores are cast to {dtype_of(node)}", node)
     return inputs(node)[0]
 
 
@@ -270,7 +301,7 @@ def _add_bool_mask(node: Node, walk: Walk, mask: Any, role: str, fill: Any) -> N
         raise Miss("mask_fill", "masked scores are filled with something that is not a constant", node)
     if not value * walk.scale <= DROPPED:
         raise Miss("mask_fill", f"masked scores are filled with {value:g}, which does not hide a key", node)
-    walk.masks.append(MaskTerm(mask, role, len(shape_of(node))))
+    walk.masks.append(MaskTerm(mask, role, shape_of(node)[:-2]))
 
 
 DROPPED = -1e4
@@ -346,7 +377,9 @@ def _peel_down(anchor: Node) -> tuple[Node, list[Node]]:
 
 
 def _is_step_down(node: Node) -> bool:
-    return node.target in MIXED or node.target in DOWN_CASTS or (node.target in DOWN_VIEWS and _keeps_matrix(node))
+    if node.target in DOWN_CASTS:
+        return dtype_of(node) in FLOATS
+    return node.target in MIXED or (node.target in DOWN_VIEWS and _keeps_matrix(node))
 
 
 def _feeds_product(anchor: Node) -> bool:

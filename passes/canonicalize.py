@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.graph import VIEW_OPS, arg, aten, dtype_of, inputs, mutated_inputs, shape_of
+from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, same_shape, shape_of
+from monarch_compile.passes.memory import storages_of
 
 ALIASES: dict[OpOverload, OpOverload] = {
     aten.divide.Tensor: aten.div.Tensor,
@@ -35,30 +38,6 @@ FUNCTIONAL: dict[OpOverload, OpOverload] = {
     aten.logical_not_.default: aten.logical_not.default,
 }
 """In-place op -> its functional form, used where the written memory is private to the graph."""
-
-FRESH_OPS = frozenset(
-    {
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
-        aten.zeros.default,
-        aten.ones.default,
-        aten.full.default,
-        aten.matmul.default,
-        aten.bmm.default,
-        aten.baddbmm.default,
-        aten.mul.Tensor,
-        aten.div.Tensor,
-        aten.add.Tensor,
-        aten.sub.Tensor,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.softmax.int,
-        aten.linear.default,
-        aten.logical_not.default,
-    }
-)
-"""Ops that always return memory of their own."""
 
 
 def fold_aliases(gm: GraphModule) -> int:
@@ -115,41 +94,57 @@ LIKE_FILLS: dict[object, int | None] = {
 def functionalize_private_writes(gm: GraphModule) -> int:
     """Make an in-place op functional where only the graph can see the memory it writes.
 
-    The written value must come from an op that owns its memory, through views that nothing else reads, and no other
-    view of it may exist before the write; later readers of the old value are pointed at the new one. Anything else
-    stays in place, and sites it touches are refused.
+    The memory must have been made by an op of the graph, and be known at the write by one name alone (or by views
+    that nothing else reads); later readers of the old value are pointed at the new one. Anything else stays in place,
+    and sites it touches are refused.
     """
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    names = _Names(gm)
     changed = 0
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in FUNCTIONAL:
             continue
         base = inputs(node)[0]
-        if not _is_private(base, node, order) or dtype_of(base) != _promoted(node) or shape_of(base) != shape_of(node):
+        if not names.is_private(base, node) or dtype_of(base) != _promoted(node) or not same_shape(base, node):
             continue
         node.target = FUNCTIONAL[node.target]
-        later = [user for user in base.users if order[user] > order[node]]
-        for user in later:
+        for user in [u for u in base.users if names.order[u] > names.order[node]]:
             user.replace_input_with(base, node)
+        names.move(base, node)
         changed += 1
     return changed
 
 
-def _is_private(base: object, write: Node, order: dict[Node, int]) -> bool:
-    if not isinstance(base, Node):
-        return False
-    owner = base
-    while owner.target in VIEW_OPS and isinstance(parent := inputs(owner)[0], Node) and len(parent.users) == 1:
-        owner = parent
-    if owner.op != "call_function" or not _owns_memory(owner):
-        return False
-    before = [user for user in base.users if order[user] < order[write]]
-    return not any(user.target in VIEW_OPS or base in mutated_inputs(user) for user in before)
+class _Names:
+    """The nodes by which each piece of memory is known, in graph order."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._sharing: dict[int, list[Node]] = {}
+        for node in gm.graph.nodes:
+            for storage in storages_of(node):
+                self._sharing.setdefault(storage, []).append(node)
+
+    def is_private(self, base: object, write: Node) -> bool:
+        """Whether, when `write` runs, its memory is the graph's own and `base` the only name left for it."""
+        if not isinstance(base, Node):
+            return False
+        before = [n for n in self._all(base) if self.order[n] < self.order[write]]
+        if not before or before[-1] is not base or not all(_makes_memory(n) for n in before):
+            return False
+        return all(inputs(n)[:1] == (p,) and len(p.users) == 1 for p, n in itertools.pairwise(before))
+
+    def move(self, base: Node, write: Node) -> None:
+        """The functional write has memory of its own, which all later names are names of."""
+        for storage in storages_of(base):
+            self._sharing[storage] = [n for n in self._sharing[storage] if self.order[n] >= self.order[write]]
+
+    def _all(self, base: Node) -> list[Node]:
+        return [n for storage in storages_of(base) for n in self._sharing[storage]]
 
 
-def _owns_memory(node: Node) -> bool:
-    """Whether an op always returns memory of its own; einsum does where it multiplies two tensors."""
-    return node.target in FRESH_OPS or (node.target is aten.einsum.default and len(inputs(node)[1]) == 2)
+def _makes_memory(node: Node) -> bool:
+    """An ATen op: its fake tensors share memory exactly where its real ones do."""
+    return node.op == "call_function" and getattr(node.target, "namespace", None) == "aten"
 
 
 def _promoted(node: Node) -> torch.dtype | None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp import autocast_mode
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from monarch_compile.errors import LoweringError
 from monarch_compile.passes.graph import placeholders
 
 CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack")
@@ -28,16 +30,61 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fakify(x, fake_mode, context) for x in example_inputs]
     with fake_mode, preserve_node_meta():
-        traced = make_fx(Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        run = _Retrace(gm).run
+        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    _require_no_fake_constants(traced)
     _carry_metadata(gm, traced)
     return traced
 
 
+class _Retrace(Interpreter):
+    """Runs a graph for make_fx, with its autocast regions in force.
+
+    make_fx records that a region begins and ends but does not enter it, so that dtypes inside would be untrue.
+    """
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; autocast is as it was when this returns or raises."""
+        self._entered: list[Any] = []
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self._entered:
+                self._exit()
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a node; entering and leaving autocast also happens for real, unrecorded."""
+        result = super().call_function(target, args, kwargs)
+        if target is autocast_mode._enter_autocast:
+            with torch._C.DisableTorchFunction():
+                self._entered.append(autocast_mode._enter_autocast(*args))
+        elif target is autocast_mode._exit_autocast:
+            self._exit()
+        return result
+
+    def _exit(self) -> None:
+        with torch._C.DisableTorchFunction():
+            autocast_mode._exit_autocast(self._entered.pop())  # type: ignore[no-untyped-call]
+
+
+def _require_no_fake_constants(traced: GraphModule) -> None:
+    """A tensor that tracing lost sight of (inside vmap or grad, for one) would be a constant without a value."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), FakeTensor):
+            raise LoweringError(f"a value inside a function transform cannot be traced (constant {node.target})")
+
+
 def _fakify(x: Any, fake_mode: FakeTensorMode, context: TracingContext | None) -> Any:
+    """The input as a fake tensor with Dynamo's own symbols, which are found by the input's source.
+
+    Without it, sizes that Dynamo has told apart would get new symbols, and Dynamo could not write guards for those.
+    """
     if not isinstance(x, torch.Tensor) or (isinstance(x, FakeTensor) and x.fake_mode is fake_mode):
         return x
     symbolic = context.tensor_to_context.get(x) if context is not None else None  # type: ignore[no-untyped-call]
-    return fake_mode.from_tensor(x, static_shapes=None if symbolic is not None else True, symbolic_context=symbolic)
+    if symbolic is None:
+        return fake_mode.from_tensor(x, static_shapes=True)
+    return fake_mode.from_tensor(x, source=symbolic.tensor_source, symbolic_context=symbolic)
 
 
 def _carry_metadata(source: GraphModule, target: GraphModule) -> None:

@@ -39,10 +39,10 @@ class Dump:
     def graph(self, name: str, gm: GraphModule) -> None:
         """One pass's graph, as readable Python."""
         if self.folder is not None:
-            self.text(f"{next(self._count):02d}_{name}.py", gm.print_readable(print_output=False))
+            self.numbered(f"{name}.py", gm.print_readable(print_output=False))
 
     def decisions(self, decisions: Sequence[Decision]) -> None:
-        """Every decision as a line, and the kernels that the lowered sites would run on CUDA."""
+        """Every decision as a line of JSON."""
         if self.folder is None:
             return
         lines = [
@@ -55,3 +55,7 @@ class Dump:
         """One file of the dump."""
         if self.folder is not None:
             (self.folder / name).write_text(text, encoding="utf-8")
+
+    def numbered(self, name: str, text: str) -> None:
+        """One file of the dump, after those before it."""
+        self.text(f"{next(self._count):02d}_{name}", text)

@@ -12,40 +12,8 @@ from monarch_compile.ir import Dim
 
 aten = torch.ops.aten
 
-VIEW_OPS = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.expand.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.t.default,
-        aten.mT.default,
-        aten.adjoint.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.narrow.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.alias.default,
-        aten.detach.default,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.unbind.int,
-        aten.contiguous.default,
-        aten.to.dtype,
-        aten.to.device,
-        aten.to.dtype_layout,
-        aten.as_strided.default,
-    }
-)
-"""Ops whose output may share memory with their first input (`contiguous` and `to` may return their input)."""
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""The dtypes attention is computed in; a cast to another (int, bool, float8) changes what is computed."""
 
 
 def inputs(node: Node) -> tuple[Any, ...]:
@@ -77,6 +45,11 @@ def dtype_of(node: Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
+def same_shape(x: Node, y: Node) -> bool:
+    """Whether two nodes have the same sizes, asked without guarding on symbolic ones."""
+    return str(shape_of(x)) == str(shape_of(y))
+
+
 def dim_of(size: Any) -> Dim:
     """An IR dimension: an int, or the printed form of a symbolic size."""
     return size if isinstance(size, int) else str(size)
@@ -87,36 +60,13 @@ def normal_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def is_mutating(node: Node) -> bool:
-    """Whether an op writes to one of its inputs."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+SWITCHES = ("set_grad_enabled", "_autocast", "inference_mode")
+"""Parts of the names of the functions that switch grad mode and autocast."""
 
 
-def mutated_inputs(node: Node) -> list[Node]:
-    """The nodes whose memory an op writes."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    found = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = arg(node, index, argument.name)
-            found += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, Node)]
-    return found
-
-
-def storage_root(node: Node) -> Node:
-    """The node whose memory `node` may share, found through views and in-place ops."""
-    while node.op == "call_function":
-        if node.target in VIEW_OPS or is_mutating(node) or getattr(node.target, "__name__", "") == "getitem":
-            parent = node.args[0]
-            if not isinstance(parent, Node):
-                break
-            node = parent
-        else:
-            break
-    return node
+def switches_mode(node: Node) -> bool:
+    """Whether a node turns grad mode or autocast on or off for those after it."""
+    return node.op == "call_function" and any(part in str(node.target) for part in SWITCHES)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')

@@ -10,9 +10,10 @@ import torch
 from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
-from monarch_compile.passes.graph import aten, dtype_of, mutated_inputs, storage_root
+from monarch_compile.passes.graph import dtype_of, switches_mode
 from monarch_compile.passes.masks import MaskFact, classify
-from monarch_compile.passes.region import AttentionRegion, Operand
+from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
+from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
 
 MAX_HEAD_DIM = 256
 LOWERED_MASKS = ("none", "key_padding")
@@ -28,15 +29,14 @@ class Context:
 
     config: MonarchConfig
     order: dict[Node, int]
-    mutations: tuple[tuple[int, Node, Node], ...]
+    writes: tuple[Write, ...]
     facts: tuple[MaskFact, ...]
 
     @staticmethod
     def of(region: AttentionRegion, config: MonarchConfig) -> Context:
-        nodes = list(region.output.graph.nodes)
-        order = {node: i for i, node in enumerate(nodes)}
-        writes = tuple((order[n], n, storage_root(base)) for n in nodes for base in mutated_inputs(n))
-        return Context(config, order, writes, tuple(classify(m) for m in region.masks))
+        graph = region.output.graph
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        return Context(config, order, writes_of(graph), tuple(classify(m) for m in region.masks))
 
 
 class Refusal(NamedTuple):
@@ -104,6 +104,11 @@ def _check_cross(region: AttentionRegion, context: Context) -> str | None:
     return None
 
 
+def _check_head_dim(region: AttentionRegion, context: Context) -> str | None:
+    d_q, d_k = region.q_shape[3], region.k_shape[3]
+    return None if str(d_q) == str(d_k) else f"q has head_dim {d_q} and k has {d_k}"
+
+
 def _check_values(region: AttentionRegion, context: Context) -> str | None:
     n_k, n_v = region.k_shape[2], region.v_shape[2]
     return None if str(n_k) == str(n_v) else f"k has {n_k} rows and v has {n_v}"
@@ -149,16 +154,37 @@ def _check_scale(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """A write to what the region or its masks are made of, or to q, k or v after they were computed."""
-    last = context.order[region.output]
-    private = {storage_root(n) for n in region.interior} | {storage_root(n) for n in _mask_ancestors(region)}
-    computed = [(storage_root(x.node), context.order[x.node]) for x in _operands(region)]
-    private -= {root for root, _ in computed}
-    for place, node, root in context.mutations:
-        stale = any(root is own and place > since for own, since in computed)
-        if place < last and (root in private or stale):
-            return f"{node.target} writes in place to memory that this attention reads", node
+    """A write between the making of a value and its last reading, of which the rewrite knows nothing."""
+    for node, until in _readings(region, context.order):
+        for write in context.writes:
+            if context.order[node] < write.place < until and write.storages & storages_of(node):
+                return f"{write.node.target} writes in place to memory that this attention reads", write.node
     return None
+
+
+def _readings(region: AttentionRegion, order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
+    """Nodes that the rewrite reads or looks through, with the place where the last such reading happens."""
+    last = order[region.output]
+    masks = [m.node for m in region.masks]
+    for node in (*(x.node for x in _operands(region)), *masks, *region.interior, *region.skipped):
+        yield node, last
+    ancestors = set(_mask_ancestors(region))
+    for node in ancestors:
+        yield node, max((order[user] for user in node.users if user in ancestors), default=0)
+
+
+def _check_context(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """Grad mode or autocast switched on or off inside the region: its parts would not all run as they were written."""
+    first = min(context.order[n] for n in (*region.interior, *region.skipped))
+    for node, place in context.order.items():
+        if first < place < context.order[region.output] and switches_mode(node):
+            return "grad mode or autocast changes inside the attention", node
+    return None
+
+
+def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    reader = strided_reader(region.output)
+    return None if reader is None else ("the output is read through as_strided", reader)
 
 
 def _mask_ancestors(region: AttentionRegion) -> Iterator[Node]:
@@ -171,14 +197,6 @@ def _mask_ancestors(region: AttentionRegion) -> Iterator[Node]:
             yield node
 
 
-def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """as_strided would read the lowered output by strides that it no longer has."""
-    for node in region.output.graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        if storage_root(node) is storage_root(region.output):
-            return "the output is read through as_strided", node
-    return None
-
-
 def _check_length(region: AttentionRegion, context: Context) -> str | None:
     n_k = region.k_shape[2]
     if _is_static(n_k) and n_k < context.config.min_seq_len:
@@ -187,9 +205,7 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_masks_frame(region: AttentionRegion, context: Context) -> str | None:
-    ranks = {m.score_rank for m in region.masks}
-    rank = max(len(region.qk_lead), len(region.pv_lead), *(r - 2 for r in ranks), 0) + 2
-    if ranks and ranks != {rank}:
+    if any(str(frame_of(m.lead)) != str(region.lead) for m in region.masks):
         return "masks are applied both before and after the heads are merged into the batch"
     return None
 
@@ -199,12 +215,14 @@ CHECKS: tuple[Check, ...] = (
     Check("rank", _check_lead),
     Check("values_layout", _check_values),
     Check("cross_attention", _check_cross),
+    Check("head_dim", _check_head_dim),
     Check("symbolic_dims", _check_dims),
     Check("dynamic_seq_len", _check_dynamic),
     Check("device", _check_device),
     Check("dtype", _check_dtype),
     Check("scale", _check_scale),
     Check("mutation", _check_mutation),
+    Check("context", _check_context),
     Check("as_strided", _check_strided),
     Check("mask_causal", lambda region, _: "causal attention is not lowered yet" if region.is_causal else None),
     Check("mask_frame", _check_masks_frame),

@@ -12,6 +12,7 @@ from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.graph import aten, dim_of, dtype_of, shape_of
 from monarch_compile.passes.masks import MaskFact
+from monarch_compile.passes.memory import strides_are_seen
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Operand
 
 
@@ -42,6 +43,7 @@ def to_ir(
 def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttention) -> Node:
     """Replace the region's output by the Monarch attention op; returns the op's node."""
     graph, output = region.output.graph, region.output
+    keeps_strides = strides_are_seen(output)
     with graph.inserting_before(output):
         q = _operand(graph, region.q, region.qk_lead, region.lead)
         k = _operand(graph, region.k, region.qk_lead, region.lead)
@@ -58,12 +60,36 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
             result = graph.call_function(aten.permute.default, (result, list(region.out_dims)))
         if dtype_of(output) != ir.dtype:
             result = graph.call_function(aten.to.dtype, (result, dtype_of(output)))
+        if keeps_strides:
+            result = _with_strides_of(graph, result, output)
     for node in _new_nodes(op, result):
         node.meta = {key: output.meta[key] for key in CARRIED if key in output.meta}
     result.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(result)
+    output.meta[REPLACED_BY] = result
     graph.erase_node(output)
     return op
+
+
+REPLACED_BY = "monarch_compile_replaced_by"
+"""Where a replaced node notes its replacement: a later site of the same graph may have it for an operand."""
+
+
+def _current(node: Node) -> Node:
+    """The node that now stands for `node`."""
+    while REPLACED_BY in node.meta:
+        node = node.meta[REPLACED_BY]
+    return node
+
+
+def _with_strides_of(graph: Graph, result: Node, output: Node) -> Node:
+    """A copy of `result` that lies in memory as `output` did, for programs that would notice."""
+    strides = [n if isinstance(n, int) else n.node.hint or 0 for n in output.meta["val"].stride()]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    permuted = graph.call_function(aten.permute.default, (result, order))
+    copied = graph.call_function(aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
+    back: Node = graph.call_function(aten.permute.default, (copied, [order.index(d) for d in range(len(order))]))
+    return back
 
 
 CARRIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
@@ -96,7 +122,7 @@ def _symbolic_size(graph: Graph, size: Any) -> Node:
 
 def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple[Any, Any]) -> Node:
     """The operand as (batch, heads, seq_len, dim), by views wherever its layout allows."""
-    node, own = operand.node, shape_of(operand.node)
+    node, own = _current(operand.node), shape_of(operand.node)
     order = [dim for dim in operand.dims if dim is not None]
     result = node if order == list(range(len(own))) else graph.call_function(aten.permute.default, (node, order))
     for place, dim in enumerate(operand.dims):
@@ -123,7 +149,7 @@ def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion) -> N
 
 def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion) -> Node:
     """The mask read at query 0 and head 0, which the mask pass has proved to stand for all."""
-    row, rank = mask.node, len(shape_of(mask.node))
+    row, rank = _current(mask.node), len(shape_of(mask.node))
     if rank >= 2:
         row = graph.call_function(aten.select.int, (row, rank - 2, 0))
     if rank >= 3 and mask.score_rank == 4:

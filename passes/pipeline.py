@@ -41,6 +41,7 @@ class Rewrite:
     before: GraphModule
     after: GraphModule
     decisions: tuple[Decision, ...]
+    dump: Dump = field(default_factory=lambda: Dump(None), compare=False)
 
     @property
     def num_lowered(self) -> int:
@@ -141,7 +142,7 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfi
     for decision in decisions:
         logger.info("%s: %s [%s] %s", decision.name, decision.status, decision.code, decision.reason)
     dump.decisions(decisions)
-    return Rewrite(state.before or state.graph, state.graph, decisions)
+    return Rewrite(state.before or state.graph, state.graph, decisions, dump)
 
 
 def _copy_graph(gm: GraphModule) -> GraphModule:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, shape_of
+from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
 from monarch_compile.passes.region import Operand
 
 
@@ -127,27 +127,32 @@ def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] |
     return named[0], named[1], out
 
 
-def simplify(operand: Operand, constant_of: Callable[[object], float | None]) -> tuple[Operand, float]:
+class Simplified(NamedTuple):
+    """`operand` times `factor` is what was given; `skipped` are the nodes no longer read."""
+
+    operand: Operand
+    factor: float
+    skipped: tuple[Node, ...]
+
+
+def simplify(operand: Operand, constant_of: Callable[[object], float | None]) -> Simplified:
     """The operand with transposes folded into `dims`, and the constant factor taken off it."""
-    factor = 1.0
+    factor, skipped = 1.0, []
     while operand.node.op == "call_function":
         node, target = operand.node, operand.node.target
         if target in TRANSPOSES:
             source = _source_dims(node)
             operand = Operand(inputs(node)[0], tuple(None if d is None else source[d] for d in operand.dims))
+            skipped.append(node)
             continue
         scale = constant_of(inputs(node)[1]) if target in SCALES else None
         inner = inputs(node)[0] if inputs(node) else None
-        if (
-            not scale
-            or not isinstance(inner, Node)
-            or dtype_of(inner) != dtype_of(node)
-            or not _same_shape(inner, node)
-        ):
+        if not scale or not isinstance(inner, Node) or dtype_of(inner) != dtype_of(node) or not same_shape(inner, node):
             break
         factor *= 1 / scale if SCALES[target] else scale
         operand = Operand(inner, operand.dims)
-    return operand, factor
+        skipped.append(node)
+    return Simplified(operand, factor, tuple(skipped))
 
 
 TRANSPOSES = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default})
@@ -172,12 +177,9 @@ def _source_dims(node: Node) -> list[int]:
     return order
 
 
-def _same_shape(x: Node, y: Node) -> bool:
-    return str(shape_of(x)) == str(shape_of(y))
-
-
 SCORES: dict[object, Callable[[Node], Scores | None]] = {
     aten.matmul.default: _matmul_scores,
+    aten.mm.default: _matmul_scores,
     aten.bmm.default: _matmul_scores,
     aten.baddbmm.default: _baddbmm_scores,
     aten.einsum.default: _einsum_scores,
@@ -185,6 +187,7 @@ SCORES: dict[object, Callable[[Node], Scores | None]] = {
 
 MIXED: dict[object, Callable[[Node, Node], Mixed | None]] = {
     aten.matmul.default: _matmul_mixed,
+    aten.mm.default: _matmul_mixed,
     aten.bmm.default: _matmul_mixed,
     aten.einsum.default: _einsum_mixed,
 }

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
+
+
+def frame_of(lead: tuple[Any, ...]) -> tuple[Any, Any]:
+    """(batch, heads) of the lowered form for the leading dims of some scores."""
+    if len(lead) < 2:
+        return (*lead, *(1,) * (2 - len(lead)))
+    return (lead[0], lead[1]) if len(lead) == 2 else (math.prod(lead[:-1]), lead[-1])
 
 
 class Miss(Exception):
@@ -28,13 +36,19 @@ class Operand:
 class MaskTerm:
     """One mask on the scores. role: "keep" (bool, True stays), "drop" (bool, True goes), "add" (added to the scores).
 
-    `score_rank` is the rank of the scores it is broadcast to; `gain` multiplies an added mask (a scale applied later).
+    `lead` are the leading dims of the scores it is broadcast to; `gain` multiplies an added mask (a scale applied
+    later, a sign).
     """
 
     node: Node
     role: str
-    score_rank: int
+    lead: tuple[Any, ...]
     gain: float = 1.0
+
+    @property
+    def score_rank(self) -> int:
+        """The rank of the scores that the mask is broadcast to."""
+        return len(self.lead) + 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,8 @@ class AttentionRegion:
 
     `lead` are the leading dims (batch, heads) that the lowered form uses: two sizes. `qk_lead` and `pv_lead` are the
     leading dims of the two products as written. `output` is the node to replace; its dims are `out_dims` of
-    (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite.
+    (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite, `skipped` those between
+    the products and the operands that it no longer reads.
     """
 
     anchor: Node
@@ -58,6 +73,7 @@ class AttentionRegion:
     pv_lead: tuple[Any, ...]
     out_dims: tuple[int, ...]
     interior: tuple[Node, ...]
+    skipped: tuple[Node, ...] = ()
     is_causal: bool = False
     enable_gqa: bool = False
 

@@ -1,0 +1,381 @@
+"""The elements of a mask, as sympy functions of (b, h, q, k).
+
+Evaluation is by demand: `value(node, index)` is the node's element at a symbolic index. An op that is not understood is
+an opaque function of its index, which is sound: only what the expression provably does not depend on is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from monarch_compile.passes.attention import DROPPED, constant_of, held_by
+from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of
+
+B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
+Index = tuple[Any, ...]
+MAX_PIECES = 32
+"""A bound on the cases that arithmetic may give rise to."""
+
+
+def broadcast(node: Any, index: Index) -> Index:
+    """The index into an operand that broadcasts against the right end of `index`."""
+    shape = shape_of(node) if isinstance(node, Node) else ()
+    tail = index[len(index) - len(shape) :]
+    return tuple(sympy.Integer(0) if isinstance(n, int) and n == 1 else i for n, i in zip(shape, tail, strict=True))
+
+
+def _is_condition(value: Any) -> bool:
+    """Whether a value is a truth value; sympy counts every plain symbol as one."""
+    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
+
+
+def as_bool(value: Any) -> Any:
+    """A value as a truth value."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if _is_condition(value):
+        return value
+    if isinstance(value, sympy.Piecewise):
+        branches = [(as_bool(e), c) for e, c in value.args]
+        kept = sympy.false
+        for e, c in reversed(branches):
+            kept = sympy.Or(sympy.And(c, e), sympy.And(sympy.Not(c), kept))
+        return kept
+    return sympy.Ne(value, 0)
+
+
+def as_number(value: Any) -> Any:
+    """A value as a number; a truth value counts 0 or 1."""
+    if _is_condition(value):
+        return sympy.Piecewise((1, value), (0, True))
+    return sympy.sympify(value)
+
+
+class Evaluator:
+    """Element of a node at a symbolic index, memoised."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Node, Index], Any] = {}
+
+    def value(self, node: Any, index: Index) -> Any:
+        """The element of a node, or a plain number."""
+        if not isinstance(node, Node):
+            return as_bool(node) if isinstance(node, bool) else _number(float(node))
+        key = (node, index)
+        if key not in self._known:
+            self._known[key] = self._compute(node, index)
+        return self._known[key]
+
+    def _compute(self, node: Node, index: Index) -> Any:
+        constant = constant_of(node)
+        if constant is not None:
+            return _number(constant)
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        found = rule(self, node, index) if rule is not None else None
+        return self.opaque(node, index) if found is None or found.has(sympy.nan) else found
+
+    def opaque(self, node: Node, index: Index) -> Any:
+        """An unknown function of the index; a bool one is the condition that it is not 0."""
+        kind = {"real": True} if dtype_of(node) in FLOATS else {"integer": True}
+        leaf = sympy.Function(f"{node.name}_", **kind)(*index) if index else sympy.Symbol(f"{node.name}_", **kind)
+        return sympy.Ne(leaf, 0) if dtype_of(node) == torch.bool else leaf
+
+    def operand(self, node: Node, place: int, index: Index) -> Any:
+        """The element of an elementwise op's operand."""
+        given = inputs(node)[place]
+        return self.value(given, broadcast(given, index))
+
+
+def _number(value: float) -> Any:
+    return sympy.Integer(int(value)) if math.isfinite(value) and float(value).is_integer() else sympy.Float(value)
+
+
+Rule = Callable[[Evaluator, Node, Index], Any]
+
+
+def _same(e: Evaluator, n: Node, i: Index) -> Any:
+    """A copy or a cast; a cast that may round or wrap is followed only for values it keeps."""
+    value = e.operand(n, 0, i)
+    source, target = dtype_of(inputs(n)[0]), dtype_of(n)
+    if target == torch.bool:
+        return as_bool(value)
+    value = as_number(value)
+    if target == source or (target in EXACT_CASTS and not (source in FLOATS and target not in FLOATS)):
+        return value
+    return value if _is_kept(value, target) else None
+
+
+def _is_kept(value: Any, dtype: torch.dtype | None) -> bool:
+    """Whether every value is a number that the dtype holds as it is, or, for a float, one that stays a large mask."""
+    leaves = [x for x, _ in value.args] if isinstance(value, sympy.Piecewise) else [value]
+    if not all(x.is_number and x.is_extended_real for x in leaves):
+        return False
+    return all((dtype in FLOATS and x <= DROPPED) or held_by(float(x), dtype) == float(x) for x in leaves)
+
+
+EXACT_CASTS = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
+"""Dtypes that hold every index and mask value in use."""
+
+
+def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
+    def rule(e: Evaluator, n: Node, i: Index) -> Any:
+        x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
+        opaque = _unknown_floats(x, y)
+        return e.opaque(n, _symbols(x, y)) if opaque else relation(x, y)
+
+    return rule
+
+
+def _unknown_floats(*values: Any) -> set[Any]:
+    """Unknown floats in some values: they may be NaN, for which the laws of order and arithmetic do not hold."""
+    atoms = set().union(*(v.atoms(AppliedUndef, sympy.Symbol) for v in values)) - {B, H, Q, K}
+    return {a for a in atoms if not a.is_integer}
+
+
+def _symbols(*values: Any) -> Index:
+    """The index symbols that some values depend on."""
+    return tuple(sorted(set().union(*(v.free_symbols for v in values)) & {B, H, Q, K}, key=str))
+
+
+def _logical(combine: Callable[..., Any]) -> Rule:
+    def rule(e: Evaluator, n: Node, i: Index) -> Any:
+        if dtype_of(n) != torch.bool:
+            return None
+        return combine(*(as_bool(e.operand(n, place, i)) for place in range(len(inputs(n)))))
+
+    return rule
+
+
+def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
+    def rule(e: Evaluator, n: Node, i: Index) -> Any:
+        if n.kwargs.get("alpha", 1) != 1 or len(inputs(n)) != 2:
+            return None
+        x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
+        if math.prod(len(v.args) for v in (x, y) if isinstance(v, sympy.Piecewise)) > MAX_PIECES:
+            return None
+        result = combine(x, y)
+        result = sympy.piecewise_fold(result) if result.has(sympy.Piecewise) else result
+        if dtype_of(n) == torch.bool:
+            return as_bool(result)
+        return result if _is_exact(result, dtype_of(n), x, y) else None
+
+    return rule
+
+
+def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
+    """Whether arithmetic in the dtype gives what it gives in numbers: no overflow, no rounding that a later step
+    could bring out. An int64 index times a small number does; a float sum may not have lost an operand's symbol."""
+    if _is_kept(result, dtype):
+        return not _unknown_floats(*operands)
+    if dtype in (torch.float32, torch.float64):
+        return not (_symbols(*operands) != _symbols(result) or _unknown_floats(*operands) - _unknown_floats(result))
+    return dtype == torch.int64 and all(abs(x) < 2**31 for x in result.atoms(sympy.Number) if x.is_finite)
+
+
+def _where(condition: Any, x: Any, y: Any, is_bool: bool) -> Any:
+    condition = as_bool(condition)
+    if is_bool:
+        x, y = as_bool(x), as_bool(y)
+        return sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y))
+    return sympy.Piecewise((as_number(x), condition), (as_number(y), True))
+
+
+def _rule_where(e: Evaluator, n: Node, i: Index) -> Any:
+    condition, x, y = (e.operand(n, place, i) for place in range(3))
+    return _where(condition, x, y, dtype_of(n) == torch.bool)
+
+
+def _rule_masked_fill(e: Evaluator, n: Node, i: Index) -> Any:
+    old, mask, fill = (e.operand(n, place, i) for place in range(3))
+    return _where(mask, fill, old, dtype_of(n) == torch.bool)
+
+
+def _filled(number: int) -> Rule:
+    return lambda e, n, i: as_bool(bool(number)) if dtype_of(n) == torch.bool else sympy.Integer(number)
+
+
+def _rule_full(place: int) -> Rule:
+    def rule(e: Evaluator, n: Node, i: Index) -> Any:
+        given = arg(n, place, "fill_value")
+        fill = float(given) if isinstance(given, bool) else constant_of(given)
+        if fill is None or dtype_of(n) == torch.bool:
+            return None if fill is None else as_bool(bool(fill))
+        return _number(fill) if _is_kept(_number(fill), dtype_of(n)) else None
+
+    return rule
+
+
+def _rule_arange(e: Evaluator, n: Node, i: Index) -> Any:
+    start = inputs(n)[0] if n.target is not aten.arange.default else 0
+    step = arg(n, 2, "step", 1) if n.target is aten.arange.start_step else 1
+    if not isinstance(start, int) or not isinstance(step, int):
+        return None
+    return start + step * i[0]
+
+
+def _rule_expand(e: Evaluator, n: Node, i: Index) -> Any:
+    return e.operand(n, 0, i)
+
+
+def _rule_unsqueeze(e: Evaluator, n: Node, i: Index) -> Any:
+    dim = normal_dim(inputs(n)[1], len(i))
+    return e.value(inputs(n)[0], i[:dim] + i[dim + 1 :])
+
+
+def _rule_transpose(e: Evaluator, n: Node, i: Index) -> Any:
+    order = list(i)
+    x, y = (normal_dim(d, len(i)) for d in inputs(n)[1:3])
+    order[x], order[y] = order[y], order[x]
+    return e.value(inputs(n)[0], tuple(order))
+
+
+def _rule_permute(e: Evaluator, n: Node, i: Index) -> Any:
+    order: list[Any] = [None] * len(i)
+    for place, dim in enumerate(inputs(n)[1]):
+        order[normal_dim(dim, len(i))] = i[place]
+    return e.value(inputs(n)[0], tuple(order))
+
+
+def _rule_select(e: Evaluator, n: Node, i: Index) -> Any:
+    rank = len(shape_of(inputs(n)[0]))
+    dim, at = normal_dim(inputs(n)[1], rank), inputs(n)[2]
+    if not isinstance(at, int) or at < 0:
+        return None
+    return e.value(inputs(n)[0], (*i[:dim], sympy.Integer(at), *i[dim:]))
+
+
+def _rule_slice(e: Evaluator, n: Node, i: Index) -> Any:
+    dim = normal_dim(arg(n, 1, "dim", 0), len(i))
+    start, step = arg(n, 2, "start") or 0, arg(n, 4, "step", 1)
+    if not isinstance(start, int) or start < 0 or not isinstance(step, int):
+        return None
+    return e.value(inputs(n)[0], (*i[:dim], start + step * i[dim], *i[dim + 1 :]))
+
+
+def _rule_reshape(e: Evaluator, n: Node, i: Index) -> Any:
+    """A reshape that, with those before it, only adds or drops dims of size 1."""
+    source = inputs(n)[0]
+    while source.target in (aten.reshape.default, aten.view.default):
+        source = inputs(source)[0]
+    before, after = shape_of(source), shape_of(n)
+    kept = [index for size, index in zip(after, i, strict=True) if not (isinstance(size, int) and size == 1)]
+    if [str(s) for s in before if s != 1] != [str(s) for s in after if s != 1]:
+        return None
+    given = iter(kept)
+    return e.value(source, tuple(sympy.Integer(0) if isinstance(s, int) and s == 1 else next(given) for s in before))
+
+
+def _rule_index(e: Evaluator, n: Node, i: Index) -> Any:
+    """Gather with an index tensor for every dim. A negative index wraps, so one that may be is not followed."""
+    source, indices = inputs(n)[0], inputs(n)[1]
+    if len(indices) != len(shape_of(source)) or any(
+        not isinstance(x, Node) or dtype_of(x) == torch.bool for x in indices
+    ):
+        return None
+    at = tuple(as_number(e.value(x, broadcast(x, i))) for x in indices)
+    return e.value(source, at) if all(a.is_nonnegative for a in at) else e.opaque(n, at)
+
+
+def _rule_triangle(lower: bool) -> Rule:
+    def rule(e: Evaluator, n: Node, i: Index) -> Any:
+        diagonal = arg(n, 1, "diagonal", 0)
+        if not isinstance(diagonal, int):
+            return None
+        inside = sympy.Le(i[-1], i[-2] + diagonal) if lower else sympy.Ge(i[-1], i[-2] + diagonal)
+        return _where(inside, e.operand(n, 0, i), 0, dtype_of(n) == torch.bool)
+
+    return rule
+
+
+def _rule_repeat(e: Evaluator, n: Node, i: Index) -> Any:
+    """A repeat along dims of size 1 only: an expand."""
+    rank = len(shape_of(inputs(n)[0]))
+    sizes = (*(1,) * (len(i) - rank), *shape_of(inputs(n)[0]))
+    kept = all(isinstance(s, int) and (s == 1 or r == 1) for s, r in zip(sizes, inputs(n)[1], strict=True))
+    return e.operand(n, 0, i) if kept else None
+
+
+def _rule_negative(e: Evaluator, n: Node, i: Index) -> Any:
+    given = as_number(e.operand(n, 0, i))
+    value = sympy.piecewise_fold(-given)
+    return value if _is_exact(value, dtype_of(n), given) else None
+
+
+def _rule_divide(e: Evaluator, n: Node, i: Index) -> Any:
+    """Division by a constant, which is a product."""
+    divisor = constant_of(inputs(n)[1])
+    if not divisor or not math.isfinite(divisor):
+        return None
+    given = as_number(e.operand(n, 0, i))
+    value = sympy.piecewise_fold(given / _number(divisor))
+    return value if _is_exact(value, dtype_of(n), given) else None
+
+
+def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
+    return sympy.Not(as_bool(e.operand(n, 0, i))) if dtype_of(n) == torch.bool else None
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys(
+        (
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+            aten.to.other,
+            aten._to_copy.default,
+            aten.type_as.default,
+            aten.clone.default,
+            aten.contiguous.default,
+            aten.alias.default,
+            aten.detach.default,
+            aten.lift_fresh_copy.default,
+        ),
+        _same,
+    ),
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), _filled(0)),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), _filled(1)),
+    aten.full.default: _rule_full(1),
+    aten.full_like.default: _rule_full(1),
+    aten.new_full.default: _rule_full(2),
+    aten.arange.default: _rule_arange,
+    aten.arange.start: _rule_arange,
+    aten.arange.start_step: _rule_arange,
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _rule_expand),
+    aten.repeat.default: _rule_repeat,
+    aten.neg.default: _rule_negative,
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _rule_divide),
+    aten.unsqueeze.default: _rule_unsqueeze,
+    aten.transpose.int: _rule_transpose,
+    aten.permute.default: _rule_permute,
+    aten.select.int: _rule_select,
+    aten.slice.Tensor: _rule_slice,
+    aten.reshape.default: _rule_reshape,
+    aten.view.default: _rule_reshape,
+    aten.squeeze.dim: _rule_reshape,
+    aten.index.Tensor: _rule_index,
+    aten.tril.default: _rule_triangle(lower=True),
+    aten.triu.default: _rule_triangle(lower=False),
+    **dict.fromkeys((aten.eq.Tensor, aten.eq.Scalar), _compare(sympy.Eq)),
+    **dict.fromkeys((aten.ne.Tensor, aten.ne.Scalar), _compare(sympy.Ne)),
+    **dict.fromkeys((aten.lt.Tensor, aten.lt.Scalar), _compare(sympy.Lt)),
+    **dict.fromkeys((aten.le.Tensor, aten.le.Scalar), _compare(sympy.Le)),
+    **dict.fromkeys((aten.gt.Tensor, aten.gt.Scalar), _compare(sympy.Gt)),
+    **dict.fromkeys((aten.ge.Tensor, aten.ge.Scalar), _compare(sympy.Ge)),
+    **dict.fromkeys((aten.bitwise_and.Tensor, aten.logical_and.default), _logical(sympy.And)),
+    **dict.fromkeys((aten.bitwise_or.Tensor, aten.logical_or.default), _logical(sympy.Or)),
+    **dict.fromkeys((aten.bitwise_not.default, aten.logical_not.default), _rule_not),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _arithmetic(lambda x, y: x + y)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _arithmetic(lambda x, y: x - y)),
+    **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), _arithmetic(lambda x, y: y - x)),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _arithmetic(lambda x, y: x * y)),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _rule_where),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _rule_masked_fill),
+}

@@ -1,0 +1,142 @@
+"""Who shares memory with whom, and who writes it: read off the fake tensors that the graph was traced with.
+
+Their storages are shared exactly as eager execution shares memory, whatever the op that made a view is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from monarch_compile.passes.graph import arg, aten, inputs, value_of
+
+WRITES_NOTHING = frozenset({aten.detach_.default})
+"""Ops whose schema claims a write although no element and no shape changes."""
+MUTATING_HOPS = frozenset({"triton_kernel_wrapper_mutation"})
+"""Higher-order ops (they have no schema) that write to the tensors they are given."""
+
+
+def is_mutating(node: Node) -> bool:
+    """Whether an op writes to one of its inputs."""
+    schema = getattr(node.target, "_schema", None)
+    mutable = schema.is_mutable if schema is not None else getattr(node.target, "__name__", "") in MUTATING_HOPS
+    return bool(mutable) and node.target not in WRITES_NOTHING
+
+
+def mutated_inputs(node: Node) -> list[Node]:
+    """The nodes whose memory an op writes."""
+    if not is_mutating(node):
+        return []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return list(node.all_input_nodes)
+    found = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = arg(node, index, argument.name)
+            found += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, Node)]
+    return found
+
+
+def storages_of(node: Node) -> frozenset[int]:
+    """Identities of the memory that a node's tensors lie in."""
+    value = value_of(node)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return frozenset(x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor))
+
+
+def is_written(node: Node) -> bool:
+    """Whether anything in the graph writes to a node's memory."""
+    own = storages_of(node)
+    return any(own & storages_of(base) for n in node.graph.nodes if is_mutating(n) for base in mutated_inputs(n))
+
+
+@dataclass(frozen=True)
+class Write:
+    """`node`, the `place`-th of its graph, writes to `base`, which lies in `storages`."""
+
+    place: int
+    node: Node
+    base: Node
+    storages: frozenset[int]
+
+
+def writes_of(graph: Graph) -> tuple[Write, ...]:
+    """Every write of a graph, in order."""
+    nodes = enumerate(graph.nodes)
+    return tuple(Write(i, n, base, storages_of(base)) for i, n in nodes for base in mutated_inputs(n))
+
+
+# ---- does anyone see how the result of a site lies in memory? --------------------------------------------------------
+
+SETS_STRIDES = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.einsum.default,
+        aten.layer_norm.default,
+    }
+)
+"""Ops whose output lies in memory in the same way however their inputs lie."""
+GIVES_STRIDES = frozenset({aten.as_strided.default, aten.as_strided_.default})
+"""Ops that read a tensor by strides of their own."""
+NEEDS_STRIDES = frozenset({aten.view_as.default, aten.view.dtype})
+"""Ops that fail on some strides."""
+MAY_COPY = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.contiguous.default,
+        aten.flatten.using_ints,
+        aten.ravel.default,
+        aten.reshape_as.default,
+    }
+)
+"""Ops whose output shares its input's memory or not, depending on strides."""
+
+
+def strided_reader(output: Node) -> Node | None:
+    """An op that reads `output`, or what inherits its strides, by strides of its own."""
+    return next((n for n in _downstream(output) if n.target in GIVES_STRIDES), None)
+
+
+def strides_are_seen(output: Node) -> bool:
+    """Whether the graph would notice other strides of `output`, which the lowered form has.
+
+    It does if an op needs them, if a write reaches memory that a view may or may not share, or if `output` (or a
+    view of it) leaves the graph and may be viewed by eager code.
+    """
+    reached = list(_downstream(output))
+    if any(n.target in NEEDS_STRIDES for n in reached):
+        return True
+    returned = next(iter(output.graph.find_nodes(op="output"))).all_input_nodes
+    own = storages_of(output)
+    if not _is_sdpa(output) and any(storages_of(n) & own for n in returned):
+        return True
+    may_copy = {s for n in reached if n.target in MAY_COPY for m in (n, inputs(n)[0]) for s in storages_of(m)}
+    return any(storages_of(base) & may_copy for n in reached for base in mutated_inputs(n))
+
+
+def _is_sdpa(node: Node) -> bool:
+    """The strides of its output depend on the kernel that eager execution picks: nobody can count on them."""
+    return node.target is aten.scaled_dot_product_attention.default
+
+
+def _downstream(node: Node) -> Iterator[Node]:
+    """`node` and what is computed from it, up to ops that set strides of their own."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        yield current
+        users = (u for u in current.users if u not in seen and u.target not in SETS_STRIDES and u.op != "output")
+        for user in users:
+            seen.add(user)
+            pending.append(user)
