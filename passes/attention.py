@@ -21,6 +21,8 @@ from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Misse
 
 SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
 SDPA_OP = aten.scaled_dot_product_attention.default
+OPAQUE_OPS = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
+"""torch.nn's inference fast paths: attention that cannot be seen into."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ def find_sites(gm: GraphModule) -> list[Site]:
         if node.op != "call_function":
             continue
         try:
+            if node.target in OPAQUE_OPS:
+                raise Miss("fused_layer", f"{node.target} hides its attention inside one op", node)
             if node.target is SDPA_OP:
                 sites.append(_from_sdpa(node))
             elif node.target in SOFTMAX_OPS and _feeds_product(node):

@@ -92,8 +92,15 @@ def _decision(anchor: Node, stage: str, code: str, reason: str, node: Node) -> D
         node=node.name,
         source=source_of(node),
         dtype=dtype_of(anchor),
-        device=anchor.meta["val"].device.type,
+        device=_tensor_of(anchor).device.type,
     )
+
+
+def _tensor_of(node: Node) -> torch.Tensor:
+    """The (first) tensor that a node gives."""
+    value = node.meta["val"]
+    tensor: torch.Tensor = value[0] if isinstance(value, (list, tuple)) else value
+    return tensor
 
 
 def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decision:

@@ -343,6 +343,14 @@ def test_a_softmax_that_is_no_attention_is_no_site(fn: object) -> None:
     assert decisions_of(fn, *_tensors(2, 3, 7, 4)) == []
 
 
+def test_a_fused_layer_is_reported() -> None:
+    """nn.TransformerEncoder's eval fast path is one op: its attention stays exact, and is not passed over."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with torch.no_grad():
+        (decision,) = decisions_of(lambda x: layer(x), torch.randn(2, 7, 8))
+    assert (decision.status, decision.code) == ("exact", "fused_layer")
+
+
 def test_short_sites_stay_exact_on_request() -> None:
     tensors = _tensors(2, 3, 7, 4)
     (decision,) = decisions_of(BASE, *tensors, min_seq_len=8)
