@@ -69,9 +69,14 @@ class _Retrace(Interpreter):
 
 def _require_no_fake_constants(traced: GraphModule) -> None:
     """A tensor that tracing lost sight of (inside vmap or grad, for one) would be a constant without a value."""
-    for node in traced.graph.find_nodes(op="get_attr"):
-        if isinstance(getattr(traced, str(node.target), None), FakeTensor):
-            raise LoweringError(f"a value inside a function transform cannot be traced (constant {node.target})")
+    for node in traced.graph.nodes:
+        held = getattr(traced, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, FakeTensor) or _is_transformed(held) or _is_transformed(node.meta.get("val")):
+            raise LoweringError(f"a value inside a function transform cannot be traced ({node.op} {node.target})")
+
+
+def _is_transformed(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 
 def _fakify(x: Any, fake_mode: FakeTensorMode, context: TracingContext | None) -> Any:
