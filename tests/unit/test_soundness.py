@@ -10,55 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.capture import run_passes
+from support.soundness import LOWERED, Program, agrees, attend, make_inputs, result_as_kernels_leave_it  # noqa: F401
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
-from monarch_compile import reference
 from monarch_compile.backend import monarch
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes.pipeline import rewrite
 
 INF = float("inf")
-Program = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
-LOWERED = "lowered"
-
-
-def _inputs(shape: tuple[int, ...] = (2, 3, 7, 4), dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3))
-    visible = torch.rand(shape[0], shape[2], generator=generator) > 0.3
-    visible[:, 0] = True
-    return q, k, v, visible
-
-
-def _attend(scores: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(scores, -1) @ v
-
-
-@pytest.fixture(autouse=True)
-def _result_as_kernels_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Physically (batch, seq, heads, dim), as on a GPU: with block_size=1 the reference would leave eager's strides."""
-    original = reference._from_blocks
-
-    def from_blocks(*args: Any) -> Tensor:
-        return original(*args).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(reference, "_from_blocks", from_blocks)
-
-
-def _agrees(fn: Program, **options: Any) -> list[str]:
-    """Codes of the sites of `fn`, after its results, and its inputs once it has run, were seen to be eager's."""
-    own, given = _inputs(), _inputs()
-    expected = fn(*own)
-    output, (result,) = run_passes(fn, *given, **options)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(given, own)
-    return [d.code for d in result.decisions]
 
 
 # ---- the scores, the scale and the probabilities ---------------------------------------------------------------------
@@ -66,36 +30,34 @@ def _agrees(fn: Program, **options: Any) -> list[str]:
 S: dict[str, tuple[Program, list[str]]] = {
     "probs_to_int": (lambda q, k, v, m: torch.softmax(q @ k.mT * 5, -1).to(torch.int32).float() @ v, ["probs_op"]),
     "probs_to_bool": (lambda q, k, v, m: torch.softmax(q @ k.mT, -1).to(torch.bool).float() @ v, ["probs_op"]),
-    "scores_to_float8": (lambda q, k, v, m: _attend((q @ k.mT).to(torch.float8_e4m3fn).float(), v), ["scores_op"]),
+    "scores_to_float8": (lambda q, k, v, m: attend((q @ k.mT).to(torch.float8_e4m3fn).float(), v), ["scores_op"]),
     "scale_to_int": (
-        lambda q, k, v, m: _attend(q @ k.mT * torch.tensor(2.7).to(torch.int32), v),
+        lambda q, k, v, m: attend(q @ k.mT * torch.tensor(2.7).to(torch.int32), v),
         ["scale_not_constant"],
     ),
-    "scale_to_half": (lambda q, k, v, m: _attend(q @ k.mT * torch.tensor(0.1).half().float(), v), [LOWERED]),
+    "scale_to_half": (lambda q, k, v, m: attend(q @ k.mT * torch.tensor(0.1).half().float(), v), [LOWERED]),
     "constant_as_large_as_a_mask": (
-        lambda q, k, v, m: _attend((q @ k.mT + -20000.0).masked_fill(~m[:, None, None], -1e4), v),
+        lambda q, k, v, m: attend((q @ k.mT + -20000.0).masked_fill(~m[:, None, None], -1e4), v),
         ["scores_op"],
     ),
-    "constant_nan": (lambda q, k, v, m: _attend(q @ k.mT + float("nan"), v), ["scores_op"]),
-    "small_constant": (lambda q, k, v, m: _attend(q @ k.mT + 3.0 - torch.tensor(2.0), v), [LOWERED]),
-    "mask_subtracted": (lambda q, k, v, m: _attend(q @ k.mT - 1e9 * (1 - m.float())[:, None, None], v), [LOWERED]),
-    "mask_subtracted_from": (lambda q, k, v, m: _attend((1 - m.float())[:, None, None] - q @ k.mT, v), ["scores_op"]),
+    "constant_nan": (lambda q, k, v, m: attend(q @ k.mT + float("nan"), v), ["scores_op"]),
+    "small_constant": (lambda q, k, v, m: attend(q @ k.mT + 3.0 - torch.tensor(2.0), v), [LOWERED]),
+    "mask_subtracted": (lambda q, k, v, m: attend(q @ k.mT - 1e9 * (1 - m.float())[:, None, None], v), [LOWERED]),
+    "mask_subtracted_from": (lambda q, k, v, m: attend((1 - m.float())[:, None, None] - q @ k.mT, v), ["scores_op"]),
     "mask_with_alpha": (
-        lambda q, k, v, m: _attend(torch.add(q @ k.mT, (m.float() - 1)[:, None, None], alpha=1e9), v),
+        lambda q, k, v, m: attend(torch.add(q @ k.mT, (m.float() - 1)[:, None, None], alpha=1e9), v),
         [LOWERED],
     ),
     "head_dim_broadcast": (
-        lambda q, k, v, m: _attend(torch.einsum("bhqd,bhkd->bhqk", q[..., :1], k), v),
+        lambda q, k, v, m: attend(torch.einsum("bhqd,bhkd->bhqk", q[..., :1], k), v),
         ["head_dim"],
     ),
     "mask_broadcasts_the_scores": (
-        lambda q, k, v, m: _attend((q[0, 0] @ k[0, 0].mT).masked_fill(~m[:, None, None], -INF), v[:, :1]),
+        lambda q, k, v, m: attend((q[0, 0] @ k[0, 0].mT).masked_fill(~m[:, None, None], -INF), v[:, :1]),
         ["scores_view"],
     ),
     "scores_viewed_after_the_mask": (
-        lambda q, k, v, m: _attend(
-            (q @ k.mT).masked_fill(~m[:, None, None], -INF).view(3, 2, 7, 7), v.view(3, 2, 7, 4)
-        ),
+        lambda q, k, v, m: attend((q @ k.mT).masked_fill(~m[:, None, None], -INF).view(3, 2, 7, 7), v.view(3, 2, 7, 4)),
         [LOWERED],
     ),
     "mask_on_merged_heads": (
@@ -110,13 +72,13 @@ S: dict[str, tuple[Program, list[str]]] = {
         ),
         [LOWERED],
     ),
-    "plain_mm": (lambda q, k, v, m: _attend(q[0, 0].mm(k[0, 0].t()), v[0, 0]), [LOWERED]),
+    "plain_mm": (lambda q, k, v, m: attend(q[0, 0].mm(k[0, 0].t()), v[0, 0]), [LOWERED]),
 }
 
 
 @pytest.mark.parametrize("name", S)
 def test_what_happens_to_the_scores(name: str) -> None:
-    assert _agrees(S[name][0]) == S[name][1]
+    assert agrees(S[name][0]) == S[name][1]
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -150,7 +112,7 @@ def _neither(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MASKS)
 def test_a_kept_mask(name: str) -> None:
     make, code = MASKS[name]
-    assert _agrees(lambda q, k, v, m: _attend((q @ k.mT).masked_fill(~make(m), -1e9), v)) == [code]
+    assert agrees(lambda q, k, v, m: attend((q @ k.mT).masked_fill(~make(m), -1e9), v)) == [code]
 
 
 ADDED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -167,166 +129,7 @@ ADDED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", ADDED)
 def test_an_added_mask(name: str) -> None:
     make, code = ADDED[name]
-    assert _agrees(lambda q, k, v, m: _attend(q @ k.mT + make(m)[:, None, None], v)) == [code]
-
-
-# ---- writes ----------------------------------------------------------------------------------------------------------
-
-
-def _constant_written_by_another_name(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    scale = torch.tensor(2.0)
-    alias = scale.detach()
-    scale.mul_(3)
-    return _attend(q @ k.mT * alias, v)
-
-
-def _constant_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    scale = torch.tensor(2.0)
-    scale.mul_(3)
-    return _attend(q @ k.mT * scale, v)
-
-
-def _scores_written_by_another_name(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    scores = q @ k.mT
-    view = scores.swapaxes(0, 1).swapaxes(0, 1)
-    scores.add_((1 - m.float())[:, None, None] * -1e9)
-    return _attend(view, v), _attend(q @ k.mT, v)
-
-
-def _query_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    x = q * 2
-    scores = x.swapaxes(0, 0) @ k.mT
-    x.zero_()
-    return _attend(scores, v)
-
-
-def _list_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    x, y = q * 1, k * 1
-    torch._foreach_mul_([x, y], 2.0)
-    return _attend(x @ y.mT, v)
-
-
-def _copy_outlives_a_write(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    x = q * 1
-    y = (x * 0.5).reshape(6, 7, 4)
-    x[0].mul_(3)
-    return _attend(y @ k.reshape(6, 7, 4).mT, v.reshape(6, 7, 4)), x
-
-
-def _mask_written_by_another_name(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    place = torch.arange(7)
-    view = place.expand_as(place)
-    place.sub_(3)
-    return _attend((q @ k.mT).masked_fill(view < 0, -INF), v)
-
-
-def _mask_written_after(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    hidden = ~m
-    scores = (q @ k.mT).masked_fill(hidden[:, None, None], -INF)
-    hidden.zero_()
-    return _attend(scores, v)
-
-
-def _mask_written_before(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    m.logical_not_()
-    m.logical_not_()
-    return _attend((q @ k.mT).masked_fill(~m[:, None, None], -INF), v)
-
-
-def _written_with_out(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    mask, view = torch.zeros(7, 7), None
-    view = mask.view(7, 7)
-    torch.mul(torch.full((7, 7), -1e9), 1, out=mask)
-    return _attend(q @ k.mT + view.tril(-1), v)
-
-
-WRITES: dict[Program, list[str]] = {
-    _constant_written_by_another_name: ["scale_not_constant"],
-    _constant_written: [LOWERED],
-    _scores_written_by_another_name: ["scores_op", LOWERED],
-    _query_written: ["mutation"],
-    _list_written: ["mutation"],
-    _copy_outlives_a_write: ["mutation"],
-    _mask_written_by_another_name: ["mutation"],
-    _mask_written_after: ["mutation"],
-    _mask_written_before: [LOWERED],
-    _written_with_out: ["mutation"],
-}
-
-
-@pytest.mark.parametrize("fn", WRITES, ids=lambda f: f.__name__.strip("_"))
-def test_writes(fn: Program) -> None:
-    assert _agrees(fn) == WRITES[fn]
-
-
-# ---- the result: it has other strides than eager's -------------------------------------------------------------------
-
-
-def _view_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    y = _attend(q @ k.mT, v)
-    y.view(6, 28).add_(1.0)
-    return y
-
-
-def _copy_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    y = _attend(q @ k.mT, v)
-    merged = y.transpose(1, 2).reshape(2, 7, 12)
-    merged.add_(1.0)
-    return y * 1, merged
-
-
-def _descendant_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    y = _attend(q @ k.mT, v) * 2
-    y.flatten(0, 1).flatten(1).mul_(2)
-    return y
-
-
-def _viewed_before_a_write(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    y = _attend(q @ k.mT, v)
-    view = y.view(6, 28)
-    y.add_(q)
-    return view * 1
-
-
-RESULTS: dict[str, Program] = {
-    "view_written": _view_written,
-    "copy_written": _copy_written,
-    "descendant_written": _descendant_written,
-    "viewed_before_a_write": _viewed_before_a_write,
-    "view_as": lambda q, k, v, m: _attend(q @ k.mT, v).view_as(torch.empty(6, 28)) * 1,
-    "next_query": lambda q, k, v, m: _attend(_attend(q @ k.mT, v) @ k.mT, v),
-    "next_everything": lambda q, k, v, m: F.scaled_dot_product_attention(
-        *[F.scaled_dot_product_attention(q, k, v)] * 3
-    ),
-}
-
-
-@pytest.mark.parametrize("name", RESULTS)
-def test_uses_of_the_result(name: str) -> None:
-    assert set(_agrees(RESULTS[name])) == {LOWERED}
-
-
-def test_as_strided_after_other_ops_is_noticed() -> None:
-    assert _agrees(lambda q, k, v, m: (_attend(q @ k.mT, v) * 2).as_strided((2, 3), (84, 28))) == ["as_strided"]
-
-
-def test_a_returned_result_has_the_strides_of_eager() -> None:
-    """Code after a graph break may view what it got."""
-    q, k, v, _ = _inputs()
-    output, (result,) = run_passes(lambda q, k, v: _attend(q @ k.mT, v), q, k, v)
-    assert result.num_lowered == 1
-    assert output.stride() == _attend(q @ k.mT, v).stride()
-
-
-def test_a_merged_and_projected_result_is_not_copied() -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        x = F.linear(_attend(q @ k.mT, v).transpose(1, 2).reshape(2, 7, 12), w)
-        x += 1
-        return x
-
-    _, (result,) = run_passes(fn, *_inputs()[:3], torch.randn(12, 12))
-    assert result.num_lowered == 1
-    assert not [n for n in result.after.graph.nodes if "clone" in str(n.target)]
+    assert agrees(lambda q, k, v, m: attend(q @ k.mT + make(m)[:, None, None], v)) == [code]
 
 
 # ---- modes, gradients, transforms ------------------------------------------------------------------------------------
@@ -335,28 +138,28 @@ def test_a_merged_and_projected_result_is_not_copied() -> None:
 def _scaled_without_grad(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     with torch.no_grad():
         scaled = q * 0.5
-    return _attend(scaled @ k.mT, v)
+    return attend(scaled @ k.mT, v)
 
 
 def _copied_without_grad(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     with torch.no_grad():
         copied = q.clone()
-    return _attend(copied @ k.mT, v)
+    return attend(copied @ k.mT, v)
 
 
 def _scored_without_grad(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     with torch.no_grad():
         scores = q @ k.mT
-    return _attend(scores, v)
+    return attend(scores, v)
 
 
 def _chained(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    y = _attend((q @ k.mT).masked_fill(~m[:, None, None], -INF), v)
-    return _attend(y @ y.mT, y) * 1
+    y = attend((q @ k.mT).masked_fill(~m[:, None, None], -INF), v)
+    return attend(y @ y.mT, y) * 1
 
 
 def _result_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-    y = _attend(q @ q.mT, q)
+    y = attend(q @ q.mT, q)
     y.view(6, 28).mul_(2)
     return y
 
@@ -378,7 +181,7 @@ def test_gradients_are_those_of_eager(fn: Program, monkeypatch: pytest.MonkeyPat
     options = {"policy": "always", "block_size": 1}
 
     def gradients(fn: Program) -> list[Tensor]:
-        *tensors, visible = _inputs(dtype=torch.float64)
+        *tensors, visible = make_inputs(dtype=torch.float64)
         leaves = [t.requires_grad_() for t in tensors]
         found = torch.autograd.grad(fn(*leaves, visible).square().sum(), leaves, allow_unused=True)
         return [torch.zeros(1) if g is None or not g.any() else g for g in found]
@@ -393,13 +196,13 @@ def test_autocast_inside_the_model() -> None:
 
     def fn(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            inside = _attend(q @ k.mT, v)
+            inside = attend(q @ k.mT, v)
             scores = q @ k.mT
-        return inside, _attend(scores.float(), v)
+        return inside, attend(scores.float(), v)
 
-    output, (result,) = run_passes(fn, *_inputs())
+    output, (result,) = run_passes(fn, *make_inputs())
     assert [d.code for d in result.decisions] == [LOWERED, "context"]
-    torch.testing.assert_close(output, fn(*_inputs()), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(output, fn(*make_inputs()), rtol=2e-2, atol=2e-2)
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -414,8 +217,8 @@ def test_what_cannot_be_traced_is_refused_aloud() -> None:
         return gm.forward
 
     torch._dynamo.reset()
-    q, k, v, _ = _inputs()
-    torch.compile(lambda q, k, v: torch.vmap(lambda a, b, c: _attend(a @ b.mT, c))(q, k, v), backend=backend)(q, k, v)
+    q, k, v, _ = make_inputs()
+    torch.compile(lambda q, k, v: torch.vmap(lambda a, b, c: attend(a @ b.mT, c))(q, k, v), backend=backend)(q, k, v)
     assert len(seen) == 1
 
 
@@ -431,7 +234,7 @@ def _merged_heads(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
 
 def _per_query(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     b, h, n, _ = q.shape
-    return _attend((q @ k.mT).masked_fill(~m[:, None, :, None].expand(b, h, n, n), -1e9), v)
+    return attend((q @ k.mT).masked_fill(~m[:, None, :, None].expand(b, h, n, n), -1e9), v)
 
 
 @pytest.mark.parametrize("fn", [_merged_heads, _per_query, _chained], ids=lambda f: f.__name__.strip("_"))
@@ -448,7 +251,7 @@ def test_sizes_that_coincide_at_first(fn: Program, first: tuple[int, ...]) -> No
     torch._dynamo.reset()
     compiled = torch.compile(fn, backend=backend, dynamic=True, fullgraph=True)
     for shape in (first, (3, 4, 6, 4), (5, 4, 3, 4), (4, 4, 9, 4)):
-        tensors = _inputs(shape)
+        tensors = make_inputs(shape)
         for tensor in tensors[:3]:
             for dim in (1, 3):
                 torch._dynamo.mark_static(tensor, dim)
