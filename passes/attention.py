@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
 from monarch_compile.passes.memory import is_written
-from monarch_compile.passes.products import MIXED, SCORES, Scores, simplify
+from monarch_compile.passes.products import MIXED, SCORES, Scores
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
 
 SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
@@ -104,7 +104,6 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
     mixed = MIXED[output.target](output, below[-1])
     if mixed is None:
         raise Miss("values_layout", "the product with the values has a layout that is not understood", output)
-    q, k = simplify(scores.q, constant_of), simplify(scores.k, constant_of)
     interior = (*walk.seen, anchor, *below[1:])
     _require_single_use(walk.seen, {*interior, output})
     leads = [m.lead for m in walk.masks] or [shape_of(n)[:-2] for n in interior]
@@ -112,17 +111,16 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
     return AttentionRegion(
         anchor=anchor,
         output=output,
-        q=q.operand,
-        k=k.operand,
+        q=scores.q,
+        k=scores.k,
         v=mixed.v,
-        scale=walk.scale * scores.alpha * q.factor * k.factor,
+        scale=walk.scale * scores.alpha,
         masks=tuple(walk.masks),
         lead=frame_of(max(leads, key=len)),
         qk_lead=shape_of(scores_node)[:-2],
         pv_lead=pv_lead,
         out_dims=mixed.out_dims,
         interior=(*interior, output),
-        skipped=(*q.skipped, *k.skipped),
     )
 
 

@@ -27,7 +27,9 @@ from monarch_compile.passes.canonicalize import (
 from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
+from monarch_compile.passes.graph import switches_mode
 from monarch_compile.passes.lowering import lower
+from monarch_compile.passes.memory import is_mutating
 from monarch_compile.passes.operands import as_they_lie, hoist_scales
 from monarch_compile.passes.region import AttentionRegion, Site
 
@@ -96,7 +98,7 @@ def _match(state: State) -> str:
 
 def _choose(state: State) -> str:
     state.choices = [choose(site, state.config) for site in state.sites]
-    return f"{sum(c.ir is not None for c in state.choices)} sites to lower"
+    return f"{sum(c.lowers for c in state.choices)} sites to lower"
 
 
 def _lower(state: State) -> str:
@@ -111,7 +113,8 @@ def _lower(state: State) -> str:
 
 
 def _is_impure(node: Node) -> bool:
-    return bool(node.is_impure()) or "set_grad_enabled" in str(node.target) or "autocast" in str(node.target)
+    """What dead-code elimination must keep: FX itself overlooks mode switches and the higher-order ops that write."""
+    return bool(node.is_impure()) or switches_mode(node) or is_mutating(node)
 
 
 PIPELINE: tuple[Pass, ...] = (
