@@ -2,9 +2,12 @@
 
     python benchmarks/gpu_kernels.py result.json            # check, then the table
     python benchmarks/gpu_kernels.py result.json --sweep    # check, then the best schedules of a few problems
+    python benchmarks/gpu_kernels.py result.json --sweep --window 1    # the same with an exact window
 
 Times are in ms: 20th, 50th and 80th percentile over CUDA-graph replays (the L2 cache stays warm between them), and for
-`eager` over plain calls, launch overhead included. Inputs are standard normal.
+`eager` over plain calls, launch overhead included. `window` is the same problem with an exact window of one block on
+each side, `prefix` with four leading tokens exact besides; each has the block size that "auto" gives it. Inputs are
+standard normal.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -37,24 +41,35 @@ from monarch_compile.codegen.launch import Launcher, Problem
 from monarch_compile.codegen.schedule import Schedule, Tiling, padded
 from monarch_compile.cost import choose_block_size
 from monarch_compile.devices import device_for
+from monarch_compile.ir import PAPER, ExactGroups
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 from monarch_compile.version import __version__
 
 QUANTILES = (0.2, 0.5, 0.8)
 NUM_HEADS, HEAD_DIM = 12, 64
+WINDOW, PREFIX = 1, 4
 TABLE = ((1024, 256), (1, 1024), (64, 1024), (1, 4096), (16, 4096), (1, 16384), (4, 16384), (1, 32768), (1, 65536))
 EXACT = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SWEEP = tuple((n, b) for n in (1024, 4096, 16384, 65536) for b in (32, 64, 128, 256) if n / 16 <= b * b <= n * 16)
+WINDOW_SWEEP = ((1024, 64), (4096, 64), (16384, 128), (65536, 256))
 CHECKS = (
-    # batch, num_heads, N, head_dim, block_size, num_iters, init, pad, masked
-    (2, 3, 1000, 64, 39, 1, "identity", "post", False),
-    (2, 3, 1000, 64, 39, 2, "mean", "pre", True),
-    (1, 2, 4999, 128, 70, 3, "identity", "post", True),
-    (1, 2, 1500, 25, 300, 1, "identity", "pre", False),
-    (1, 2, 777, 80, 32, 1, "mean", "post", True),
-    (1, 2, 700, 256, 100, 2, "identity", "post", False),
-    (1, 2, 16384, 64, 128, 1, "identity", "post", False),
+    # batch, num_heads, N, head_dim, block_size, num_iters, init, pad, masked, window, prefix
+    (2, 3, 1000, 64, 39, 1, "identity", "post", False, None, 0),
+    (2, 3, 1000, 64, 39, 2, "mean", "pre", True, None, 0),
+    (1, 2, 4999, 128, 70, 3, "identity", "post", True, None, 0),
+    (1, 2, 1500, 25, 300, 1, "identity", "pre", False, None, 0),
+    (1, 2, 777, 80, 32, 1, "mean", "post", True, None, 0),
+    (1, 2, 700, 256, 100, 2, "identity", "post", False, None, 0),
+    (1, 2, 16384, 64, 128, 1, "identity", "post", False, None, 0),
+    (2, 3, 1000, 64, 39, 1, "identity", "post", False, 1, 0),
+    (2, 3, 1000, 64, 39, 1, "identity", "pre", True, 1, 4),
+    (1, 2, 4999, 128, 70, 1, "identity", "post", False, 2, 100),
+    (1, 2, 1500, 25, 300, 1, "identity", "post", True, 0, 0),
+    (2, 3, 1000, 64, 39, 2, "mean", "pre", True, 1, 4),
+    (1, 2, 777, 80, 32, 3, "identity", "post", False, 40, 0),
+    (1, 2, 700, 256, 100, 1, "mean", "post", False, 1, 0),
+    (1, 2, 16384, 64, 128, 1, "identity", "post", False, 1, 0),
 )
 TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5}
 
@@ -63,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON file to write")
     parser.add_argument("--sweep", action="store_true", help="search schedules in place of the table")
+    parser.add_argument("--window", type=int, help="with --sweep: the exact window (default: none)")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--head-dim", type=int, default=HEAD_DIM)
@@ -75,7 +91,10 @@ def main() -> None:
     try:
         if not arguments.skip_check:
             result["check"] = check()
-        rows = sweep(dtype, arguments.head_dim) if arguments.sweep else table(dtype, arguments.head_dim)
+        rows = table(dtype, arguments.head_dim)
+        if arguments.sweep:
+            result["window"] = arguments.window
+            rows = sweep(dtype, arguments.head_dim, arguments.window)
         result["rows"] = []
         for row in rows:
             result["rows"].append(row)  # one at a time: what was measured is kept when a later row fails
@@ -112,13 +131,14 @@ def check() -> list[dict[str, Any]]:
 
 
 def _error(case: tuple[Any, ...], dtype: torch.dtype) -> float:
-    batch, num_heads, seq_len, head_dim, block_size, num_iters, init, pad, masked = case
+    batch, num_heads, seq_len, head_dim, block_size, num_iters, init, pad, masked, window, prefix = case
     q, k, v = inputs(batch, num_heads, seq_len, head_dim, dtype)
     mask = None
     if masked:
         mask = torch.rand(batch, seq_len, device="cuda") > 0.3
         mask[0, -2 * block_size :] = False
     options = {"block_size": block_size, "num_iters": num_iters, "init": init, "pad": pad, "scale": head_dim**-0.5}
+    options |= {"window": window, "prefix": prefix}
     found = attention(q, k, v, mask, **options)
     expected = reference(q.double(), k.double(), v.double(), mask, **options)
     error = ((found - expected).norm() / expected.norm()).item()
@@ -134,33 +154,50 @@ def inputs(
 
 
 def table(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
-    print(f"{'batch':>6} {'N':>6} {'B':>4} {'monarch':>9} {'eager':>9} {'cudnn':>9} {'flash':>9} {'vs best':>8}")
+    columns = ("monarch", "window", "prefix", "eager", *EXACT)
+    titles = " ".join(f"{name:>9}" for name in columns)
+    print(f"{'batch':>6} {'N':>6} {'B':>4} {'w B':>4} {titles} {'vs best':>8} {'window/none':>11} {'prefix/none':>11}")
     for batch, seq_len in TABLE:
         row = _time_one(batch, seq_len, head_dim, dtype)
-        medians = [row[name][1] for name in ("monarch", "eager", *EXACT)]
-        ratio = min(medians[2:]) / medians[0]
-        times = " ".join(f"{median:9.4f}" for median in medians)
-        print(f"{batch:6} {seq_len:6} {row['block_size']:4} {times} {ratio:7.2f}x", flush=True)
+        medians = {name: row[name][1] for name in columns}
+        times = " ".join(f"{median:9.4f}" for median in medians.values())
+        ratio = min(medians[name] for name in EXACT) / medians["monarch"]
+        more = " ".join(f"{medians[name] / medians['monarch']:10.2f}x" for name in ("window", "prefix"))
+        print(
+            f"{batch:6} {seq_len:6} {row['block_size']:4} {row['window_block_size']:4} {times} {ratio:7.2f}x {more}",
+            flush=True,
+        )
         yield row
         torch.cuda.empty_cache()
 
 
 def _time_one(batch: int, seq_len: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     q, k, v = inputs(batch, NUM_HEADS, seq_len, head_dim, dtype)
-    device = device_for("cuda", torch.cuda.get_device_name())
-    block_size = choose_block_size(seq_len=seq_len, head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=device)
-    options = {"block_size": block_size, "num_iters": 1, "init": "identity", "pad": "post", "scale": head_dim**-0.5}
+    forms = {"monarch": PAPER, "window": ExactGroups(WINDOW), "prefix": ExactGroups(WINDOW, PREFIX)}
+    blocks = {name: _auto_block(seq_len, head_dim, dtype, exact) for name, exact in forms.items()}
 
-    def monarch() -> Tensor:
-        return attention(q, k, v, None, **options)
+    def monarch(name: str = "monarch") -> Tensor:
+        exact = forms[name]
+        options = {"init": "identity", "pad": "post", "window": exact.window, "prefix": exact.prefix}
+        return attention(q, k, v, None, scale=head_dim**-0.5, block_size=blocks[name], num_iters=1, **options)
 
-    row: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "block_size": block_size}
-    row["monarch"] = graph_time(monarch)
+    row: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "block_size": blocks["monarch"]}
+    row |= {"window_block_size": blocks["window"]}
+    for name in forms:
+        row[name] = graph_time(functools.partial(monarch, name))
     row["eager"] = list(triton.testing.do_bench(monarch, quantiles=list(QUANTILES)))
     for name, backend in EXACT.items():
         with sdpa_kernel(backend):
             row[name] = graph_time(lambda: scaled_dot_product_attention(q, k, v))
     return row
+
+
+def _auto_block(seq_len: int, head_dim: int, dtype: torch.dtype, exact: ExactGroups) -> int:
+    """What block_size "auto" is on this device."""
+    device = device_for("cuda", torch.cuda.get_device_name())
+    return choose_block_size(
+        seq_len=seq_len, head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=device, exact=exact
+    )
 
 
 def graph_time(run: Callable[[], Any], rep: int = 50) -> list[float]:
@@ -169,13 +206,14 @@ def graph_time(run: Callable[[], Any], rep: int = 50) -> list[float]:
         return list(triton.testing.do_bench_cudagraph(run, rep=rep, quantiles=list(QUANTILES)))
 
 
-def sweep(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
-    """The best tiling of each stage, the other at its default, for every problem of SWEEP."""
+def sweep(dtype: torch.dtype, head_dim: int, window: int | None) -> Iterator[dict[str, Any]]:
+    """The best tiling of each stage, the others at their default, for every problem of SWEEP or WINDOW_SWEEP."""
     started = time.monotonic()
+    problems = SWEEP if window is None else WINDOW_SWEEP
     tasks = {
         (launcher.problem, schedule, seq_len)
-        for seq_len, block_size in SWEEP
-        for launcher in [_launcher(seq_len, block_size, head_dim, dtype)]
+        for seq_len, block_size in problems
+        for launcher in [_launcher(seq_len, block_size, head_dim, dtype, window)]
         for _, schedule in variants(launcher.schedule, seq_len, block_size)
     }
     print(f"compiling {len(tasks)} schedules", flush=True)
@@ -183,28 +221,36 @@ def sweep(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 4) - 2), mp_context=context) as pool:
         list(pool.map(_compile, tasks, chunksize=4))
     print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
-    for seq_len, block_size in SWEEP:
-        yield _sweep_one(seq_len, block_size, head_dim, dtype)
+    for seq_len, block_size in problems:
+        yield _sweep_one(seq_len, block_size, head_dim, dtype, window)
 
 
-def _sweep_one(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def _sweep_one(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype, window: int | None) -> dict[str, Any]:
     q, k, v = inputs(1, NUM_HEADS, seq_len, head_dim, dtype)
-    default = _launcher(seq_len, block_size, head_dim, dtype)
-    times: dict[str, list[tuple[float, str, Tiling | None]]] = {"summarize": [], "attend": []}
+    default = _launcher(seq_len, block_size, head_dim, dtype, window)
+    times: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
     for stage, schedule in variants(default.schedule, seq_len, block_size):
         try:
             median = graph_time(run(Launcher(default.problem, schedule), q, k, v), rep=10)[1]
         except triton.runtime.errors.OutOfResources:
             continue
-        tiling = getattr(schedule, stage)
-        times[stage].append((median, str(tiling), tiling))
+        change, name = {stage: getattr(schedule, stage)}, str(getattr(schedule, stage))
+        if stage == "near":
+            change["fused"] = schedule.fused
+            name += " fused" if schedule.fused else " apart"
+        times.setdefault(stage, []).append((median, name, change))
     ranked = {stage: sorted(rows, key=lambda row: row[0]) for stage, rows in times.items()}
-    best = replace(default.schedule, **{stage: rows[0][2] for stage, rows in ranked.items()})
+    best = default.schedule
+    for rows in ranked.values():
+        best = replace(best, **rows[0][2])
     row = {"seq_len": seq_len, "block_size": block_size, "default": str(default.schedule), "best": str(best)}
     for name, launcher in (("default_ms", default), ("best_ms", Launcher(default.problem, best))):
         row[name] = graph_time(run(launcher, q, k, v))
+    if window is not None:
+        row["no_window_ms"] = graph_time(run(_launcher(seq_len, block_size, head_dim, dtype, None), q, k, v))
     row["ranked"] = {stage: [entry[:2] for entry in rows[:8]] for stage, rows in ranked.items()}
-    print(f"N={seq_len} B={block_size}: {row['default_ms'][1]:.4f} -> {row['best_ms'][1]:.4f} ms")
+    plain = f"; without window {row['no_window_ms'][1]:.4f}" if window is not None else ""
+    print(f"N={seq_len} B={block_size}: {row['default_ms'][1]:.4f} -> {row['best_ms'][1]:.4f} ms{plain}")
     for stage, rows in row["ranked"].items():
         print(f"  {stage}: " + ", ".join(f"{name} {ms:.4f}" for ms, name in rows[:4]), flush=True)
     return row
@@ -221,21 +267,34 @@ def run(launcher: Launcher, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Ten
     return call
 
 
-def _launcher(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Launcher:
-    problem = Problem(head_dim, head_dim, dtype, block_size, head_dim**-0.5, 1, "identity", "post", False)
+def _launcher(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype, window: int | None) -> Launcher:
+    form = (1, "identity", "post", False, ExactGroups(window))
+    problem = Problem(head_dim, head_dim, dtype, block_size, head_dim**-0.5, *form)
     return launching.build(problem, -(-seq_len // block_size), torch.cuda.get_device_capability(), False)
 
 
 def variants(default: Schedule, seq_len: int, block_size: int) -> Iterator[tuple[str, Schedule]]:
     """Schedules that differ from the default in one stage's tiling."""
     for stage, extent in (("summarize", block_size), ("attend", -(-seq_len // block_size))):
-        largest = padded(extent)
-        sizes = [size for size in (16, 32, 64, 128) if size <= largest and size >= min(32, largest)]
-        for rows, step, num_warps in itertools.product(sizes, sizes, (1, 2, 4, 8)):
-            if not 16 * num_warps <= rows <= 32 * num_warps and (rows, num_warps) != (64, 8):
-                continue  # a warp owns 16 or 32 rows, but for the widest tile
-            for num_stages in (1, 2, 3) if step < extent else (1,):
-                yield stage, replace(default, **{stage: Tiling(rows, step, num_warps, num_stages)})
+        for tiling in _tilings(extent):
+            yield stage, replace(default, **{stage: tiling})
+    if default.near is not None:
+        for step in (16, 32, 64, 128):
+            yield "near", replace(default, near=replace(default.near, step=step), fused=True)
+        for tiling in _tilings(block_size):
+            if tiling.num_stages > 1 and tiling.rows >= default.near.rows:
+                yield "near", replace(default, near=tiling, fused=False)
+
+
+def _tilings(extent: int) -> Iterator[Tiling]:
+    """Those worth trying for a stage whose rows and reduction both extend over `extent`."""
+    largest = padded(extent)
+    sizes = [size for size in (16, 32, 64, 128) if size <= largest and size >= min(32, largest)]
+    for rows, step, num_warps in itertools.product(sizes, sizes, (1, 2, 4, 8)):
+        if not 16 * num_warps <= rows <= 32 * num_warps and (rows, num_warps) != (64, 8):
+            continue  # a warp owns 16 or 32 rows, but for the widest tile
+        for num_stages in (1, 2, 3) if step < extent else (1,):
+            yield Tiling(rows, step, num_warps, num_stages)
 
 
 def _compile(task: tuple[Problem, Schedule, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 
 import jinja2
 
-from monarch_compile.codegen.schedule import DTYPE_BYTES, Schedule, Tiling, check_supported, padded
+from monarch_compile.codegen.schedule import DTYPE_BYTES, Schedule, Tiling, can_fuse, check_supported, padded
 from monarch_compile.codegen.source import KernelSource
-from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.ir import PAPER, MaskKind, MonarchAttention
 from monarch_compile.version import __version__
 
 PITCH_MULTIPLE = 16
 """Rows of the intermediates are padded to this many elements, so that they load as whole aligned vectors."""
+MAX_POSITION = 2**31 - 1
+MAX_WINDOW_KEYS = 2**30
+"""Sizes and positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 
 SIZES = ("num_heads", "seq_len", "num_blocks")
 STRIDES = {
@@ -26,6 +30,7 @@ STRIDES = {
     "v": ("v_batch", "v_head", "v_row", "v_dim"),
     "key_mask": ("mask_batch", "mask_row"),
     "qhat": ("qhat_head", "qhat_block", "qhat_offset"),
+    "rows": ("rows_batch", "rows_head", "rows_row", "rows_dim"),
 }
 """A tensor's strides as kernel parameters; a tensor without an entry is laid out by us."""
 
@@ -34,8 +39,10 @@ STRIDES = {
 class Role:
     """What one kernel is to its IR.
 
-    tensors: its tensor parameters, in order. values: whether it also carries values.
+    tensors: its tensor parameters, in order, without those that masks and exact groups add.
+    values: whether it also carries values.
     from_sequence: whether stage 1 reads its queries from the sequence itself or from `qhat`.
+    near: whether it computes the exact groups.
     """
 
     name: str
@@ -43,27 +50,37 @@ class Role:
     tensors: tuple[str, ...]
     values: bool = False
     from_sequence: bool = True
+    near: bool = False
 
 
 MEAN = Role("monarch_mean_query", "mean_query", ("q", "qhat"))
 ONLY = Role("monarch_summarize", "summarize", ("q", "k", "v", "a", "y", "c"), values=True)
+FUSED = Role("monarch_summarize_near", "summarize", ("q", "k", "v", "a", "y", "c", "near", "z"), values=True, near=True)
 FIRST = Role("monarch_summarize_first", "summarize", ("q", "k", "a", "c"))
 NEXT = Role("monarch_summarize_next", "summarize", ("qhat", "k", "a", "c"), from_sequence=False)
 LAST = Role("monarch_summarize_last", "summarize", ("qhat", "k", "v", "a", "y", "c"), values=True, from_sequence=False)
+EXACT = Role("monarch_exact", "exact", ("q", "k", "v", "near", "z"), values=True, near=True)
 WEIGH = Role("monarch_weigh", "attend", ("q", "a", "c", "unlog"))
 REPRESENT = Role("monarch_represent", "represent", ("q", "a", "unlog", "qhat"))
 ATTEND = Role("monarch_attend", "attend", ("q", "a", "y", "c", "z"), values=True)
 
 
-def steps(num_iters: int, init: str) -> tuple[Role, ...]:
+def steps(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
     """The kernels of one attention, in the order in which they are launched (a role may repeat)."""
-    sequence = [MEAN] if init == "mean" else []
-    for step in range(num_iters):
-        from_sequence = step == 0 and init == "identity"
-        if step == num_iters - 1:
-            return (*sequence, ONLY if from_sequence else LAST, ATTEND)
-        sequence += [FIRST if from_sequence else NEXT, WEIGH, REPRESENT]
-    raise ValueError(f"num_iters must be at least 1; found {num_iters}")
+    near, identity = has_near(ir), ir.init == "identity"
+    fused = near and schedule.fused and can_fuse(ir)
+    sequence = [EXACT] if near and not fused else []
+    if not identity:
+        sequence.append(MEAN)
+    for step in range(ir.num_iters - 1):
+        sequence += [FIRST if identity and step == 0 else NEXT, WEIGH, REPRESENT]
+    last = FUSED if fused else ONLY if identity and ir.num_iters == 1 else LAST
+    return (*sequence, last, ATTEND)
+
+
+def has_near(ir: MonarchAttention) -> bool:
+    """Whether there are exact groups."""
+    return ir.exact != PAPER
 
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:
@@ -80,7 +97,7 @@ def emit(ir: MonarchAttention, schedule: Schedule) -> tuple[KernelSource, ...]:
         CodegenError: `ir` is outside what kernels exist for.
     """
     check_supported(ir)
-    return tuple(_emit(role, canonical(ir), schedule) for role in dict.fromkeys(steps(ir.num_iters, ir.init)))
+    return tuple(_emit(role, canonical(ir), schedule) for role in dict.fromkeys(steps(ir, schedule)))
 
 
 def pitch(size: int) -> int:
@@ -94,26 +111,33 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
     template = role.template
     if template == "summarize":
         template += "_whole" if ir.block_size <= tiling.step else "_stream"
-    text = (
-        _environment()
-        .get_template(f"{template}.py.jinja")
-        .render(
-            name=role.name,
-            header=_header(role, ir, schedule),
-            parameter_groups=groups,
-            constants=_constants(role, ir, tiling),
-            values=role.values,
-            from_sequence=role.from_sequence,
-            dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
-            **_masks(ir, tiling),
-        )
+    render = functools.partial(
+        _environment().get_template(f"{template}.py.jinja").render,
+        name=role.name,
+        header=_header(role, ir, schedule),
+        parameter_groups=groups,
+        values=role.values,
+        from_sequence=role.from_sequence,
+        dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
+        summarizes=role.template == "summarize",
+        near=role.near or (role.template == "attend" and has_near(ir)),
+        window=ir.exact.window,
+        prefix=ir.exact.prefix,
+        **_masks(role, ir, tiling),
     )
+    used = set(re.findall(r"\w+", render(constants={}).partition("@triton.jit")[2]))
+    constants = {name: value for name, value in _constants(role, ir, schedule).items() if name in used}
+    text = render(constants=constants)
     return KernelSource(role.name, text, tuple(name for group in groups for name in group))
 
 
 def role_tiling(role: Role, schedule: Schedule) -> Tiling:
     """The tiling of a role's kernel."""
-    tilings = {"summarize": schedule.summarize, "attend": schedule.attend}
+    tilings = {
+        "summarize": schedule.summarize,
+        "exact": schedule.near or schedule.summarize,
+        "attend": schedule.attend,
+    }
     return tilings.get(role.template, schedule.represent)
 
 
@@ -129,53 +153,61 @@ def _header(role: Role, ir: MonarchAttention, schedule: Schedule) -> str:
 
 def _parameter_groups(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, ...]]:
     """Parameters, a group a line: the tensors, the strides of each that has them, the sizes."""
-    tensors = list(role.tensors)
-    if ir.mask is MaskKind.KEY_PADDING and role.template == "summarize":
-        tensors.insert(tensors.index("a"), "key_mask")
-    yield tuple(tensors)
+    tensors = _tensors(role, ir)
+    yield tensors
     for tensor in tensors:
         if tensor in STRIDES and not (tensor == "qhat" and role.from_sequence):
             yield STRIDES[tensor]
     yield SIZES
 
 
-def _constants(role: Role, ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
-    """The literals at the top of a kernel: those that its text goes on to use."""
-    summarizes = role.template == "summarize"
-    head, value = padded(ir.head_dim), padded(ir.value_dim)
-    sizes: dict[str, Any] = {"BLOCK": ir.block_size}
-    if head != ir.head_dim:
-        sizes["HEAD_DIM"] = ir.head_dim
-    sizes |= {"HEAD_TILE": head, "HEAD_PITCH": pitch(ir.head_dim)}
-    if role.values:
-        if value != ir.value_dim or not summarizes:
-            sizes["VALUE_DIM"] = ir.value_dim
-        sizes |= {"VALUE_TILE": value, "VALUE_PITCH": pitch(ir.value_dim)}
-    if summarizes:
+def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
+    """Inputs first, then what is written."""
+    added: tuple[str, ...] = ()
+    if role.template == "attend" and has_near(ir):
+        added = ("near", "rows") if ir.exact.prefix and role.values else ("near",)
+        place = len(role.tensors) - 1
+    elif role.template != "represent" and "k" in role.tensors and ir.mask is MaskKind.KEY_PADDING:
+        added = ("key_mask",)
+        place = role.tensors.index("near" if role is EXACT else "a")
+    return (*role.tensors[:place], *added, *role.tensors[place:]) if added else role.tensors
+
+
+def _constants(role: Role, ir: MonarchAttention, schedule: Schedule) -> dict[str, Any]:
+    """What may stand as a literal at the top of a kernel; its text uses some."""
+    tiling, near = role_tiling(role, schedule), schedule.near or schedule.summarize
+    dims: dict[str, Any] = {"BLOCK": ir.block_size}
+    for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
+        dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
+    window, prefix = ir.exact.window or 0, ir.exact.prefix
+    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // ir.block_size), "PREFIX": min(prefix, MAX_POSITION)}
+    tiles = {"TILE_L": tiling.step}
+    if role.template in ("summarize", "exact"):
         tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-ir.block_size // tiling.rows)}
-        return {**sizes, **tiles, "SCALE": repr(ir.scale * math.log2(math.e))}
-    if role.template == "represent":
-        return {**sizes, "TILE_B": tiling.rows, "TILE_L": tiling.step}
-    if role.template == "attend":
-        return {**sizes, "TILE_L": tiling.rows, "TILE_B": tiling.step}
-    return {**sizes, "TILE_L": tiling.step}
+        tiles |= {"TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
+    elif role.template == "represent":
+        tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
+    elif role.template == "attend":
+        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step}
+    return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e))}
 
 
-def _masks(ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
+def _masks(role: Role, ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value = ir.head_dim, ir.value_dim
-    masked, pre = ir.mask is MaskKind.KEY_PADDING, ir.pad == "pre"
+    masked, stores = ir.mask is MaskKind.KEY_PADDING, role.template != "exact"
     ragged_j = ir.block_size % tiling.rows != 0
     return {
         "masked": masked,
-        "pre": pre,
+        "may_hide": masked or ir.exact.prefix > 0,
+        "pre": ir.pad == "pre",
         "ragged_j": ragged_j,
         "ragged_i": ir.block_size % tiling.step != 0,
         "in_block": "in_block" if ragged_j else "",
         "head_mask": "is_head" if padded(head) != head else "",
-        "head_stored_mask": "is_head_stored" if padded(head) != pitch(head) else "",
+        "head_stored_mask": "is_head_stored" if stores and padded(head) != pitch(head) else "",
         "value_mask": "is_value" if padded(value) != value else "",
-        "value_stored_mask": "is_value_stored" if padded(value) != pitch(value) else "",
+        "value_stored_mask": "is_value_stored" if stores and padded(value) != pitch(value) else "",
     }
 
 

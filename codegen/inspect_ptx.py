@@ -17,8 +17,8 @@ from monarch_compile.errors import CodegenError
 from monarch_compile.ir import MonarchAttention
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-FLOAT32_TENSORS = ("c", "unlog")
-TENSORS = ("q", "k", "v", "z", "a", "y", "qhat")
+FLOAT32_TENSORS = ("c", "near", "unlog")
+TENSORS = ("q", "k", "v", "z", "a", "y", "qhat", "rows")
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -66,7 +66,7 @@ def compile_report(
     constants = {places[name]: 1 for name, kind in signature.items() if kind == "constexpr"}
     aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in SIZES]
     attributes = {places[name]: ALIGNED for name in aligned}
-    role = next(role for role in steps(ir.num_iters, ir.init) if role.name == source.name)
+    role = next(role for role in steps(ir, schedule) if role.name == source.name)
     tiling = role_tiling(role, schedule)
     major, minor = capability
     try:

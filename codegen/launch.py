@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from monarch_compile.codegen.emit import ATTEND, MEAN, STRIDES, WEIGH, Role, emit, pitch, role_tiling, steps
+from monarch_compile.codegen.emit import MEAN, STRIDES, WEIGH, Role, emit, pitch, role_tiling, steps
 from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import Dim, MaskKind, MonarchAttention
+from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention
 
 MIN_CAPABILITY = (8, 0)
 MAX_BLOCKS_KEY = 1024
@@ -33,6 +34,8 @@ def launch(
     num_iters: int,
     init: str,
     pad: str,
+    window: int | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.
 
@@ -47,9 +50,8 @@ def launch(
     seq_len = q.shape[2]
     num_blocks = (seq_len + block_size - 1) // block_size
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
-    problem = Problem(
-        int(q.shape[3]), int(v.shape[3]), q.dtype, block_size, scale, num_iters, init, pad, key_mask is not None
-    )
+    dims, masked, exact = (int(q.shape[3]), int(v.shape[3])), key_mask is not None, ExactGroups(window, prefix)
+    problem = Problem(*dims, q.dtype, block_size, scale, num_iters, init, pad, masked, exact)
     launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
     with _on_device(q):
         return launcher(q, k, v, key_mask, num_blocks)
@@ -68,6 +70,7 @@ class Problem:
     init: str
     pad: str
     masked: bool
+    exact: ExactGroups = PAPER
 
     def ir(self, seq_len: Dim) -> MonarchAttention:
         """The IR of this problem at one sequence length."""
@@ -86,6 +89,7 @@ class Problem:
             init=self.init,
             pad=self.pad,
             mask=MaskKind.KEY_PADDING if self.masked else MaskKind.NONE,
+            exact=self.exact,
         )
 
 
@@ -105,18 +109,18 @@ class Launcher:
     def __init__(self, problem: Problem, schedule: Schedule) -> None:
         self.problem = problem
         self.schedule = schedule
-        self.sources = emit(problem.ir("N"), schedule)
+        ir = problem.ir("N")
+        self.sources = emit(ir, schedule)
         self._wrap = _wrapper()
         loaded = {source.name: (source.load(), source.parameters) for source in self.sources}
-        self._steps = tuple(
-            (role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(problem.num_iters, problem.init)
-        )
+        self._steps = tuple((role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(ir, schedule))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, num_blocks: Dim) -> Tensor:
         """Run every kernel in turn: q, k (E, H, N, D), v (E, H, N, D_v) -> (E, H, N, D_v), laid out (E, N, H, D_v)."""
         heads = q.shape[0] * q.shape[1]
         values: dict[str, Any] = {"num_heads": q.shape[1], "seq_len": q.shape[2], "num_blocks": num_blocks}
-        for name, tensor in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask)):
+        rows = self._exact_rows(q, k, v, key_mask) if self.problem.exact.prefix else None
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask), ("rows", rows)):
             if tensor is not None:
                 values[name] = tensor
                 values.update(zip(STRIDES[name], tensor.stride(), strict=True))
@@ -128,10 +132,26 @@ class Launcher:
         output: Tensor = values["z"]
         return output.transpose(1, 2)
 
+    def _exact_rows(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The rows of the prefix, which attend to every key: (E, H, at most prefix, D_v); 0 where none is visible."""
+        prefix, scale = self.problem.exact.prefix, self.problem.scale
+        rows: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
+        if scale <= 0:  # some kernels take the largest score before they scale
+            rows, scale = rows * scale, 1.0
+        if key_mask is None:
+            return scaled_dot_product_attention(rows, k, v, scale=scale)
+        seen = key_mask.unsqueeze(1).unsqueeze(1)
+        found = scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+        return torch.where(seen.any(-1, keepdim=True), found, 0.0)
+
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:
         problem, q, num_blocks = self.problem, values["q"], values["num_blocks"]
         head_pitch, value_pitch = pitch(problem.head_dim), pitch(problem.value_dim)
         per_block = (heads, problem.block_size, num_blocks)
+        if role.near:
+            values["near"] = _allocate(q, per_block, torch.float32)
+        if "z" in role.tensors and "z" not in values:
+            values["z"] = _allocate(q, (q.shape[0], q.shape[2], q.shape[1], problem.value_dim), q.dtype)
         if role.template == "summarize":
             values["a"] = _allocate(q, (*per_block, head_pitch), q.dtype)
             values["c"] = _allocate(q, per_block, torch.float32)
@@ -139,9 +159,7 @@ class Launcher:
                 values["y"] = _allocate(q, (*per_block, value_pitch), q.dtype)
         elif role is WEIGH:
             values["unlog"] = _allocate(q, per_block, torch.float32)
-        elif role is ATTEND:
-            values["z"] = _allocate(q, (q.shape[0], q.shape[2], q.shape[1], problem.value_dim), q.dtype)
-        else:
+        elif "qhat" in role.tensors:
             representatives = 1 if role is MEAN else num_blocks
             row = representatives * head_pitch
             values["qhat"] = _allocate(q, (heads, problem.block_size, representatives, head_pitch), q.dtype)
@@ -150,7 +168,7 @@ class Launcher:
 
     def _programs_per_head(self, role: Role, tiling: Tiling, num_blocks: Any) -> Any:
         block_size = self.problem.block_size
-        if role.template == "summarize":
+        if role.template in ("summarize", "exact"):
             return num_blocks * -(-block_size // tiling.rows)
         if role is MEAN:
             return block_size

@@ -5,13 +5,15 @@ Letters: j offset of a query in its block, i offset of a key in its block, l blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.ir import PAPER, MonarchAttention
 
 DOT_PRECISIONS = ("ieee", "tf32x3")
 MIN_TILE = 16  # the least size of a tl.dot operand on every tensor core generation we emit for
@@ -24,6 +26,9 @@ WARP_SCORES = 512
 """Scores of a tile that are worth a warp."""
 WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 """Accumulators that a warp holds without spilling, by bytes of an operand (tf32x3 keeps each operand in two parts)."""
+
+NEAR_STEP = 64
+"""The largest step of the exact groups: more takes registers and shared memory that other programs could use."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ class Schedule:
     summarize: rows j, step i (stage 1: what a block of keys says to the queries of each offset).
     attend: rows l, step b (stage 2: attention over the block summaries).
     represent: rows b, step l (between iterations: the query that stands for a block's readers; also the mean start).
+    near: rows j, step i (what the exact groups say to each query); None where there are none.
+    fused: whether the exact groups are part of stage 1, whose queries must be the sequence's own (`can_fuse`);
+        they then share all of its tiling but the step. Else they have a kernel of their own.
     dot_precision: how float32 products are formed, "ieee" or "tf32x3"; 16-bit products are exact either way.
     """
 
@@ -60,6 +68,8 @@ class Schedule:
     attend: Tiling
     represent: Tiling
     dot_precision: str = "tf32x3"
+    near: Tiling | None = None
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if self.dot_precision not in DOT_PRECISIONS:
@@ -70,10 +80,13 @@ class Schedule:
         yield "summarize", self.summarize
         yield "attend", self.attend
         yield "represent", self.represent
+        if self.near is not None:
+            yield "near", self.near
 
     def __str__(self) -> str:
         tilings = " ".join(f"{name}={tiling}" for name, tiling in self.tilings())
-        return f"{tilings} dot={self.dot_precision}"
+        place = "" if self.near is None else " fused" if self.fused else " apart"
+        return f"{tilings}{place} dot={self.dot_precision}"
 
 
 # (bytes of an element, largest padded head or value dim) -> tilings, each tile already the largest worth trying. The
@@ -88,6 +101,30 @@ TABLE: dict[tuple[int, int], Schedule] = {
 }
 
 
+class NearRow(NamedTuple):
+    """Tilings with exact groups, for blocks of at most `block_size` keys and for at most `num_blocks` blocks."""
+
+    block_size: float
+    num_blocks: float
+    schedule: Schedule
+
+
+_LATER = Tiling(64, 64, 4, 2)
+NEAR_TABLE: dict[tuple[int, int], tuple[NearRow, ...]] = {
+    (2, 64): (
+        NearRow(64, 256, Schedule(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 3), _LATER)),
+        NearRow(64, math.inf, Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), _LATER)),
+        NearRow(math.inf, 256, Schedule(Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 3), _LATER)),
+        NearRow(math.inf, math.inf, Schedule(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), _LATER)),
+    ),
+    (2, 256): (
+        NearRow(math.inf, math.inf, Schedule(Tiling(32, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2))),
+    ),
+}
+"""What stands in for `TABLE` with exact groups, whose registers would spill; the first row that fits. Those of 16-bit
+elements and dims to 64 were tuned on an H200 (benchmarks/results/h200_window_sweep.json), the other from registers."""
+
+
 def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = None) -> Schedule:
     """The schedule for `ir` on a device of compute `capability` (None: the smallest shared memory we emit for).
 
@@ -96,8 +133,11 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     """
     check_supported(ir)
     width = max(64, padded(ir.head_dim), padded(ir.value_dim))
-    best = TABLE[DTYPE_BYTES[ir.dtype], width]
+    key = (DTYPE_BYTES[ir.dtype], width)
     blocks = ir.num_blocks
+    rows = () if ir.exact == PAPER else NEAR_TABLE.get(key, ())
+    fits = (r.schedule for r in rows if ir.block_size <= r.block_size and (blocks or math.inf) <= r.num_blocks)
+    best = next(fits, TABLE[key])
     limit = 1024 * SHARED_LIMITS.get(capability or (0, 0), DEFAULT_SHARED_LIMIT)
     fitted = Schedule(
         _fit(best.summarize, ir, ir.block_size),
@@ -105,7 +145,16 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
         _fit(best.represent, ir, blocks),
         best.dot_precision,
     )
-    return Schedule(**{n: _within(t, ir, limit) for n, t in fitted.tilings()}, dot_precision=fitted.dot_precision)
+    within: dict[str, Any] = {name: _within(tiling, ir, limit) for name, tiling in fitted.tilings()}
+    schedule = replace(fitted, **within)
+    if ir.exact == PAPER:
+        return schedule
+    return replace(schedule, near=_near(schedule.summarize, best, ir, limit), fused=can_fuse(ir))
+
+
+def can_fuse(ir: MonarchAttention) -> bool:
+    """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
+    return ir.num_iters == 1 and ir.init == "identity"
 
 
 def padded(size: int) -> int:
@@ -130,8 +179,8 @@ def check_supported(ir: MonarchAttention) -> None:
             raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
     if ir.seq_len_q != ir.seq_len_k or ir.num_heads != ir.num_kv_heads:
         raise CodegenError(f"no kernel for seq_len_q != seq_len_k or num_heads != num_kv_heads; found {ir}")
-    if ir.is_causal or ir.exact.window is not None or ir.exact.prefix:
-        raise CodegenError(f"no kernel for causal attention or exact groups; found {ir}")
+    if ir.is_causal:
+        raise CodegenError(f"no kernel for causal attention; found {ir}")
 
 
 def _fit(tiling: Tiling, ir: MonarchAttention, extent: int | None) -> Tiling:
@@ -144,6 +193,15 @@ def _fit(tiling: Tiling, ir: MonarchAttention, extent: int | None) -> Tiling:
     accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
     useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
+
+
+def _near(summarize: Tiling, best: Schedule, ir: MonarchAttention, limit: int) -> Tiling:
+    """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
+    keys = ir.exact.prefix if ir.exact.window is None else 2 * max(ir.exact.window, 1) * ir.block_size
+    near = replace(summarize, step=min(NEAR_STEP, _fit(best.summarize, ir, keys).step))
+    while shared_bytes(near, ir) > limit:
+        near = replace(near, step=near.step // 2)
+    return near
 
 
 def _within(tiling: Tiling, ir: MonarchAttention, limit: int) -> Tiling:

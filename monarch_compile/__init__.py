@@ -4,6 +4,7 @@ torch.compile(model, backend="monarch")
 print(monarch_compile.explain(model, *inputs))
 """
 
+from monarch_compile.calibration import calibrate
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import (
     CodegenError,
@@ -12,9 +13,11 @@ from monarch_compile.errors import (
     IRError,
     LoweringError,
     MonarchError,
+    PlanError,
 )
 from monarch_compile.explainer import explain
 from monarch_compile.functional import monarch_attention
+from monarch_compile.plan import Plan
 from monarch_compile.report import Report
 from monarch_compile.version import __version__
 
@@ -26,8 +29,11 @@ __all__ = [
     "LoweringError",
     "MonarchConfig",
     "MonarchError",
+    "Plan",
+    "PlanError",
     "Report",
     "__version__",
+    "calibrate",
     "explain",
     "monarch_attention",
 ]

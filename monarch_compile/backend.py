@@ -12,15 +12,15 @@ from torch.fx import Graph, GraphModule
 
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.errors import LoweringError
+from monarch_compile.errors import LoweringError, PlanError
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite
 
 logger = logging.getLogger(__name__)
 
-CHOSEN = ("cost_exact_wins", "policy_never", "min_seq_len")
-"""Codes of sites kept exact because the user or the cost model wanted so; strict mode accepts them."""
+CHOSEN = ("cost_exact_wins", "plan_exact", "policy_never", "min_seq_len")
+"""Codes of sites kept exact because the user, a plan or the cost model wanted so; strict mode accepts them."""
 
 
 class CacheKey(CustomGraphPass):  # type: ignore[misc]
@@ -52,6 +52,7 @@ def monarch(
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
+        PlanError: the plan cannot be read or does not fit the model.
         LoweringError: strict mode, and a site stayed exact for lack of support or a pass failed.
     """
     from torch._inductor.compile_fx import compile_fx
@@ -72,6 +73,8 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
 
     try:
         result = rewrite(gm, example_inputs, config)
+    except PlanError:  # a wrong plan is the caller's to mend: going on without it would hide that
+        raise
     except Exception as error:
         counters["monarch"]["fallback"] += 1
         if config.strict:

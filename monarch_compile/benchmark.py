@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -21,11 +22,12 @@ from torch import Tensor
 from monarch_compile.cost import choose_block_size, predict
 from monarch_compile.devices import DEVICES
 from monarch_compile.functional import monarch_attention
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.ir import ExactGroups, MonarchAttention
 from monarch_compile.version import __version__
 
 SEQ_LENS = (128, 256, 512, 1024, 1500, 2048, 4096)
 LONG_SEQ_LENS = (*SEQ_LENS, 16384)
+WINDOWS = (None, 1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Row:
     """One line of the CPU benchmark; shapes are (batch, num_heads, seq_len, head_dim)."""
 
     shape: tuple[int, int, int, int]
+    window: int | None
     block_size: int
     exact: Timing
     monarch: Timing
@@ -125,8 +128,8 @@ def cpu_attention(
 ) -> Iterator[Row]:
     """Time scaled_dot_product_attention against Monarch attention, both compiled by Inductor: float32, one thread."""
     with one_thread(), torch.no_grad():
-        for seq_len in seq_lens:
-            yield _cpu_row((1, num_heads, seq_len, head_dim), block_size, seconds)
+        for seq_len, window in itertools.product(seq_lens, WINDOWS):
+            yield _cpu_row((1, num_heads, seq_len, head_dim), window, block_size, seconds)
 
 
 def run(
@@ -136,12 +139,13 @@ def run(
     with one_thread():
         machine = environment()
     print(f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}; float32, median [p20, p80] in ms")
-    print(f"{'(batch, heads, N, D)':>20} {'block':>5}  {'exact':>26}  {'monarch':>26}  {'faster':>7} {'predicted':>9}")
+    titles = f"{'(batch, heads, N, D)':>20} {'window':>6} {'block':>5}"
+    print(f"{titles}  {'exact':>26}  {'monarch':>26}  {'faster':>7} {'predicted':>9}")
     rows = []
     for row in cpu_attention(seq_lens or (LONG_SEQ_LENS if long else SEQ_LENS), seconds=seconds):
         rows.append(row)
         print(
-            f"{row.shape!s:>20} {row.block_size:>5}  {row.exact!s:>26}  {row.monarch!s:>26}  "
+            f"{row.shape!s:>20} {row.window!s:>6} {row.block_size:>5}  {row.exact!s:>26}  {row.monarch!s:>26}  "
             f"{row.speedup:>6.2f}x {row.predicted_speedup:>8.2f}x",
             flush=True,
         )
@@ -152,20 +156,25 @@ def run(
     return rows
 
 
-def _cpu_row(shape: tuple[int, int, int, int], block_size: int | None, seconds: float) -> Row:
+def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: int | None, seconds: float) -> Row:
     batch, heads, seq_len, dim = shape
     generator = torch.Generator().manual_seed(seq_len)
     # As a projection leaves them: (batch, seq, heads, dim) in memory.
     q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
-    cpu = DEVICES["cpu"]
-    block = block_size or choose_block_size(seq_len=seq_len, head_dim=dim, value_dim=dim, dtype=q.dtype, device=cpu)
-    ir = MonarchAttention(batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim))
-    exact, monarch = _compiled({}), _compiled({"policy": "always", "block_size": block, "strict": True})
-    eager = monarch_attention(q.double(), k.double(), v.double(), block_size=block)
+    cpu, groups = DEVICES["cpu"], ExactGroups(window)
+    block = block_size or choose_block_size(
+        seq_len=seq_len, head_dim=dim, value_dim=dim, dtype=q.dtype, device=cpu, exact=groups
+    )
+    ir = MonarchAttention(
+        batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim), exact=groups
+    )
+    form = {"block_size": block, "window": window}
+    exact, monarch = _compiled({}), _compiled({"policy": "always", "strict": True, **form})
+    eager = monarch_attention(q.double(), k.double(), v.double(), block_size=block, window=window)
     error = (monarch(q, k, v) - eager).abs().max().item()
     calls = {"exact": lambda: exact(q, k, v), "monarch": lambda: monarch(q, k, v)}
     times = time_interleaved(calls, seconds)
-    return Row(shape, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
+    return Row(shape, window, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
 
 
 def _compiled(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

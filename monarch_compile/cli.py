@@ -19,7 +19,11 @@ from monarch_compile.version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
+    if args.rest and args.run is not _quality:  # whose arguments are the benchmark's own
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
     except MonarchError as error:
@@ -36,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "target", metavar="module:function", help="a function that returns (model, args) or (model, args, kwargs)"
     )
     explain.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the backend")
+    explain.add_argument("--measure", action="store_true", help="also measure the error of each site and of the output")
     explain.add_argument("--html", type=Path, metavar="PATH", help="write the report as one HTML page")
     explain.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     explain.set_defaults(run=_explain)
@@ -43,10 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="transcribe speech with a lowered Whisper encoder (needs a checkout)")
     demo.set_defaults(run=_demo)
 
-    bench = commands.add_parser("bench", help="time exact against Monarch attention")
-    bench.add_argument("what", choices=["cpu"])
-    add_benchmark_arguments(bench)
-    bench.set_defaults(run=_bench)
+    bench = commands.add_parser("bench", help="what Monarch attention gains, and what it loses")
+    kinds = bench.add_subparsers(required=True, metavar="kind")
+    cpu = kinds.add_parser("cpu", help="time exact against Monarch attention on one CPU thread")
+    add_benchmark_arguments(cpu)
+    cpu.set_defaults(run=_bench)
+    quality = kinds.add_parser(
+        "quality", help="judge trained models with their attention replaced (needs a checkout)", add_help=False
+    )
+    quality.set_defaults(run=_quality)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
@@ -68,7 +78,7 @@ def _explain(args: argparse.Namespace) -> int:
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise InputError(f"{args.target} must return (model, args) or (model, args, kwargs); found {type(result)}")
     model, inputs, *rest = result
-    report = explain(model, *inputs, options=_options(args.options), **(rest[0] if rest else {}))
+    report = explain(model, *inputs, options=_options(args.options), measure=args.measure, **(rest[0] if rest else {}))
     print(report)
     if args.html:
         print(f"wrote {report.save(args.html)}")
@@ -107,10 +117,18 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _demo(_: argparse.Namespace) -> int:
-    script = Path(__file__).resolve().parent.parent / "examples" / "demo.py"
-    if not script.is_file():
-        raise InputError(f"the demo lives in a checkout of the repository, and {script} does not exist")
-    return subprocess.run([sys.executable, str(script)], check=False).returncode
+    return _run_in_checkout("examples.demo")
+
+
+def _quality(args: argparse.Namespace) -> int:
+    return _run_in_checkout("benchmarks.quality", *args.rest)
+
+
+def _run_in_checkout(module: str, *arguments: str) -> int:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / module.split(".")[0]).is_dir():
+        raise InputError(f"{module} lives in a checkout of the repository, and {root} is none")
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root, check=False).returncode
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from monarch_compile.errors import ConfigError
 from monarch_compile.ir import INITS, PADS
+from monarch_compile.plan import FORM_OPTIONS, Plan
 
 POLICIES = ("auto", "always", "never")
 
@@ -35,9 +37,12 @@ OPTION_RULES: dict[str, OptionRule] = {
     "num_iters": OptionRule(_is_count, "an int of at least 1"),
     "init": _one_of(INITS),
     "pad": _one_of(PADS),
+    "window": OptionRule(lambda v: v is None or v == 0 or _is_count(v), "None or an int of at least 0"),
+    "prefix": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
     "policy": _one_of(POLICIES),
     "min_seq_len": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
     "strict": OptionRule(lambda v: isinstance(v, bool), "True or False"),
+    "plan": OptionRule(lambda v: v is None or isinstance(v, Plan), "a Plan, or the path of a saved one"),
     "mode": OptionRule(lambda v: v is None or v in _inductor_modes(), "None or a mode of torch.compile"),
 }
 
@@ -50,8 +55,13 @@ class MonarchConfig:
     num_iters: pairs of updates of the Monarch factors.
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").
+    window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: the paper's
+        form, no window).
+    prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
     min_seq_len: sites with fewer keys stay exact, under any policy.
+    plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
+        window and prefix, and which sites may be lowered at all.
     strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.
     mode: Inductor's mode, such as "reduce-overhead" (torch.compile refuses mode= together with options=).
     """
@@ -60,8 +70,11 @@ class MonarchConfig:
     num_iters: int = 1
     init: str = "identity"
     pad: str = "post"
+    window: int | None = 1
+    prefix: int = 0
     policy: str = "auto"
     min_seq_len: int = 0
+    plan: Plan | None = None
     strict: bool = False
     mode: str | None = None
 
@@ -80,7 +93,9 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     """Split `options` into ours and Inductor's config patches (a mode's own patches included).
 
     Raises:
-        ConfigError: a key is neither ours nor Inductor's, a value is not allowed, or `mode` is given twice.
+        ConfigError: a key is neither ours nor Inductor's, a value is not allowed, `mode` is given twice, or an option
+            that the plan settles is given beside it.
+        PlanError: the plan's file cannot be read.
     """
     ours, patches = {}, {}
     names = [f.name for f in fields(MonarchConfig)]
@@ -91,12 +106,22 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             patches[_inductor_key(key, names)] = value
     if mode is not None and ours.setdefault("mode", mode) != mode:
         raise ConfigError(f"mode is given twice: {mode!r} and options={{'mode': {ours['mode']!r}}}")
+    if ours.get("plan") is not None:
+        ours["plan"] = _loaded_plan(ours)
     config = MonarchConfig(**ours)
     if config.mode is not None:
         from torch._inductor import list_mode_options
 
         patches = {**list_mode_options(config.mode), **patches}
     return config, patches
+
+
+def _loaded_plan(ours: Mapping[str, Any]) -> Any:
+    settled = [name for name in FORM_OPTIONS if name in ours]
+    if settled:
+        raise ConfigError(f"the plan settles {', '.join(FORM_OPTIONS)}; found {', '.join(settled)} beside it")
+    plan = ours["plan"]
+    return Plan.load(plan) if isinstance(plan, (str, Path)) else plan
 
 
 def _inductor_modes() -> tuple[str, ...]:

@@ -18,18 +18,23 @@ import torch
 
 from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
-from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.ir import PAPER, Dim, ExactGroups, MonarchAttention
 
 Quantity = Any
 """An int, or a sympy expression in the symbolic sizes of an IR."""
 
 MARGIN = 1.1
 """The Monarch form is worth lowering to only where it is predicted to be this many times faster."""
-TIE = 1.05
-"""Block sizes whose predicted times differ by less than this factor tie; the largest is taken, for its quality."""
+BLOCK_MARGIN = 1.05
+""""auto" takes the largest block whose predicted time is within this factor of the best: larger blocks do better."""
 
-_SYMBOLS = sympy.symbols("E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True)
-E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = _SYMBOLS
+E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = sympy.symbols(
+    "E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True
+)
+X, G, P = sympy.symbols("X G P", nonnegative=True, integer=True)
+_SYMBOLS = (E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, X, G, P, TILE)
+# X: exact keys of a row beyond those that stage 1 scores anyway. G: 1 where there are exact groups, else 0.
+# P: rows that are exact throughout.
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Stage(NamedTuple):
     """One group of equal matrix products of an iteration.
 
     kernel: stages with one name share a kernel, so what passes between them stays on chip.
-    when: "every" iteration, the "last" one only, or every one "before" the last.
+    when: "every" iteration, the "last" one only, every one "before" the last, or "once" beside the iterations.
     count, matmul: how many products there are per head, and their (rows, contraction, columns).
     moves: tensors (keys of `TENSORS`) that the stage reads from or writes to memory.
     softmax: whether the product's elements pass through a softmax.
@@ -92,7 +97,11 @@ STAGES: tuple[Stage, ...] = (
     Stage("y", "blocks", "last", M, (B_Q, B_K, D_V), ("v", "y")),
     Stage("logits", "offsets", "every", B_Q, (M, D, M), ("q", "a", "c"), softmax=True),
     Stage("next qhat", "offsets", "before", B_Q, (M, M, D), ("q", "qhat")),
-    Stage("z", "offsets", "last", B_Q, (M, M, D_V), ("y", "z")),
+    Stage("z", "offsets", "last", B_Q, (M, M, D_V), ("y", "z", "near")),
+    Stage("near scores", "blocks", "last", M, (B_Q, D, X), (), softmax=True),
+    Stage("near values", "blocks", "last", M, (B_Q, X, D_V), ("near",)),
+    Stage("exact rows", "rows", "once", 1, (P, D, N_K), (), softmax=True),
+    Stage("exact rows' values", "rows", "once", 1, (P, N_K, D_V), ()),
 )
 
 TENSORS: dict[str, Quantity] = {
@@ -104,8 +113,9 @@ TENSORS: dict[str, Quantity] = {
     "a": H * M * B_Q * D * ITEM,
     "y": H * M * B_Q * D_V * ITEM,
     "c": H * M * B_Q * 4,
+    "near": G * H * N_Q * (D_V * ITEM + 4),
 }
-"""Bytes of each tensor for one batch element; `c` is kept in float32."""
+"""Bytes of each tensor for one batch element; `c` and the logsumexps of `near` are kept in float32."""
 
 
 def exact_cost(ir: MonarchAttention) -> Cost:
@@ -141,7 +151,7 @@ def monarch_formula(tiled: bool = False) -> Cost:
 
     With `tiled`, each product's block dimensions are rounded up to whole tiles of the symbol `tile`.
     """
-    repeats = {"every": T, "last": 1, "before": T - 1}
+    repeats = {"every": T, "last": 1, "before": T - 1, "once": 1}
     shape = _whole_tiles if tiled else tuple
     flops = sum(repeats[s.when] * _product(H * s.count, shape(s.matmul)) for s in STAGES)
     exps = sum(repeats[s.when] * H * s.count * s.matmul[0] * s.matmul[2] for s in STAGES if s.softmax)
@@ -161,22 +171,31 @@ def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | Non
 
 @lru_cache(maxsize=1024)
 def choose_block_size(
-    *, seq_len: int, head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, num_iters: int = 1
+    *,
+    seq_len: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: Device,
+    num_iters: int = 1,
+    init: str = "identity",
+    exact: ExactGroups = PAPER,
 ) -> int:
-    """The block size with the least predicted time for `seq_len` keys and as many queries; a pure function.
+    """The largest block size whose predicted time, for `seq_len` keys and as many queries, is near the least.
 
     Candidates lie between half and twice sqrt(seq_len): every size on a CPU; 16, 32 and multiples of 64 on CUDA.
-    Times within 5% tie, and the largest tied block is taken: larger blocks approximate better. 1 <= result <= seq_len.
+    "Near" is within `BLOCK_MARGIN`. A pure function; 1 <= result <= seq_len.
     """
     if seq_len < 1:
         raise InputError(f"seq_len must be at least 1; found {seq_len}")
     times = {}
     for block in _candidates(seq_len, device.kind):
         blocks = -(-seq_len // block)
-        one_head = (1, 1, 1, seq_len, seq_len, blocks, block, block, head_dim, value_dim, dtype.itemsize, num_iters)
+        sizes = (1, 1, 1, seq_len, seq_len, blocks, block, block, head_dim, value_dim, dtype.itemsize, num_iters)
+        one_head = (*sizes, *_group_sizes(exact, num_iters, init, seq_len, seq_len, block))
         times[block] = _times(one_head, device, dtype)[1][1]
     fastest = min(times.values())
-    return max(block for block, seconds in times.items() if seconds <= fastest * TIE)
+    return max(block for block, seconds in times.items() if seconds <= fastest * BLOCK_MARGIN)
 
 
 def _candidates(seq_len: int, kind: str) -> list[int]:
@@ -191,7 +210,7 @@ def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Qua
 
 
 def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
-    return tuple(TILE * sympy.ceiling(x / TILE) if x in (M, B_Q, B_K) else x for x in shape)
+    return tuple(TILE * sympy.ceiling(x / TILE) if x in (M, B_Q, B_K, X) else x for x in shape)
 
 
 def _moved(iteration: str) -> Quantity:
@@ -201,13 +220,31 @@ def _moved(iteration: str) -> Quantity:
 
 
 def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quantity, ...]:
-    """Values of the symbols E .. T for `ir`, where `value` turns a size into a number or an expression."""
+    """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
     blocks = _ceil_div(keys, ir.block_size)
     block_rows = ir.block_size if ir.seq_len_q == ir.seq_len_k else _ceil_div(rows, blocks)
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.num_iters)
-    return (*heads, rows, keys, blocks, block_rows, ir.block_size, *fixed)
+    groups = _group_sizes(ir.exact, ir.num_iters, ir.init, rows, keys, ir.block_size)
+    return (*heads, rows, keys, blocks, block_rows, ir.block_size, *fixed, *groups)
+
+
+def _group_sizes(
+    exact: ExactGroups, num_iters: int, init: str, rows: Quantity, keys: Quantity, block_size: int
+) -> tuple[Quantity, Quantity, Quantity]:
+    """X, G and P. One iteration from the identity start scores a row's own block anyway."""
+    near: Quantity = 0
+    if exact.window is not None:
+        near = _least((2 * exact.window + 1) * block_size, keys)
+        if num_iters == 1 and init == "identity":
+            near = near - _least(block_size, keys)
+    prefix = _least(exact.prefix, keys)
+    return near + prefix, int(exact.window is not None or exact.prefix > 0), _least(exact.prefix, rows)
+
+
+def _least(a: int, b: Quantity) -> Quantity:
+    return min(a, b) if isinstance(b, int) else sympy.Min(a, b)
 
 
 def _ceil_div(a: Quantity, b: Quantity) -> Quantity:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.remedies import remedy_for
 
 LOWERED = "lowered"
 EXACT = "exact"
@@ -41,3 +42,8 @@ class Decision:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     mask: str = "none"
+
+    @property
+    def remedy(self) -> str:
+        """What would make the site lower; '' where it does."""
+        return remedy_for(self.code)

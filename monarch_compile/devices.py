@@ -119,3 +119,14 @@ def device_for(device_type: str, name: str | None = None) -> Device:
     if device_type == "cpu":
         return DEVICES["cpu"]
     raise InputError(f"device_type must be 'cpu' or 'cuda'; found {device_type!r}")
+
+
+def installed(device: str | torch.device) -> Device:
+    """The description of a device of this machine.
+
+    Raises:
+        InputError: there is no description for this type of device.
+    """
+    place = torch.device(device)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" and torch.cuda.is_available() else None
+    return device_for(place.type, name)

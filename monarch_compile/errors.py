@@ -23,5 +23,9 @@ class LoweringError(MonarchError, RuntimeError):
     """Raised in strict mode where the default would keep a site exact or fall back."""
 
 
+class PlanError(MonarchError, ValueError):
+    """A plan cannot be read, or does not fit the model that it is applied to."""
+
+
 class CodegenError(MonarchError, RuntimeError):
     """No kernel can be emitted for an IR and a schedule."""

@@ -2,96 +2,98 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
-from monarch_compile.config import MonarchConfig, parse_options
+from monarch_compile.config import parse_options
+from monarch_compile.decision import LOWERED
 from monarch_compile.graphs import to_networkx
+from monarch_compile.instrument import AttentionCall, Probe, Switch, capture, monarch
+from monarch_compile.metrics import ratio, relative_error, squares_apart
 from monarch_compile.report import GraphPair, Report, Site, site_of
 
 
-def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    measure: bool = False,
+    **kwargs: Any,
+) -> Report:
     """Report what ``torch.compile(model, backend="monarch", options=options)`` does with this call's shapes.
 
-    The model runs once, eagerly and unchanged, on `args` and `kwargs`: in its own train or eval mode and under the
-    caller's grad mode. Nothing is compiled, and a model that is compiled already stays as it is.
+    The model runs eagerly on `args` and `kwargs`, in its own train or eval mode and under the caller's grad mode.
+    Nothing is compiled, and a model that is compiled already stays as it is.
 
     Args:
         model: a module or function, compiled or not.
         options: as for torch.compile, those of `MonarchConfig`; Inductor's own keys are checked and ignored.
+        measure: also compare the exact and the Monarch form on these inputs. The model runs once with exact attention,
+            where each lowered site's own relative error is taken from what the exact model gives it, and once lowered,
+            for the relative error of the model's output. Without it the model runs once, unchanged.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
+        PlanError: the options' plan cannot be read or does not fit the model.
+        InputError: `measure` is asked for and the model's output holds no floating tensor.
     """
     config, _ = parse_options(options)
-    collector = Collector(config)
-    torch.compile(_fresh(_uncompiled(model)), backend=collector, dynamic=False)(*args, **kwargs)
-    return collector.report()
+    meter = Meter()
+    probe = Probe(config, Switch(meter) if measure else None)
+    run = capture(model, probe)
+    output = run(*args, **kwargs)
+    if probe.switch is None:
+        return _report(probe)
+    probe.switch.attention = monarch
+    return _report(probe, meter.errors(), relative_error(output, run(*args, **kwargs)))
 
 
 @dataclass(eq=False)
-class Collector:
-    """A Dynamo backend that runs the passes on each graph, keeps what they decided, and leaves the graph as it is."""
+class Meter:
+    """An attention that runs both forms, keeps the sums of squares of each site, and goes on with the exact form."""
 
-    config: MonarchConfig
-    sites: list[Site] = field(default_factory=list)
-    before: list[nx.DiGraph] = field(default_factory=list)
-    after: list[nx.DiGraph] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    num_graphs: int = 0
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Collect what the passes do with `gm`, and return it to run eagerly."""
-        self._collect(gm, example_inputs)
-        self.num_graphs += 1
-        run: Callable[..., Any] = gm.forward
-        return run
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Exact attention, its difference from the Monarch form noted."""
+        output = call.exact()
+        difference, norm = squares_apart(output, call.monarch())
+        before = self.sums.get(call.site, (0.0, 0.0))
+        self.sums[call.site] = (before[0] + difference, before[1] + norm)
+        return output
 
-    def report(self) -> Report:
-        """Everything collected, as a value."""
-        pair = GraphPair(nx.compose_all([nx.DiGraph(), *self.before]), nx.compose_all([nx.DiGraph(), *self.after]))
-        return Report(tuple(self.sites), pair, self.num_graphs, tuple(self.failures))
-
-    def _collect(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-        from monarch_compile.passes.pipeline import rewrite
-
-        try:
-            result = rewrite(gm, example_inputs, self.config)
-        except Exception as error:  # the backend falls back on the same error; a report has to say so, not to fail
-            self.failures.append(f"graph {self.num_graphs}: {error!r}")
-            return
-        index, before, after = self.num_graphs, result.before.graph, result.after.graph
-        names_before, names_after = ([n.name for n in graph.nodes] for graph in (before, after))
-        self.before.append(to_networkx(before, str(index), names_after))
-        self.after.append(to_networkx(after, str(index), names_before, after=True))
-        hints = _hints(result.before)
-        self.sites += [site_of(decision, hints, index) for decision in result.decisions]
+    def errors(self) -> dict[str, float]:
+        """Relative error of each site's output, over all of its calls."""
+        return {site: ratio(*sums) for site, sums in self.sums.items()}
 
 
-def _hints(gm: GraphModule) -> dict[str, int]:
+def _report(probe: Probe, errors: Mapping[str, float] | None = None, output_error: float | None = None) -> Report:
+    """Everything that the passes decided, as a value."""
+    sites: list[Site] = []
+    before, after = [nx.DiGraph()], [nx.DiGraph()]
+    for index, result in enumerate(probe.rewrites):
+        old, new = result.before.graph, result.after.graph
+        names_before, names_after = ([n.name for n in graph.nodes] for graph in (old, new))
+        before.append(to_networkx(old, str(index), names_after))
+        after.append(to_networkx(new, str(index), names_before, after=True))
+        hints = size_hints(result.before)
+        sites += [
+            replace(site_of(d, hints, index), error=(errors or {}).get(d.name) if d.status == LOWERED else None)
+            for d in result.decisions
+        ]
+    pair = GraphPair(nx.compose_all(before), nx.compose_all(after))
+    num_graphs = len(probe.rewrites) + len(probe.failures)
+    return Report(tuple(sites), pair, num_graphs, tuple(probe.failures), output_error)
+
+
+def size_hints(gm: GraphModule) -> dict[str, int]:
     """The value that each symbolic size in `gm` had in the call."""
     values = (node.meta.get("val") for node in gm.graph.nodes)
     sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
     return {str(size): int(size.node.hint) for size in sizes if isinstance(size, torch.SymInt) and size.node.has_hint()}
-
-
-def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """What was given to torch.compile, for a model that is compiled already."""
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-    return _uncompiled(inner) if inner is not None else model
-
-
-def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls `model`, with a code object of its own: Dynamo's caches hang on code objects, so neither
-    the user's compiled functions nor an earlier `explain` meet this one."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    return types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)

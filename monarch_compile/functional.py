@@ -22,8 +22,13 @@ def monarch_attention(
     key_padding_mask: Tensor | None = None,
     init: str = "identity",
     pad: str = "post",
+    window: int | None = 1,
+    prefix: int = 0,
 ) -> Tensor:
     """MonarchAttention (arXiv 2505.18698, section 3): softmax attention through a Monarch matrix, in N * sqrt(N) work.
+
+    Beside the paper's form, a few groups of keys are taken out of a row's far field and treated exactly; the groups
+    and the far field merge by logsumexp.
 
     Args:
         q: queries, (batch, num_heads, seq_len_q, head_dim); float16, bfloat16, float32 or float64.
@@ -36,6 +41,9 @@ def monarch_attention(
             torch.nn.MultiheadAttention. A row that sees no key outputs 0.
         init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
         pad: on which side a sequence is padded to whole blocks, "post" or "pre".
+        window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
+            only); None: none, the paper's form.
+        prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
 
     Returns:
         (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory in (batch, seq, heads, dim) order.
@@ -44,13 +52,13 @@ def monarch_attention(
         InputError: shapes, dtypes or devices do not fit together, or a parameter is out of range.
     """
     _check_tensors(q, k, v, key_padding_mask)
-    _check_parameters(block_size, num_iters, init, pad)
+    _check_parameters(block_size, num_iters, init, pad, window, prefix)
     from monarch_compile.ops import attention
 
     key_mask = None if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    output: Tensor = attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad)
+    output: Tensor = attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad, window, prefix)
     return output
 
 
@@ -79,7 +87,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None
         )
 
 
-def _check_parameters(block_size: int, num_iters: int, init: str, pad: str) -> None:
+def _check_parameters(block_size: int, num_iters: int, init: str, pad: str, window: int | None, prefix: int) -> None:
     if block_size < 1:
         raise InputError(f"block_size must be at least 1; found {block_size}")
     if num_iters < 1:
@@ -88,3 +96,7 @@ def _check_parameters(block_size: int, num_iters: int, init: str, pad: str) -> N
         raise InputError(f"init must be one of {INITS}; found {init!r}")
     if pad not in PADS:
         raise InputError(f"pad must be one of {PADS}; found {pad!r}")
+    if window is not None and window < 0:
+        raise InputError(f"window must be None or at least 0; found {window}")
+    if prefix < 0:
+        raise InputError(f"prefix must be at least 0; found {prefix}")

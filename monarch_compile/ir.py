@@ -46,6 +46,10 @@ class ExactGroups:
         return f"window={self.window} prefix={self.prefix}"
 
 
+PAPER = ExactGroups()
+"""No exact groups: the paper's form."""
+
+
 @dataclass(frozen=True)
 class MonarchAttention:
     """One attention site in Monarch form.
@@ -69,7 +73,7 @@ class MonarchAttention:
     init: str = "identity"
     pad: str = "post"
     mask: MaskKind = MaskKind.NONE
-    exact: ExactGroups = ExactGroups()
+    exact: ExactGroups = PAPER
     is_causal: bool = False
 
     def __post_init__(self) -> None:

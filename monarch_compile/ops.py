@@ -11,6 +11,9 @@ from torch.library import triton_op
 from monarch_compile.errors import CodegenError
 from monarch_compile.reference import reference
 
+OPTIONS = ("scale", "block_size", "num_iters", "init", "pad", "window", "prefix")
+"""The operator's parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
+
 
 @triton_op("monarch_compile::attention", mutates_args={})
 def attention(
@@ -23,19 +26,18 @@ def attention(
     num_iters: int,
     init: str,
     pad: str,
+    window: int | None,
+    prefix: int,
 ) -> Tensor:
     """Monarch attention: `reference` is its meaning; on CUDA the emitted kernels run, elsewhere the reference itself.
 
     Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
     on CUDA.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "block_size": block_size,
-        "num_iters": num_iters,
-        "init": init,
-        "pad": pad,
-    }
+    # Under dynamic shapes a caller's numbers may come as symbols: these are part of what is computed.
+    sizes = int(block_size), int(num_iters), init, pad, None if window is None else int(window), int(prefix)
+    values = (float(scale), *sizes)
+    options: dict[str, Any] = dict(zip(OPTIONS, values, strict=True))
     if q.device.type != "cuda" or q.dtype == torch.float64:
         return reference(q, k, v, key_mask, **options)
     from monarch_compile.codegen.launch import launch
@@ -69,13 +71,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the reference: the kernels have no backward of their own yet."""
     q, k, v, key_mask = ctx.saved_tensors
-    scale, block_size, num_iters, init, pad = ctx.options
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference(q, k, v, key_mask, scale=scale, block_size=block_size, num_iters=num_iters, init=init, pad=pad)
-
-    vjp = torch.func.vjp(forward, q, k, v)[1]
-    return (*vjp(grad), None, None, None, None, None, None)
+    options = dict(zip(OPTIONS, ctx.options, strict=True))
+    vjp = torch.func.vjp(lambda q, k, v: reference(q, k, v, key_mask, **options), q, k, v)[1]
+    return (*vjp(grad), *[None] * (1 + len(OPTIONS)))
 
 
 attention.register_autograd(_backward, setup_context=_save_inputs)

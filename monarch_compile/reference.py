@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monarch_compile.groups import exact_rows, merge, prefix_group, shares, softmax_lse, uncovered, window_group
+
 
 def reference(
     q: Tensor,
@@ -23,11 +25,15 @@ def reference(
     num_iters: int = 1,
     init: str = "identity",
     pad: str = "post",
+    window: int | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """Monarch attention of q (E, H, N_q, D), k (E, H, N_k, D), v (E, H, N_k, D_v) -> (E, H, N_q, D_v).
 
     `key_mask` (E, N_k) bool is True where a key is visible. A row that sees no key outputs 0. float16 and bfloat16 are
     computed in float32. The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
+    `window` and `prefix` are those of `ir.ExactGroups`; the first `prefix` rows attend to every key exactly, and
+    after the start, which they take part in, no far field hears of them.
     """
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -35,28 +41,43 @@ def reference(
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     num_blocks = -(-seq_len_k // block_size)
     block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
-    q, k, v = (
-        _to_blocks(x, num_blocks, size, pad) for x, size in ((q, block_size_q), (k, block_size), (v, block_size))
+    q_blocks, keys, values = (
+        _to_blocks(x, num_blocks, size, pad).contiguous()
+        for x, size in ((q, block_size_q), (k, block_size), (v, block_size))
     )
-    visible = _visible_keys(k, seq_len_k, block_size, num_blocks, pad, key_mask)
-    row_is_real = _real_rows(q, seq_len_q, pad)
+    visible = _far_keys(keys, seq_len_k, pad, key_mask, prefix)
+    row_is_real, row_reads = (_rows(q_blocks, seq_len_q, pad, skipped) for skipped in (0, prefix))
+    near = []  # values (E, H, l, j, D_v) and logsumexps (E, H, l, j) of the exact groups
+    if window is not None:
+        near.append(window_group(q_blocks, keys, values, visible, window, scale))
+    if prefix:
+        near.append(prefix_group(q_blocks, k, v, key_mask, prefix, scale))
+    near_lses = [lse.transpose(2, 3) for _, lse in near]
+    far_blocks = _far_blocks(visible, num_blocks, window, q.device)
 
     # Operands of the batched products are laid out once, rows contiguous: `*_at` by query offset, the others by block.
-    q_at = _by_offset(q)  # (E, H, j, l, D)
+    q_at = _by_offset(q_blocks)  # (E, H, j, l, D)
     qhat_at = q_at if init == "identity" else _mean_query(q_at, row_is_real)
-    keys, values = k.contiguous(), v.contiguous()
     for step in range(num_iters):
-        last = step == num_iters - 1
         qhat = qhat_at.transpose(2, 3).expand(-1, -1, num_blocks, -1, -1)  # (E, H, b, j, D)
-        right, local_lse = _softmax_lse(scale * _bmm(qhat, keys, transposed=True), visible)  # (E, H, b, j, i)
+        right, local_lse = softmax_lse(scale * _bmm(qhat, keys, transposed=True), visible)  # (E, H, b, j, i)
         a_at = _by_offset(scale * _bmm(right, keys))  # (E, H, j, b, D)
         c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)
         logits = _bmm(a_at, q_at, transposed=True) - c.unsqueeze(-1)  # (E, H, j, b, l)
-        left = _softmax_lse(logits, None if visible is None else _seen_blocks(visible), dim=-2)[0]
-        if not last:
-            qhat_at = _next_query(left, q_at, row_is_real)
+        left, far_lse = softmax_lse(logits, far_blocks, dim=-2)
+        if near and far_blocks is not None:
+            far_lse = far_lse.masked_fill(~far_blocks.any(-2), float("-inf"))
+        if step < num_iters - 1:
+            far_share = shares([far_lse, *near_lses])[0].unsqueeze(-2) if near else None
+            qhat_at = _next_query(left, far_share, q_at, row_reads)
     z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
-    return _from_blocks(z, seq_len_q, pad).to(dtype)
+    if near:
+        z = merge([z, *(value.transpose(2, 3) for value, _ in near)], [far_lse, *near_lses])
+    output = _from_blocks(z, seq_len_q, pad)
+    if prefix:
+        rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale)
+        output = torch.cat([rows.transpose(1, 2), output.transpose(1, 2)[:, prefix:]], 1).transpose(1, 2)
+    return output.to(dtype)
 
 
 def _by_offset(x: Tensor) -> Tensor:
@@ -87,52 +108,43 @@ def _from_blocks(z: Tensor, seq_len: int, pad: str) -> Tensor:
     return rows[:, start : start + seq_len].transpose(1, 2)
 
 
-def _positions(x: Tensor, seq_len: int, pad: str) -> Tensor:
-    """Whether position (block, offset) of the padded sequence is a real one: (blocks, size) bool."""
+def _positions(x: Tensor, seq_len: int, pad: str, prefix: int) -> Tensor:
+    """Whether position (block, offset) of the padded sequence is a real one after the prefix: (blocks, size) bool."""
     num_blocks, size = x.shape[2], x.shape[3]
     start = 0 if pad == "post" else num_blocks * size - seq_len
     index = torch.arange(num_blocks * size, device=x.device).view(num_blocks, size)
-    return (index >= start) & (index < start + seq_len)
+    return (index >= start + prefix) & (index < start + seq_len)
 
 
-def _visible_keys(
-    k: Tensor, seq_len: int, size: int, num_blocks: int, pad: str, key_mask: Tensor | None
-) -> Tensor | None:
-    """Visible keys, broadcastable to scores (E, H, b, j, i), or None where every key is."""
+def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None, prefix: int) -> Tensor | None:
+    """Keys that blocks may hold, visible and after the prefix, broadcastable to (E, H, b, j, i); None: every key."""
+    num_blocks, size = keys.shape[2], keys.shape[3]
+    missing = num_blocks * size - seq_len
     if key_mask is not None:
-        missing = num_blocks * size - seq_len
+        if prefix:
+            key_mask = key_mask & (torch.arange(seq_len, device=keys.device) >= prefix)
         padded = F.pad(key_mask, (0, missing) if pad == "post" else (missing, 0), value=False)
         return padded.view(key_mask.shape[0], 1, num_blocks, 1, size)
-    if num_blocks * size == seq_len:
+    if not missing and not prefix:
         return None
-    return _positions(k, seq_len, pad).view(1, 1, num_blocks, 1, size)
+    return _positions(keys, seq_len, pad, prefix).view(1, 1, num_blocks, 1, size)
 
 
-def _seen_blocks(visible: Tensor) -> Tensor:
-    """Blocks with a visible key, broadcastable to logits (E, H, j, l, b)."""
-    return visible.any(-1).squeeze(-1)[:, :, None, :, None]
+def _far_blocks(visible: Tensor | None, num_blocks: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Blocks in a row's far field that have a visible key, broadcastable to logits (E, H, j, b, l); None: all."""
+    seen = None if visible is None else visible.any(-1).squeeze(-1)[:, :, None, :, None]
+    if window is None:
+        return seen
+    far = uncovered(num_blocks, window, device)
+    return far[None, None, None] if seen is None else far & seen
 
 
-def _real_rows(q: Tensor, seq_len: int, pad: str) -> Tensor | None:
-    """(1, 1, j, l, 1) bool: query rows that are not padding, or None where all are real."""
+def _rows(q: Tensor, seq_len: int, pad: str, prefix: int) -> Tensor | None:
+    """(1, 1, j, l, 1) bool: rows that are neither padding nor before `prefix`; None where all are such."""
     num_blocks, size = q.shape[2], q.shape[3]
-    if num_blocks * size == seq_len:
+    if num_blocks * size == seq_len and not prefix:
         return None
-    return _positions(q, seq_len, pad).t().view(1, 1, size, num_blocks, 1)
-
-
-def _softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dim and its logsumexp; a row that sees nothing gives zeros and a finite, unused lse."""
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    top = scores.detach().amax(dim, keepdim=True)
-    if visible is not None:
-        top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = (scores - top).exp()
-    total = weights.sum(dim, keepdim=True)
-    if visible is not None:
-        total = total.masked_fill(total == 0, 1.0)
-    return weights / total, (top + total.log()).squeeze(dim)
+    return _positions(q, seq_len, pad, prefix).t().view(1, 1, size, num_blocks, 1)
 
 
 def _mean_query(q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
@@ -143,10 +155,15 @@ def _mean_query(q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
     return (q_at * real).sum(3, keepdim=True) / real.sum(3, keepdim=True).clamp(min=1)
 
 
-def _next_query(left: Tensor, q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
-    """qbar / w of the next iteration, (E, H, j, b, D); 0 where no row gives the block any weight."""
-    if row_is_real is not None:
-        left = left * row_is_real.transpose(-1, -2)
+def _next_query(left: Tensor, far_share: Tensor | None, q_at: Tensor, row_reads: Tensor | None) -> Tensor:
+    """qbar / w of the next iteration, (E, H, j, b, D); 0 where no row gives the block any weight.
+
+    `left` (E, H, j, b, l) sums to 1 over b; `far_share` (E, H, j, 1, l) is what each row gives its far field.
+    """
+    if far_share is not None:
+        left = left * far_share
+    if row_reads is not None:
+        left = left * row_reads.transpose(-1, -2)
     weight = left.sum(-1)  # (E, H, j, b)
     total = _bmm(left, q_at)  # (E, H, j, b, D)
     return total / weight.masked_fill(weight == 0, 1.0).unsqueeze(-1)

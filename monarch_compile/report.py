@@ -13,9 +13,10 @@ import torch
 
 from monarch_compile.cost import Cost, exact_cost_of_shapes, monarch_cost, predict
 from monarch_compile.decision import LOWERED, Decision
-from monarch_compile.devices import device_for
+from monarch_compile.devices import installed
 from monarch_compile.errors import CodegenError, InputError
 from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.remedies import remedy_for
 from monarch_compile.version import __version__
 
 
@@ -38,6 +39,7 @@ class Site:
     node, source: the FX node that decided, and its line of Python.
     kernels: what a CUDA device runs for this site; kernel_note: why there are none, or when they run.
     graph: index of the captured graph that holds the site.
+    error: measured relative error of the site's output, None where it was not measured.
     """
 
     name: str
@@ -61,11 +63,17 @@ class Site:
     kernels: tuple[Kernel, ...] = ()
     kernel_note: str = ""
     graph: int = 0
+    error: float | None = None
 
     @property
     def lowered(self) -> bool:
         """Whether the site runs in Monarch form."""
         return self.status == LOWERED
+
+    @property
+    def remedy(self) -> str:
+        """What would make the site lower; '' where it does."""
+        return remedy_for(self.code)
 
     @property
     def predicted_speedup(self) -> float | None:
@@ -79,6 +87,7 @@ class Site:
             "status": self.status,
             "code": self.code,
             "reason": self.reason,
+            "remedy": self.remedy,
             "ir": None if self.ir is None else str(self.ir),
             "block_size": self.block_size,
             "q_shape": list(self.q_shape),
@@ -97,6 +106,7 @@ class Site:
             "kernels": [{"file_name": kernel.file_name, "text": kernel.text} for kernel in self.kernels],
             "kernel_note": self.kernel_note,
             "graph": self.graph,
+            "error": self.error,
         }
 
 
@@ -114,12 +124,16 @@ class GraphPair:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What `explain` found: the sites, the graphs, and the failures of whole graphs (message per graph)."""
+    """What `explain` found: the sites, the graphs, and the failures of whole graphs (message per graph).
+
+    output_error: measured relative error of the model's output, None where it was not measured.
+    """
 
     sites: tuple[Site, ...]
     graph: GraphPair
     num_graphs: int = 1
     failures: tuple[str, ...] = ()
+    output_error: float | None = None
 
     @property
     def summary(self) -> str:
@@ -129,7 +143,8 @@ class Report:
             return "no attention found: no graph was captured"
         found = f"{sum(s.lowered for s in self.sites)} of {len(self.sites)} attention sites lowered"
         failed = f"; the passes failed on {len(self.failures)}, which stay exact" if self.failures else ""
-        return f"{found if self.sites else 'no attention found'} in {graphs}{failed}"
+        error = "" if self.output_error is None else f"; relative error of the output {self.output_error:.3g}"
+        return f"{found if self.sites else 'no attention found'} in {graphs}{failed}{error}"
 
     def __str__(self) -> str:
         lines = [*_table(self.sites), *(f"failed: {failure}" for failure in self.failures), self.summary]
@@ -143,6 +158,7 @@ class Report:
             "summary": self.summary,
             "num_graphs": self.num_graphs,
             "failures": list(self.failures),
+            "output_error": self.output_error,
             "sites": [site.to_dict() for site in self.sites],
         }
 
@@ -205,9 +221,8 @@ def _predicted(
 ) -> tuple[float | None, float | None]:
     if ir is None:
         return None, None
-    name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None
     try:
-        prediction = predict(ir, device_for(device, name), hints)
+        prediction = predict(ir, installed(device), hints)
     except InputError:  # a size without a hint, or a device that the cost model does not describe
         return None, None
     return prediction.exact_s, prediction.monarch_s
@@ -232,7 +247,7 @@ def _cost_dict(cost: Cost | None) -> dict[str, int | str] | None:
     return {name: value if isinstance(value, int) else str(value) for name, value in values.items()}
 
 
-COLUMNS = ("site", "status", "q shape", "dtype", "blocks", "predicted", "code")
+COLUMNS = ("site", "status", "q shape", "dtype", "blocks", "predicted", "error", "code")
 
 
 def _table(sites: Sequence[Site]) -> list[str]:
@@ -244,8 +259,15 @@ def _table(sites: Sequence[Site]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     result = [lines[0], "-" * max(map(len, lines))]
     for site, line in zip(sites, lines[1:], strict=True):
-        result += [line] if site.lowered else [line, f"    exact because: {site.reason}"]
+        result += [line] if site.lowered else [line, *_why_exact(site)]
     return result
+
+
+def _why_exact(site: Site) -> list[str]:
+    """The reason, the node and line that decided it, and what would make the site lower."""
+    place = f" [{site.node}{f', {site.source}' if site.source else ''}]" if site.node else ""
+    remedy = [f"    would lower with: {site.remedy}"] if site.remedy else []
+    return [f"    exact because: {site.reason}{place}", *remedy]
 
 
 def _cells(site: Site) -> tuple[str, ...]:
@@ -253,4 +275,5 @@ def _cells(site: Site) -> tuple[str, ...]:
     blocks = "-" if ir is None else f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.block_size}"
     gain = "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
     shape = "x".join(map(str, site.q_shape)) or "-"
-    return (site.name, site.status, shape, dtype_name(site.dtype) or "-", blocks, gain, site.code)
+    error = "-" if site.error is None else f"{site.error:.3f}"
+    return (site.name, site.status, shape, dtype_name(site.dtype) or "-", blocks, gain, error, site.code)

@@ -8,7 +8,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, same_shape, shape_of
+from monarch_compile.passes.constants import constant_of
+from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, same_shape, shape_of
 from monarch_compile.passes.memory import storages_of
 
 ALIASES: dict[OpOverload, OpOverload] = {
@@ -36,6 +37,9 @@ FUNCTIONAL: dict[OpOverload, OpOverload] = {
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
     aten.logical_not_.default: aten.logical_not.default,
+    aten.exp_.default: aten.exp.default,
+    aten.neg_.default: aten.neg.default,
+    aten.index_put_.default: aten.index_put.default,
 }
 """In-place op -> its functional form, used where the written memory is private to the graph."""
 
@@ -89,6 +93,23 @@ LIKE_FILLS: dict[object, int | None] = {
     aten.full_like.default: None,
 }
 """Fills that take their shape from a tensor, and what they fill with (None: their second input)."""
+
+
+def fold_puts(gm: GraphModule) -> int:
+    """`scores[mask] = number`, the mask of the scores' own shape, is a masked fill."""
+    changed = 0
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target is not aten.index_put.default or arg(node, 3, "accumulate", False):
+            continue
+        base, indices, value = inputs(node)[:3]
+        single = isinstance(indices, (list, tuple)) and len(indices) == 1 and isinstance(indices[0], Node)
+        if not single or dtype_of(indices[0]) != torch.bool or not same_shape(indices[0], base):
+            continue
+        number = constant_of(value)
+        if number is not None and dtype_of(base) in FLOATS:
+            node.target, node.args, node.kwargs = aten.masked_fill.Scalar, (base, indices[0], number), {}
+            changed += 1
+    return changed
 
 
 def functionalize_private_writes(gm: GraphModule) -> int:
@@ -150,7 +171,8 @@ def _makes_memory(node: Node) -> bool:
 def _promoted(node: Node) -> torch.dtype | None:
     """The dtype the functional form would give; in-place ops keep the written tensor's."""
     base, other = inputs(node)[0], inputs(node)[1] if len(inputs(node)) > 1 else None
-    if not isinstance(base, Node) or "masked_fill" in str(node.target) or other is None:
+    keeps_dtype = any(name in str(node.target) for name in ("masked_fill", "index_put"))
+    if not isinstance(base, Node) or keeps_dtype or other is None:
         return dtype_of(base) if isinstance(base, Node) else None
     tensors = [n for n in (base, other) if isinstance(n, Node)]
     result: torch.dtype | None = torch.result_type(

@@ -9,12 +9,15 @@ import torch
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from monarch_compile.errors import LoweringError
+from monarch_compile.passes.bodies import is_kept, keep
+from monarch_compile.passes.fastpath import opened
 from monarch_compile.passes.graph import placeholders
+from monarch_compile.passes.memory import must_be_kept
 
 CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack")
 
@@ -34,6 +37,7 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
     _require_no_fake_constants(traced)
     _carry_metadata(gm, traced)
+    traced.graph.eliminate_dead_code(must_be_kept)
     return traced
 
 
@@ -52,9 +56,16 @@ class _Retrace(Interpreter):
             while self._entered:
                 self._exit()
 
+    def run_node(self, n: Node) -> Any:
+        """Run a node, which is noted: a call that is kept as it is keeps the node's metadata."""
+        self._node = n
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a node; entering and leaving autocast also happens for real, unrecorded."""
-        result = super().call_function(target, args, kwargs)
+        if is_kept(target):
+            return keep(self._node, target, args, kwargs)
+        result = super().call_function(opened(target, args) or target, args, kwargs)
         if target is autocast_mode._enter_autocast:
             with torch._C.DisableTorchFunction():
                 self._entered.append(autocast_mode._enter_autocast(*args))

@@ -11,14 +11,15 @@ from torch.fx import Node
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost import MARGIN, Prediction, choose_block_size, predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.devices import Device, device_for
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.devices import Device, installed
+from monarch_compile.ir import ExactGroups, MonarchAttention
 from monarch_compile.ops import kernel_refusal
-from monarch_compile.passes.graph import dim_of, dtype_of, site_name, source_of
+from monarch_compile.passes.graph import dim_of, dtype_of, source_of
 from monarch_compile.passes.legality import Context, first_refusal
 from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.region import AttentionRegion, Missed, Site
+from monarch_compile.plan import SiteForm, SitePlan, site_shape
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,19 @@ class Choice:
         return self.decision.status == LOWERED
 
 
-def choose(site: Site, config: MonarchConfig) -> Choice:
-    """Decide about one site: matched? legal? worth it?"""
+def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
+    """Decide about one site: matched? legal? worth it? `name` is the site's, distinct in its graph.
+
+    Raises:
+        PlanError: the options have a plan that does not fit the site.
+    """
     if isinstance(site, Missed):
-        return Choice(_decision(site.anchor, "match", site.code, site.reason, site.node))
+        _planned(name, (), config)
+        return Choice(_decision(site.anchor, name, "match", site.code, site.reason, site.node))
     context = Context.of(site, config)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
-    base = _describe(site, _decision(site.anchor, "legality", "", "", site.output), ",".join(kinds) or "none")
+    base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")
+    plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     refusal = first_refusal(site, context)
     if refusal is not None:
         stage = "mask" if refusal.code.startswith("mask_") else "legality"
@@ -58,15 +65,12 @@ def choose(site: Site, config: MonarchConfig) -> Choice:
     missing = kernel_refusal(site.output.meta["val"].device)
     if missing is not None:
         return Choice(replace(base, code="no_kernels", reason=missing, node=site.output.name))
-    device = _device(site)
-    ir = to_ir(
-        site,
-        context.facts,
-        block_size=_block_size(site, config, device),
-        num_iters=config.num_iters,
-        init=config.init,
-        pad=config.pad,
-    )
+    if plan is not None and plan.form is None:
+        reason = f"the plan keeps it exact: {plan.reason}"
+        return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=site.output.name))
+    device = installed(site.output.meta["val"].device)
+    form = plan.form if plan is not None and plan.form is not None else _form(site, config, device)
+    ir = to_ir(site, context.facts, form)
     decision = _weigh(replace(base, ir=ir, stage="cost"), predict(ir, device, _hints(site)), config)
     return Choice(decision, site, context.facts, ir)
 
@@ -82,9 +86,13 @@ def _weigh(decision: Decision, prediction: Prediction, config: MonarchConfig) ->
     return replace(decision, status=LOWERED, stage="lowered", code="lowered", reason=reason)
 
 
-def _decision(anchor: Node, stage: str, code: str, reason: str, node: Node) -> Decision:
+def _planned(name: str, shape: tuple[int, ...], config: MonarchConfig) -> SitePlan | None:
+    return None if config.plan is None else config.plan.site(name, shape)
+
+
+def _decision(anchor: Node, name: str, stage: str, code: str, reason: str, node: Node) -> Decision:
     return Decision(
-        name=site_name(anchor),
+        name=name,
         status=EXACT,
         stage=stage,
         code=code,
@@ -109,24 +117,21 @@ def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decisio
     return replace(decision, q_shape=q, k_shape=k, v_shape=v, mask=mask, dtype=dtype_of(region.q.node))
 
 
-def _device(region: AttentionRegion) -> Device:
-    device = region.output.meta["val"].device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
-    return device_for(device.type, name)
-
-
-def _block_size(region: AttentionRegion, config: MonarchConfig, device: Device) -> int:
-    """The option's, or the cost model's for a static length (legality has refused "auto" on a symbolic one)."""
-    if isinstance(config.block_size, int):
-        return config.block_size
-    return choose_block_size(
-        seq_len=region.k_shape[2],
-        head_dim=region.q_shape[3],
-        value_dim=region.v_shape[3],
-        dtype=region.q.node.meta["val"].dtype,
-        device=device,
-        num_iters=config.num_iters,
-    )
+def _form(region: AttentionRegion, config: MonarchConfig, device: Device) -> SiteForm:
+    """The options' form; "auto" is the cost model's block for a static length (legality refuses it on a symbolic)."""
+    block_size = config.block_size
+    if not isinstance(block_size, int):
+        block_size = choose_block_size(
+            seq_len=region.k_shape[2],
+            head_dim=region.q_shape[3],
+            value_dim=region.v_shape[3],
+            dtype=region.q.node.meta["val"].dtype,
+            device=device,
+            num_iters=config.num_iters,
+            init=config.init,
+            exact=ExactGroups(config.window, config.prefix),
+        )
+    return SiteForm(block_size, config.num_iters, config.init, config.pad, config.window, config.prefix)
 
 
 def _hints(region: AttentionRegion) -> dict[str, int]:

@@ -13,50 +13,23 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
-from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from monarch_compile.passes.attention import DROPPED, constant_of, held_by
-from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of
+from monarch_compile.passes.constants import DROPPED, constant_of, held_by
+from monarch_compile.passes.element_values import (
+    PLACES,
+    Index,
+    Rule,
+    as_bool,
+    as_number,
+    broadcast,
+    number,
+)
+from monarch_compile.passes.element_views import VIEW_RULES
+from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs
 
-B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
-Index = tuple[Any, ...]
 MAX_PIECES = 32
 """A bound on the cases that arithmetic may give rise to."""
-
-
-def broadcast(node: Any, index: Index) -> Index:
-    """The index into an operand that broadcasts against the right end of `index`."""
-    shape = shape_of(node) if isinstance(node, Node) else ()
-    tail = index[len(index) - len(shape) :]
-    return tuple(sympy.Integer(0) if isinstance(n, int) and n == 1 else i for n, i in zip(shape, tail, strict=True))
-
-
-def _is_condition(value: Any) -> bool:
-    """Whether a value is a truth value; sympy counts every plain symbol as one."""
-    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
-
-
-def as_bool(value: Any) -> Any:
-    """A value as a truth value."""
-    if isinstance(value, bool):
-        return sympy.true if value else sympy.false
-    if _is_condition(value):
-        return value
-    if isinstance(value, sympy.Piecewise):
-        branches = [(as_bool(e), c) for e, c in value.args]
-        kept = sympy.false
-        for e, c in reversed(branches):
-            kept = sympy.Or(sympy.And(c, e), sympy.And(sympy.Not(c), kept))
-        return kept
-    return sympy.Ne(value, 0)
-
-
-def as_number(value: Any) -> Any:
-    """A value as a number; a truth value counts 0 or 1."""
-    if _is_condition(value):
-        return sympy.Piecewise((1, value), (0, True))
-    return sympy.sympify(value)
 
 
 class Evaluator:
@@ -68,7 +41,7 @@ class Evaluator:
     def value(self, node: Any, index: Index) -> Any:
         """The element of a node, or a plain number."""
         if not isinstance(node, Node):
-            return as_bool(node) if isinstance(node, bool) else _number(float(node))
+            return as_bool(node) if isinstance(node, bool) else number(float(node))
         key = (node, index)
         if key not in self._known:
             self._known[key] = self._compute(node, index)
@@ -77,7 +50,7 @@ class Evaluator:
     def _compute(self, node: Node, index: Index) -> Any:
         constant = constant_of(node)
         if constant is not None:
-            return _number(constant)
+            return number(constant)
         rule = RULES.get(node.target) if node.op == "call_function" else None
         found = rule(self, node, index) if rule is not None else None
         return self.opaque(node, index) if found is None or found.has(sympy.nan) else found
@@ -92,13 +65,6 @@ class Evaluator:
         """The element of an elementwise op's operand."""
         given = inputs(node)[place]
         return self.value(given, broadcast(given, index))
-
-
-def _number(value: float) -> Any:
-    return sympy.Integer(int(value)) if math.isfinite(value) and float(value).is_integer() else sympy.Float(value)
-
-
-Rule = Callable[[Evaluator, Node, Index], Any]
 
 
 def _same(e: Evaluator, n: Node, i: Index) -> Any:
@@ -136,13 +102,13 @@ def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
 
 def _unknown_floats(*values: Any) -> set[Any]:
     """Unknown floats in some values: they may be NaN, for which the laws of order and arithmetic do not hold."""
-    atoms = set().union(*(v.atoms(AppliedUndef, sympy.Symbol) for v in values)) - {B, H, Q, K}
+    atoms = set().union(*(v.atoms(AppliedUndef, sympy.Symbol) for v in values)) - PLACES
     return {a for a in atoms if not a.is_integer}
 
 
 def _symbols(*values: Any) -> Index:
     """The index symbols that some values depend on."""
-    return tuple(sorted(set().union(*(v.free_symbols for v in values)) & {B, H, Q, K}, key=str))
+    return tuple(sorted(set().union(*(v.free_symbols for v in values)) & PLACES, key=str))
 
 
 def _logical(combine: Callable[..., Any]) -> Rule:
@@ -208,80 +174,9 @@ def _rule_full(place: int) -> Rule:
         fill = float(given) if isinstance(given, bool) else constant_of(given)
         if fill is None or dtype_of(n) == torch.bool:
             return None if fill is None else as_bool(bool(fill))
-        return _number(fill) if _is_kept(_number(fill), dtype_of(n)) else None
+        return number(fill) if _is_kept(number(fill), dtype_of(n)) else None
 
     return rule
-
-
-def _rule_arange(e: Evaluator, n: Node, i: Index) -> Any:
-    start = inputs(n)[0] if n.target is not aten.arange.default else 0
-    step = arg(n, 2, "step", 1) if n.target is aten.arange.start_step else 1
-    if not isinstance(start, int) or not isinstance(step, int):
-        return None
-    return start + step * i[0]
-
-
-def _rule_expand(e: Evaluator, n: Node, i: Index) -> Any:
-    return e.operand(n, 0, i)
-
-
-def _rule_unsqueeze(e: Evaluator, n: Node, i: Index) -> Any:
-    dim = normal_dim(inputs(n)[1], len(i))
-    return e.value(inputs(n)[0], i[:dim] + i[dim + 1 :])
-
-
-def _rule_transpose(e: Evaluator, n: Node, i: Index) -> Any:
-    order = list(i)
-    x, y = (normal_dim(d, len(i)) for d in inputs(n)[1:3])
-    order[x], order[y] = order[y], order[x]
-    return e.value(inputs(n)[0], tuple(order))
-
-
-def _rule_permute(e: Evaluator, n: Node, i: Index) -> Any:
-    order: list[Any] = [None] * len(i)
-    for place, dim in enumerate(inputs(n)[1]):
-        order[normal_dim(dim, len(i))] = i[place]
-    return e.value(inputs(n)[0], tuple(order))
-
-
-def _rule_select(e: Evaluator, n: Node, i: Index) -> Any:
-    rank = len(shape_of(inputs(n)[0]))
-    dim, at = normal_dim(inputs(n)[1], rank), inputs(n)[2]
-    if not isinstance(at, int) or at < 0:
-        return None
-    return e.value(inputs(n)[0], (*i[:dim], sympy.Integer(at), *i[dim:]))
-
-
-def _rule_slice(e: Evaluator, n: Node, i: Index) -> Any:
-    dim = normal_dim(arg(n, 1, "dim", 0), len(i))
-    start, step = arg(n, 2, "start") or 0, arg(n, 4, "step", 1)
-    if not isinstance(start, int) or start < 0 or not isinstance(step, int):
-        return None
-    return e.value(inputs(n)[0], (*i[:dim], start + step * i[dim], *i[dim + 1 :]))
-
-
-def _rule_reshape(e: Evaluator, n: Node, i: Index) -> Any:
-    """A reshape that, with those before it, only adds or drops dims of size 1."""
-    source = inputs(n)[0]
-    while source.target in (aten.reshape.default, aten.view.default):
-        source = inputs(source)[0]
-    before, after = shape_of(source), shape_of(n)
-    kept = [index for size, index in zip(after, i, strict=True) if not (isinstance(size, int) and size == 1)]
-    if [str(s) for s in before if s != 1] != [str(s) for s in after if s != 1]:
-        return None
-    given = iter(kept)
-    return e.value(source, tuple(sympy.Integer(0) if isinstance(s, int) and s == 1 else next(given) for s in before))
-
-
-def _rule_index(e: Evaluator, n: Node, i: Index) -> Any:
-    """Gather with an index tensor for every dim. A negative index wraps, so one that may be is not followed."""
-    source, indices = inputs(n)[0], inputs(n)[1]
-    if len(indices) != len(shape_of(source)) or any(
-        not isinstance(x, Node) or dtype_of(x) == torch.bool for x in indices
-    ):
-        return None
-    at = tuple(as_number(e.value(x, broadcast(x, i))) for x in indices)
-    return e.value(source, at) if all(a.is_nonnegative for a in at) else e.opaque(n, at)
 
 
 def _rule_triangle(lower: bool) -> Rule:
@@ -293,14 +188,6 @@ def _rule_triangle(lower: bool) -> Rule:
         return _where(inside, e.operand(n, 0, i), 0, dtype_of(n) == torch.bool)
 
     return rule
-
-
-def _rule_repeat(e: Evaluator, n: Node, i: Index) -> Any:
-    """A repeat along dims of size 1 only: an expand."""
-    rank = len(shape_of(inputs(n)[0]))
-    sizes = (*(1,) * (len(i) - rank), *shape_of(inputs(n)[0]))
-    kept = all(isinstance(s, int) and (s == 1 or r == 1) for s, r in zip(sizes, inputs(n)[1], strict=True))
-    return e.operand(n, 0, i) if kept else None
 
 
 def _rule_negative(e: Evaluator, n: Node, i: Index) -> Any:
@@ -315,8 +202,33 @@ def _rule_divide(e: Evaluator, n: Node, i: Index) -> Any:
     if not divisor or not math.isfinite(divisor):
         return None
     given = as_number(e.operand(n, 0, i))
-    value = sympy.piecewise_fold(given / _number(divisor))
+    value = sympy.piecewise_fold(given / number(divisor))
     return value if _is_exact(value, dtype_of(n), given) else None
+
+
+def _rule_log(e: Evaluator, n: Node, i: Index) -> Any:
+    """The logarithm of known numbers, such as a mask's 0 and 1."""
+    given = as_number(e.operand(n, 0, i))
+    pieces = given.args if isinstance(given, sympy.Piecewise) else ((given, sympy.true),)
+    if not all(value in (0, 1) for value, _ in pieces):
+        return None
+    logs = [(sympy.Integer(0) if value == 1 else -sympy.oo, condition) for value, condition in pieces]
+    return sympy.Piecewise(*logs)
+
+
+def _rule_abs(e: Evaluator, n: Node, i: Index) -> Any:
+    """The magnitude of an index or a small integer."""
+    given = as_number(e.operand(n, 0, i))
+    return sympy.Abs(given) if dtype_of(n) == torch.int64 and not _unknown_floats(given) else None
+
+
+def _rule_floor_divide(e: Evaluator, n: Node, i: Index) -> Any:
+    """An integer divided by a constant, rounded down."""
+    divisor = constant_of(inputs(n)[1])
+    rounded = n.target is aten.floor_divide.default or n.kwargs.get("rounding_mode") == "floor"
+    if not rounded or dtype_of(n) != torch.int64 or not divisor or divisor < 1 or not divisor.is_integer():
+        return None
+    return sympy.floor(as_number(e.operand(n, 0, i)) / int(divisor))
 
 
 def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
@@ -324,6 +236,7 @@ def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
 
 
 RULES: dict[object, Rule] = {
+    **VIEW_RULES,
     **dict.fromkeys(
         (
             aten.to.dtype,
@@ -345,22 +258,11 @@ RULES: dict[object, Rule] = {
     aten.full.default: _rule_full(1),
     aten.full_like.default: _rule_full(1),
     aten.new_full.default: _rule_full(2),
-    aten.arange.default: _rule_arange,
-    aten.arange.start: _rule_arange,
-    aten.arange.start_step: _rule_arange,
-    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _rule_expand),
-    aten.repeat.default: _rule_repeat,
     aten.neg.default: _rule_negative,
+    aten.log.default: _rule_log,
+    aten.abs.default: _rule_abs,
+    **dict.fromkeys((aten.floor_divide.default, aten.div.Tensor_mode, aten.div.Scalar_mode), _rule_floor_divide),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _rule_divide),
-    aten.unsqueeze.default: _rule_unsqueeze,
-    aten.transpose.int: _rule_transpose,
-    aten.permute.default: _rule_permute,
-    aten.select.int: _rule_select,
-    aten.slice.Tensor: _rule_slice,
-    aten.reshape.default: _rule_reshape,
-    aten.view.default: _rule_reshape,
-    aten.squeeze.dim: _rule_reshape,
-    aten.index.Tensor: _rule_index,
     aten.tril.default: _rule_triangle(lower=True),
     aten.triu.default: _rule_triangle(lower=False),
     **dict.fromkeys((aten.eq.Tensor, aten.eq.Scalar), _compare(sympy.Eq)),

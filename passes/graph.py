@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from monarch_compile.ir import Dim
 
 aten = torch.ops.aten
+
+SITE_NAME = "monarch_compile_site"
+"""Where the node of a lowered site notes the name of its decision."""
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """The dtypes attention is computed in; a cast to another (int, bool, float8) changes what is computed."""
@@ -48,6 +52,18 @@ def dtype_of(node: Node) -> torch.dtype | None:
 def same_shape(x: Node, y: Node) -> bool:
     """Whether two nodes have the same sizes, asked without guarding on symbolic ones."""
     return str(shape_of(x)) == str(shape_of(y))
+
+
+def call_like(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """A new node where the graph inserts now: its fake value computed, its origin (source line, module) `like`'s."""
+    node: Node = like.graph.call_function(target, args, kwargs or {})
+    node.meta = {key: like.meta[key] for key in ORIGIN if key in like.meta}
+    node.meta["val"] = target(*map_arg(args, value_of), **map_arg(kwargs or {}, value_of))
+    return node
+
+
+ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+"""Metadata that says where a node comes from."""
 
 
 def dim_of(size: Any) -> Dim:

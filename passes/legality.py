@@ -11,12 +11,11 @@ from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.graph import dtype_of, switches_mode
-from monarch_compile.passes.masks import MaskFact, classify
+from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
 
 MAX_HEAD_DIM = 256
-LOWERED_MASKS = ("none", "key_padding")
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
@@ -36,7 +35,7 @@ class Context:
     def of(region: AttentionRegion, config: MonarchConfig) -> Context:
         graph = region.output.graph
         order = {node: i for i, node in enumerate(graph.nodes)}
-        return Context(config, order, writes_of(graph), tuple(classify(m) for m in region.masks))
+        return Context(config, order, writes_of(graph), classify_all(region.masks))
 
 
 class Refusal(NamedTuple):
@@ -62,8 +61,11 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
             reason, node = found if isinstance(found, tuple) else (found, region.output)
             return Refusal(check.code, reason, node)
     for fact in context.facts:
-        if fact.kind not in LOWERED_MASKS:
+        if fact.kind not in LOWERED_KINDS:
             return Refusal(f"mask_{fact.kind}", fact.reason, fact.node)
+    if any(str(frame_of(m.lead)) != str(region.lead) for m in region.masks):
+        why = "masks are applied both before and after the heads are merged into the batch"
+        return Refusal("mask_frame", why, region.output)
     return None
 
 
@@ -92,8 +94,20 @@ def _check_lead(region: AttentionRegion, context: Context) -> str | None:
         for own, whole in zip(_lead_of(operand), lead, strict=True):
             if not (str(own) == str(whole) or (_is_static(own) and own == 1)):
                 return f"batch and head sizes do not fit together: {own} beside {whole}"
-    if len(region.qk_lead) > 2 or len(region.pv_lead) > 2:
-        return "attention over more than (batch, heads) leading dims is not lowered yet"
+    leads = (region.qk_lead, region.pv_lead)
+    if any(len(lead) > 2 and not all(map(_is_static, lead)) for lead in leads):
+        return "attention over more than (batch, heads) leading dims, one of them symbolic, is not lowered yet"
+    return None
+
+
+def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """A scale known at run time moves to the queries: a number always can, one a head where heads stand apart."""
+    for factor in region.factors:
+        shape = factor.node.meta["val"].shape
+        if len(shape) and (len(region.qk_lead) != 2 or str(region.qk_lead) != str(region.lead)):
+            return "the scores are multiplied by a tensor, and their leading dims are merged", factor.node
+        if len(shape) and dtype_of(factor.node) != dtype_of(region.q.node):
+            return "the scores are multiplied by a tensor of another dtype than the queries", factor.node
     return None
 
 
@@ -165,8 +179,8 @@ def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Nod
 def _readings(region: AttentionRegion, order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
     """Nodes that the rewrite reads or looks through, with the place where the last such reading happens."""
     last = order[region.output]
-    masks = [m.node for m in region.masks]
-    for node in (*(x.node for x in _operands(region)), *masks, *region.interior, *region.skipped):
+    others = [*(m.node for m in region.masks), *(f.node for f in region.factors)]
+    for node in (*(x.node for x in _operands(region)), *others, *region.interior, *region.skipped):
         yield node, last
     ancestors = set(_mask_ancestors(region))
     for node in ancestors:
@@ -204,12 +218,6 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
     return None
 
 
-def _check_masks_frame(region: AttentionRegion, context: Context) -> str | None:
-    if any(str(frame_of(m.lead)) != str(region.lead) for m in region.masks):
-        return "masks are applied both before and after the heads are merged into the batch"
-    return None
-
-
 CHECKS: tuple[Check, ...] = (
     Check("gqa", _check_gqa),
     Check("rank", _check_lead),
@@ -221,10 +229,10 @@ CHECKS: tuple[Check, ...] = (
     Check("device", _check_device),
     Check("dtype", _check_dtype),
     Check("scale", _check_scale),
+    Check("scale_not_constant", _check_factors),
     Check("mutation", _check_mutation),
     Check("context", _check_context),
     Check("as_strided", _check_strided),
     Check("mask_causal", lambda region, _: "causal attention is not lowered yet" if region.is_causal else None),
-    Check("mask_frame", _check_masks_frame),
     Check("min_seq_len", _check_length),
 )

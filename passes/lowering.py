@@ -13,12 +13,11 @@ from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.graph import aten, dim_of, dtype_of, shape_of
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.memory import strides_are_seen
-from monarch_compile.passes.region import AttentionRegion, MaskTerm, Operand
+from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
+from monarch_compile.plan import SiteForm
 
 
-def to_ir(
-    region: AttentionRegion, facts: Iterable[MaskFact], *, block_size: int, num_iters: int, init: str, pad: str
-) -> MonarchAttention:
+def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) -> MonarchAttention:
     """The IR of a legal region. Raises IRError when the options break one of its rules."""
     batch, heads = (dim_of(n) for n in region.lead)
     masked = any(fact.kind == "key_padding" for fact in facts)
@@ -31,12 +30,13 @@ def to_ir(
         head_dim=int(region.q_shape[3]),
         value_dim=int(region.v_shape[3]),
         dtype=region.q.node.meta["val"].dtype,
-        block_size=block_size,
+        block_size=form.block_size,
         scale=region.scale,
-        num_iters=num_iters,
-        init=init,
-        pad=pad,
+        num_iters=form.num_iters,
+        init=form.init,
+        pad=form.pad,
         mask=MaskKind.KEY_PADDING if masked else MaskKind.NONE,
+        exact=form.exact,
     )
 
 
@@ -45,13 +45,12 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
     graph, output = region.output.graph, region.output
     keeps_strides = strides_are_seen(output)
     with graph.inserting_before(output):
-        q = _operand(graph, region.q, region.qk_lead, region.lead)
+        q = _scaled(graph, _operand(graph, region.q, region.qk_lead, region.lead), region.factors)
         k = _operand(graph, region.k, region.qk_lead, region.lead)
         v = _operand(graph, region.v, region.pv_lead, region.lead)
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind == "key_padding"]
         key_mask = _key_mask(graph, masks, region)
-        arguments = (q, k, v, key_mask, ir.scale, ir.block_size, ir.num_iters, ir.init, ir.pad)
-        op: Node = graph.call_function(ATTENTION_OP, arguments)
+        op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(ir)))
         result = op
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
             sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, region.q_shape[2:3]), ir.value_dim]
@@ -69,6 +68,11 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
     output.meta[REPLACED_BY] = result
     graph.erase_node(output)
     return op
+
+
+def _options(ir: MonarchAttention) -> tuple[Any, ...]:
+    """The operator's arguments after the tensors, in its order."""
+    return (ir.scale, ir.block_size, ir.num_iters, ir.init, ir.pad, ir.exact.window, ir.exact.prefix)
 
 
 REPLACED_BY = "monarch_compile_replaced_by"
@@ -138,6 +142,14 @@ def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple
     return result
 
 
+def _scaled(graph: Graph, q: Node, factors: Iterable[Factor]) -> Node:
+    """The queries times the scales that are known at run time only."""
+    for factor in factors:
+        target = aten.div.Tensor if factor.divides else aten.mul.Tensor
+        q = graph.call_function(target, (q, _current(factor.node)))
+    return q
+
+
 def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion) -> Node | None:
     """(batch, seq_len_k) bool, True where a key is visible: each mask's first row, joined."""
     joined: Node | None = None
@@ -150,13 +162,17 @@ def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion) -> N
 def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion) -> Node:
     """The mask read at query 0 and head 0, which the mask pass has proved to stand for all."""
     row, rank = _current(mask.node), len(shape_of(mask.node))
-    if rank >= 2:
-        row = graph.call_function(aten.select.int, (row, rank - 2, 0))
-    if rank >= 3 and mask.score_rank == 4:
+    queries = rank - (1 if mask.swapped else 2)
+    if rank and queries >= 0:
+        row = graph.call_function(aten.select.int, (row, queries, 0))
+    if rank >= 3 and mask.score_rank >= 4:
         row = graph.call_function(aten.select.int, (row, rank - 3, 0))
     if mask.role == "drop":
         row = graph.call_function(aten.logical_not.default, (row,))
     elif mask.role == "add":
         row = graph.call_function(aten.eq.Scalar, (row, 0))
     sizes = _sizes(graph, (region.lead[0], region.k_shape[2]))
+    if mask.score_rank > 4:
+        row = graph.call_function(aten.expand.default, (row, [*mask.lead[:-1], sizes[-1]]))
+        return graph.call_function(aten.reshape.default, (row, sizes))
     return graph.call_function(aten.expand.default, (row, sizes))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from torch.fx import Node
 
-from monarch_compile.passes.attention import DROPPED
-from monarch_compile.passes.elements import B, Evaluator, H, Index, K, Q, as_bool, as_number, broadcast
+from monarch_compile.passes.constants import DROPPED
+from monarch_compile.passes.element_values import H, K, Q, as_bool, as_number, broadcast, index_of
+from monarch_compile.passes.elements import Evaluator
+from monarch_compile.passes.graph import dtype_of, shape_of
 from monarch_compile.passes.region import MaskTerm
 
 MAX_CONDITIONS = 6
@@ -20,106 +25,174 @@ MAX_CONDITIONS = 6
 
 @dataclass(frozen=True)
 class MaskFact:
-    """What was proved of a mask: kind "none", "key_padding", or a kind that is refused, with why and where."""
+    """What was proved of a mask: its kind, a key of KINDS, with why and where."""
 
     kind: str
     reason: str
     node: Node
 
 
+KINDS = {
+    "none": "the mask hides nothing",
+    "key_padding": "the mask depends on the key alone",
+    "causal": "a causal mask, which is not lowered yet",
+    "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
+    "prefix_causal": "a causal mask with a prefix that every query sees, which is not lowered yet",
+    "packed": "a mask that keeps packed sequences apart (block-diagonal by sequence), which is not lowered yet",
+    "key_bias": "a bias that depends on the key alone is added to the scores, which is not lowered yet; "
+    "if it only hides keys, pass it as a bool mask",
+    "general": "the mask depends on the query, and not only through a causal triangle or a window",
+    "bias": "a bias that depends on the query is added to the scores, which a Monarch matrix cannot hold",
+    "multiplied": "the scores or probabilities are multiplied by a tensor that is not proved to be 1 wherever a key "
+    "is visible",
+    "opaque": "the mask is an added float tensor that cannot be proved to hold only 0 and large negative values; "
+    "pass it as a bool mask",
+}
+LOWERED_KINDS = ("none", "key_padding")
+
+
+def classify_all(terms: Sequence[MaskTerm]) -> tuple[MaskFact, ...]:
+    """Prove what each of a site's masks hides. A mask that only repeats what the others hide is "none"."""
+    read = [_guarded(_read, term) for term in terms]
+    visible = sympy.And(*(r.keep for r in read if isinstance(r, Reading) and r.keep is not None))
+    facts = []
+    for term, reading in zip(terms, read, strict=True):
+        found = reading if isinstance(reading, MaskFact) else _guarded(_fact, term, reading, visible)
+        facts.append(found)
+    return tuple(facts)
+
+
 def classify(term: MaskTerm) -> MaskFact:
-    """Prove what `term` hides. Kinds: none, key_padding, causal, sliding_window, general, bias, opaque."""
-    index = {4: (B, H, Q, K), 3: (B, Q, K), 2: (Q, K)}.get(term.score_rank)
-    if index is None:
-        return MaskFact("general", f"the mask is added to scores of rank {term.score_rank}", term.node)
+    """`classify_all` for a mask by itself."""
+    return classify_all([term])[0]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A mask's element at a symbolic index, the condition on which it keeps a key (None: not a mask), and a bias."""
+
+    element: Any
+    keep: Any = None
+    bias: Any = None
+
+
+def _guarded(prove: Callable[..., Any], term: MaskTerm, *rest: Any) -> Any:
     try:
-        return _prove(term, index)
-    except (ArithmeticError, NotImplementedError, RecursionError, TypeError, ValueError) as error:
+        return prove(term, *rest)
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError) as error:
         return MaskFact("opaque", f"the mask could not be proved to be anything: {error}", term.node)
 
 
-def _prove(term: MaskTerm, index: Index) -> MaskFact:
-    expression = Evaluator().value(term.node, broadcast(term.node, index))
-    if term.role == "add":
-        return _classify_added(term, expression)
-    keep = as_bool(expression)
-    return _classify_keep(term.node, sympy.Not(keep) if term.role == "drop" else keep)
+def _read(term: MaskTerm) -> Reading:
+    index = index_of(term.score_rank, term.swapped)
+    element = Evaluator().value(term.node, broadcast(term.node, index))
+    if term.role in ("keep", "drop"):
+        keep = as_bool(element)
+        return Reading(element, sympy.Not(keep) if term.role == "drop" else keep)
+    return _read_added(as_number(element), term.gain) if term.role == "add" else Reading(element)
 
 
-def _classify_added(term: MaskTerm, expression: Any) -> MaskFact:
-    expression = as_number(expression)
-    if expression == 0:
-        return MaskFact("none", "the added mask is zero everywhere", term.node)
-    unproved = _not_binary(expression, term.gain)
-    if unproved is not None:
-        if not expression.free_symbols & {Q, H} and not expression.has(sympy.Function):
-            return MaskFact("bias", "a bias on the keys is added to the scores", term.node)
-        kind = "opaque" if unproved == "opaque" else "bias"
-        why = (
-            "the mask is an added float tensor that cannot be proved to hold only 0 and large negative values; "
-            "pass it as a bool mask"
-            if kind == "opaque"
-            else "a bias is added to the scores, which a Monarch matrix cannot hold"
-        )
-        return MaskFact(kind, why, term.node)
-    return _classify_keep(term.node, _where_zero(expression))
+def _fact(term: MaskTerm, reading: Reading, visible: Any) -> MaskFact:
+    kind = REPEATS[term.role](reading.element, visible) if term.role in REPEATS else _kind(reading)
+    return MaskFact(kind, KINDS[kind], term.node)
 
 
-def _classify_keep(node: Node, keep: Any) -> MaskFact:
-    if keep == sympy.true:
-        return MaskFact("none", "the mask hides nothing", node)
-    free = keep.free_symbols
-    if not free & {Q, H}:
-        return MaskFact("key_padding", "the mask depends on the key alone", node)
-    kinds = {_conjunct_kind(part) for part in sympy.And.make_args(keep)} - {"key_padding"}
-    for kind, wording in REFUSED_KINDS.items():
-        if kind in kinds:
-            return MaskFact(kind, wording, node)
-    return MaskFact("general", REFUSED_KINDS["general"], node)
+def _kind(reading: Reading) -> str:
+    if reading.bias is not None:
+        return str(reading.bias)
+    return "none" if reading.keep == sympy.true else _keep_kind(reading.keep)
 
 
-REFUSED_KINDS = {
-    "general": "the mask depends on the query, and not only through a causal triangle or a window",
-    "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
-    "causal": "a causal mask, which is not lowered yet",
-}
+# ---- conditions ------------------------------------------------------------------------------------------------------
+
+ORDER = ("general", "packed", "prefix_causal", "sliding_window", "causal", "key_padding")
+"""Kinds of conditions; of several, the first one found names the mask."""
 
 
-def _conjunct_kind(part: Any) -> str:
+def _keep_kind(keep: Any) -> str:
+    kinds = {_condition_kind(part) for part in sympy.And.make_args(keep)}
+    if "general" in kinds and len(keep.atoms(Relational)) <= MAX_CONDITIONS:
+        kinds = {_condition_kind(part) for part in sympy.And.make_args(sympy.to_cnf(keep, simplify=True))}
+    return next(kind for kind in ORDER if kind in kinds)
+
+
+def _condition_kind(part: Any) -> str:
+    """The kind of one of the conditions that must hold together."""
     if not part.free_symbols & {Q, H}:
         return "key_padding"
-    if (
-        isinstance(part, sympy.core.relational.Relational)
-        and not part.has(sympy.Function)
-        and H not in part.free_symbols
-    ):
-        slope = sympy.diff(part.lhs - part.rhs, Q), sympy.diff(part.lhs - part.rhs, K)
-        below = isinstance(part, (sympy.Le, sympy.Lt))
-        if slope in ((-1, 1), (1, -1)) and isinstance(part, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-            return "causal" if (slope == (-1, 1)) == below else "sliding_window"
-    return "general"
+    if isinstance(part, sympy.Or):
+        return "prefix_causal" if {_condition_kind(p) for p in part.args} == {"causal", "key_padding"} else "general"
+    if isinstance(part, sympy.And):
+        kinds = {_condition_kind(p) for p in part.args}
+        return next(kind for kind in ORDER if kind in kinds)
+    if not isinstance(part, Relational) or H in part.free_symbols:
+        return "general"
+    if isinstance(part, sympy.Eq):
+        left, right = part.lhs, part.rhs
+        mirrored = left.xreplace({Q: K}) == right.xreplace({Q: K})
+        return (
+            "packed"
+            if mirrored and len(left.free_symbols & {Q, K}) == len(right.free_symbols & {Q, K}) == 1
+            else ("general")
+        )
+    return _edge_kind(part)
 
 
-# ---- proofs about added masks ----------------------------------------------------------------------------------------
+def _edge_kind(part: Any) -> str:
+    """k - q at most (or at least) a constant."""
+    part = part.reversed if isinstance(part, (sympy.Gt, sympy.Ge)) else part
+    if not isinstance(part, (sympy.Lt, sympy.Le)) or part.has(AppliedUndef):
+        return "general"
+    distance = part.lhs - part.rhs
+    if isinstance(part.lhs, sympy.Abs) and not part.rhs.free_symbols & {Q, K, H}:
+        distance = part.lhs.args[0]
+        return "sliding_window" if _slopes(distance) in ((1, -1), (-1, 1)) else "general"
+    if distance.has(sympy.Abs):
+        return "general"
+    if _slopes(distance) == (-1, 1):  # k is at most q - lag
+        lag = sympy.expand(distance - (K - Q)) + (0 if isinstance(part, sympy.Le) else 1)
+        return "sliding_window" if lag.is_negative else "causal"
+    return "sliding_window" if _slopes(distance) == (1, -1) else "general"
 
 
-def _not_binary(expression: Any, gain: float) -> str | None:
-    """None when every value is 0 or hides a key; else why not: "opaque" (unknown values) or "bias"."""
+def _slopes(distance: Any) -> tuple[Any, Any]:
+    return sympy.diff(distance, Q), sympy.diff(distance, K)
+
+
+# ---- added masks and biases ------------------------------------------------------------------------------------------
+
+
+def _read_added(expression: Any, gain: float) -> Reading:
+    """An added tensor: where it is 0 a key is kept, where it is very low it is hidden; any other value is a bias."""
     conditions = _conditions(expression)
     if len(conditions) > MAX_CONDITIONS:
-        return "opaque"
-    for _, value in _cases(expression, conditions):
-        if value.has(sympy.Function, sympy.nan, sympy.zoo):
-            return "opaque"
-        if value.free_symbols or not (value == 0 or value * gain <= DROPPED):
-            return "bias"
-    return None
+        return Reading(expression, bias="opaque")
+    kept, values = [], []
+    for held, value in _cases(expression, conditions):
+        if value.has(sympy.nan, sympy.zoo):
+            return Reading(expression, bias="opaque")
+        hides = not value.free_symbols and not value.has(sympy.Function) and bool(value * gain <= DROPPED)
+        if not hides:
+            kept.append(held)
+            values.append(value)
+    if all(value == 0 for value in values):
+        return Reading(expression, sympy.simplify_logic(sympy.Or(*kept)))
+    return Reading(expression, bias=_bias_kind(expression, values))
 
 
-def _where_zero(expression: Any) -> Any:
-    """The condition under which a binary expression is 0."""
-    cases = (case for case, value in _cases(expression, _conditions(expression)) if value == 0)
-    return sympy.simplify_logic(sympy.Or(*cases))
+def _bias_kind(expression: Any, values: list[Any]) -> str:
+    """Of the values where keys are visible: one function of the key, but for what is the same in a whole row?"""
+    unknown = any(value.has(AppliedUndef) for value in values)
+    if not expression.free_symbols & {Q}:
+        return "key_bias"
+    if len(set(values)) == 1 and _splits(values[0]):
+        return "key_bias"
+    return "opaque" if unknown else "bias"
+
+
+def _splits(value: Any) -> bool:
+    """Whether value(q, k) is f(k) + g(q): softmax ignores g."""
+    return K not in sympy.expand(value - value.xreplace({Q: sympy.Integer(0)})).free_symbols
 
 
 def _conditions(expression: Any) -> list[Any]:
@@ -127,10 +200,14 @@ def _conditions(expression: Any) -> list[Any]:
     found: list[Any] = []
     for piecewise in expression.atoms(sympy.Piecewise):
         for _, condition in piecewise.args:
-            for comparison in sorted(condition.atoms(sympy.core.relational.Relational), key=str):
-                if not any(comparison in (*_same_as(c), *_same_as(c.negated)) for c in found):
-                    found.append(comparison)
+            _collect(condition, found)
     return found
+
+
+def _collect(condition: Any, found: list[Any]) -> None:
+    for comparison in sorted(condition.atoms(Relational), key=str):
+        if not any(comparison in (*_same_as(c), *_same_as(c.negated)) for c in found):
+            found.append(comparison)
 
 
 def _same_as(comparison: Any) -> tuple[Any, Any]:
@@ -150,3 +227,55 @@ def _cases(expression: Any, conditions: list[Any]) -> Iterator[tuple[Any, Any]]:
             if isinstance(c, sympy.Eq):
                 value = value.xreplace({c.lhs: c.rhs})
         yield sympy.And(*held), sympy.sympify(value).doit()
+
+
+# ---- masks that repeat others ----------------------------------------------------------------------------------------
+
+
+def is_binary(node: Node) -> bool:
+    """Whether every element is proved to be 0 or 1 (a bool one is)."""
+    if dtype_of(node) == torch.bool:
+        return True
+    try:
+        expression = as_number(Evaluator().value(node, broadcast(node, index_of(max(2, len(shape_of(node)))))))
+        conditions = _conditions(expression)
+        return len(conditions) <= MAX_CONDITIONS and all(v in (0, 1) for _, v in _cases(expression, conditions))
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+        return False
+
+
+def _holds_where(visible: Any, claim: Callable[[Any], bool], expression: Any) -> bool:
+    """Whether, wherever a key is visible, the expression's value satisfies the claim."""
+    conditions = _conditions(expression)
+    _collect(visible, conditions)
+    _collect(sympy.sympify(expression), conditions)
+    if len(conditions) > MAX_CONDITIONS:
+        return False
+    seen = _cases(visible, conditions)
+    values = _cases(expression, conditions)
+    return all(shown == sympy.false or claim(value) for (_, shown), (_, value) in zip(seen, values, strict=True))
+
+
+def _kind_of_times(element: Any, visible: Any) -> str:
+    """0 or 1 everywhere (so that a hidden score stays hidden), and 1 wherever a key is visible."""
+    element = as_number(element)
+    binary = _holds_where(sympy.true, lambda value: value in (0, 1), element)
+    return "none" if binary and _holds_where(visible, lambda value: value == 1, element) else "multiplied"
+
+
+def _kind_of_again(element: Any, visible: Any) -> str:
+    claim = _holds_where(visible, lambda value: value == sympy.false, as_bool(element))
+    return "none" if claim else "multiplied"
+
+
+def _kind_of_again_keep(element: Any, visible: Any) -> str:
+    claim = _holds_where(visible, lambda value: value == sympy.true, as_bool(element))
+    return "none" if claim else "multiplied"
+
+
+REPEATS: dict[str, Callable[[Any, Any], str]] = {
+    "times": _kind_of_times,
+    "again": _kind_of_again,
+    "again_keep": _kind_of_again_keep,
+}
+"""Roles of masks that hide nothing by themselves: what has to be proved of them, given the condition of visibility."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from monarch_compile.passes.graph import arg, aten, inputs, value_of
+from monarch_compile.passes.graph import arg, aten, inputs, switches_mode, value_of
 
 WRITES_NOTHING = frozenset({aten.detach_.default})
 """Ops whose schema claims a write although no element and no shape changes."""
@@ -24,6 +24,11 @@ def is_mutating(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     mutable = schema.is_mutable if schema is not None else getattr(node.target, "__name__", "") in MUTATING_HOPS
     return bool(mutable) and node.target not in WRITES_NOTHING
+
+
+def must_be_kept(node: Node) -> bool:
+    """What dead-code elimination must keep: FX itself overlooks mode switches and the higher-order ops that write."""
+    return bool(node.is_impure()) or switches_mode(node) or is_mutating(node)
 
 
 def mutated_inputs(node: Node) -> list[Node]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from monarch_compile.passes.attention import constant_of
+from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.graph import aten, dtype_of, inputs, same_shape, switches_mode, value_of
 from monarch_compile.passes.memory import storages_of, writes_of
 from monarch_compile.passes.products import SCALES, Simplified, simplify

@@ -22,16 +22,18 @@ from monarch_compile.passes.canonicalize import (
     drop_inactive_dropout,
     fill_by_shape,
     fold_aliases,
+    fold_puts,
     functionalize_private_writes,
 )
 from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
-from monarch_compile.passes.graph import switches_mode
+from monarch_compile.passes.graph import SITE_NAME, site_name
 from monarch_compile.passes.lowering import lower
-from monarch_compile.passes.memory import is_mutating
+from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.operands import as_they_lie, hoist_scales
 from monarch_compile.passes.region import AttentionRegion, Site
+from monarch_compile.passes.softmaxes import fold_softmaxes
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,14 @@ def _functionalize(state: State) -> str:
     return f"{functionalize_private_writes(state.graph)} in-place ops made functional"
 
 
+def _fold_puts(state: State) -> str:
+    return f"{fold_puts(state.graph)} masked assignments made masked fills"
+
+
+def _fold_softmaxes(state: State) -> str:
+    return f"{fold_softmaxes(state.graph)} softmaxes written by hand"
+
+
 def _hoist_scales(state: State) -> str:
     return f"{hoist_scales(state.graph)} scales moved behind a reshape"
 
@@ -97,7 +107,10 @@ def _match(state: State) -> str:
 
 
 def _choose(state: State) -> str:
-    state.choices = [choose(site, state.config) for site in state.sites]
+    names = _distinct([site_name(site.anchor) for site in state.sites])
+    if state.config.plan is not None:
+        state.config.plan.check_graph(names)
+    state.choices = [choose(site, name, state.config) for site, name in zip(state.sites, names, strict=True)]
     return f"{sum(c.lowers for c in state.choices)} sites to lower"
 
 
@@ -107,14 +120,14 @@ def _lower(state: State) -> str:
     state.before = _copy_graph(state.graph)
     for choice in state.choices:
         if choice.lowers and choice.region is not None and choice.ir is not None:
-            lower(choice.region, choice.facts, choice.ir)
-    state.graph.graph.eliminate_dead_code(_is_impure)
+            lower(choice.region, choice.facts, choice.ir).meta[SITE_NAME] = choice.decision.name
+    state.graph.graph.eliminate_dead_code(must_be_kept)
     return f"{sum(c.lowers for c in state.choices)} sites lowered"
 
 
-def _is_impure(node: Node) -> bool:
-    """What dead-code elimination must keep: FX itself overlooks mode switches and the higher-order ops that write."""
-    return bool(node.is_impure()) or switches_mode(node) or is_mutating(node)
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one numbered from its second place on: a module may run twice in one graph."""
+    return [f"{name} #{n}" if (n := names[: i + 1].count(name)) > 1 else name for i, name in enumerate(names)]
 
 
 PIPELINE: tuple[Pass, ...] = (
@@ -122,6 +135,8 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("drop_inactive_dropout", _drop_dropout),
     Pass("fill_by_shape", _fill_by_shape),
     Pass("functionalize_private_writes", _functionalize),
+    Pass("fold_puts", _fold_puts),
+    Pass("fold_softmaxes", _fold_softmaxes),
     Pass("hoist_scales", _hoist_scales),
     Pass("match", _match),
     Pass("choose", _choose),
@@ -144,6 +159,9 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfi
     decisions = tuple(c.decision for c in state.choices)
     for decision in decisions:
         logger.info("%s: %s [%s] %s", decision.name, decision.status, decision.code, decision.reason)
+        if decision.status != LOWERED:
+            place = f"{decision.node} {decision.source}".strip()
+            logger.info("  stopped at %s, by %s; would lower with: %s", decision.stage, place, decision.remedy)
     dump.decisions(decisions)
     return Rewrite(state.before or state.graph, state.graph, decisions, dump)
 

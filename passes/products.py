@@ -71,15 +71,20 @@ def _einsum_scores(node: Node) -> Scores | None:
     return None
 
 
-def _matmul_mixed(node: Node, probs: Node) -> Mixed | None:
+def _matmul_mixed(node: Node, probs: Node, swapped: bool) -> Mixed | None:
     lhs, rhs = inputs(node)[0], inputs(node)[1]
     rank = len(shape_of(node))
-    if lhs is not probs or rhs is probs or not _are_matrices(lhs, rhs) or len(shape_of(probs)) != rank:
+    if lhs is rhs or probs is not (rhs if swapped else lhs) or not _are_matrices(lhs, rhs):
         return None
-    return Mixed(_aligned(rhs, rank), tuple(range(rank)))
+    if len(shape_of(probs)) != rank:
+        return None
+    dims = tuple(range(rank))
+    if swapped:  # v^T p^T
+        return Mixed(_aligned(lhs, rank, swap=True), (*dims[:-2], dims[-1], dims[-2]))
+    return Mixed(_aligned(rhs, rank), dims)
 
 
-def _einsum_mixed(node: Node, probs: Node) -> Mixed | None:
+def _einsum_mixed(node: Node, probs: Node, swapped: bool) -> Mixed | None:
     terms = einsum_terms(node)
     if terms is None:
         return None
@@ -87,7 +92,7 @@ def _einsum_mixed(node: Node, probs: Node) -> Mixed | None:
     if (x is probs) == (y is probs):
         return None
     (p_dims, v, v_dims) = (x_dims, y, y_dims) if x is probs else (y_dims, x, x_dims)
-    lead, row, column = p_dims[:-2], p_dims[-2], p_dims[-1]
+    lead, row, column = (p_dims[:-2], p_dims[-1], p_dims[-2]) if swapped else (p_dims[:-2], p_dims[-2], p_dims[-1])
     value = [c for c in v_dims if c not in p_dims]
     if len(value) != 1 or column not in v_dims or row in v_dims or sorted(out) != sorted(lead + row + value[0]):
         return None
@@ -110,8 +115,11 @@ def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] |
         return None
     left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if not arrow or len(terms) != 2:
+    if len(terms) != 2:
         return None
+    if not arrow:  # an implicit output: the ellipsis, then every letter that occurs once
+        letters = left.replace(".", "").replace(",", "")
+        out = "..." * ("..." in left) + "".join(sorted(c for c in letters if letters.count(c) == 1))
     nodes = [n for n in operands if isinstance(n, Node)]
     spare = "".join(c for c in string.ascii_letters if c not in equation)
     hidden = [len(shape_of(n)) - len(t.replace("...", "")) for n, t in zip(nodes, terms, strict=True) if "..." in t]
@@ -166,6 +174,12 @@ SCALES: dict[object, bool] = {
 """Ops that scale their first input by their second; True where they divide by it."""
 
 
+def swaps_matrix(node: Node) -> bool:
+    """Whether a transposing op swaps the last two dims and no others."""
+    rank = len(shape_of(node))
+    return rank >= 2 and _source_dims(node) == [*range(rank - 2), rank - 1, rank - 2]
+
+
 def _source_dims(node: Node) -> list[int]:
     """For each dim of a transposing op's output, the input's dim it is."""
     rank = len(shape_of(node))
@@ -185,7 +199,7 @@ SCORES: dict[object, Callable[[Node], Scores | None]] = {
     aten.einsum.default: _einsum_scores,
 }
 
-MIXED: dict[object, Callable[[Node, Node], Mixed | None]] = {
+MIXED: dict[object, Callable[[Node, Node, bool], Mixed | None]] = {  # (product, probabilities, whether swapped)
     aten.matmul.default: _matmul_mixed,
     aten.mm.default: _matmul_mixed,
     aten.bmm.default: _matmul_mixed,

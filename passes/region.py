@@ -34,21 +34,32 @@ class Operand:
 
 @dataclass(frozen=True)
 class MaskTerm:
-    """One mask on the scores. role: "keep" (bool, True stays), "drop" (bool, True goes), "add" (added to the scores).
+    """One mask on the scores, or on the probabilities.
 
-    `lead` are the leading dims of the scores it is broadcast to; `gain` multiplies an added mask (a scale applied
-    later, a sign).
+    role: "keep" (bool, True stays), "drop" (bool, True goes), "add" (added to the scores). Two roles hide nothing by
+    themselves, and have to be proved to change only what other masks hide: "times" (multiplies) and "again" (bool,
+    True becomes 0 after softmax). `lead` are the leading dims of the scores it is broadcast to; `gain` multiplies an
+    added mask (a scale applied later, a sign); `swapped` scores are (*lead, keys, queries).
     """
 
     node: Node
     role: str
     lead: tuple[Any, ...]
     gain: float = 1.0
+    swapped: bool = False
 
     @property
     def score_rank(self) -> int:
         """The rank of the scores that the mask is broadcast to."""
         return len(self.lead) + 2
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A scale known at run time only: a tensor that multiplies (or divides) the scores, the same for whole matrices."""
+
+    node: Node
+    divides: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class AttentionRegion:
     `lead` are the leading dims (batch, heads) that the lowered form uses: two sizes. `qk_lead` and `pv_lead` are the
     leading dims of the two products as written. `output` is the node to replace; its dims are `out_dims` of
     (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite, `skipped` those between
-    the products and the operands that it no longer reads.
+    the products and the operands that it no longer reads. `factors` multiply the scores beside `scale`.
     """
 
     anchor: Node
@@ -76,6 +87,7 @@ class AttentionRegion:
     skipped: tuple[Node, ...] = ()
     is_causal: bool = False
     enable_gqa: bool = False
+    factors: tuple[Factor, ...] = ()
 
     def _size(self, operand: Operand, place: int) -> Any:
         dim = operand.dims[place]

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from monarch_compile.codegen import launch
-
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer that kernels write starts as NaN, so that whatever they fail to write is seen."""
+    from monarch_compile.codegen import launch  # late: it may import triton, which tests/conftest.py must do first
 
     def allocate(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return like.new_full(tuple(shape), float("nan"), dtype=dtype)

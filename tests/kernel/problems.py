@@ -30,10 +30,13 @@ class Case:
     layout: str = "contiguous"
     batch: int = 2
     num_heads: int = 1
+    window: int | None = None
+    prefix: int = 0
 
     def __str__(self) -> str:
         size = f"n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
-        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}"
+        groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
+        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}"
 
     @property
     def options(self) -> dict[str, object]:
@@ -44,6 +47,8 @@ class Case:
             "num_iters": self.num_iters,
             "init": self.init,
             "pad": self.pad,
+            "window": self.window,
+            "prefix": self.prefix,
         }
 
 

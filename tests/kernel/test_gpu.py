@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from kernel.problems import DTYPES, Case, check, run, tensors
+
+from monarch_compile.ops import attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +34,37 @@ LENGTHS = tuple(
     for seq_len, block_size in ((1, 1), (17, 1), (63, 8), (129, 129), (100, 300), (2049, 64), (4097, 7), (4999, 71))
 )
 MIXED = (Case(500, 30, 64, 32), Case(500, 30, 32, 128, 2), Case(500, 30, 80, 25, 2, "mean", "pre", "blocks"))
+GROUPED = tuple(  # with exact groups: some of all combinations, each in one dtype
+    (Case(997, block_size, 64, 64, *form, num_heads=2, window=window, prefix=prefix), DTYPES[place % 3])
+    for place, (block_size, window, prefix, *form) in enumerate(
+        random.Random(0).sample(
+            [
+                options
+                for options in itertools.product(
+                    (20, 64, 150),
+                    (None, 0, 1, 2, 60),
+                    (0, 1, 5, 151, 997),
+                    (1, 1, 2, 3),
+                    ("identity", "mean"),
+                    ("post", "pre"),
+                    ("none", "some", "blocks"),
+                )
+                if options[1:3] != (None, 0)
+            ],
+            60,
+        )
+    )
+)
+WINDOWS = (
+    replace(PLAIN, window=1),
+    Case(777, 45, 25, 80, num_heads=2, window=1, prefix=4, mask="blocks"),
+    Case(777, 45, 128, 128, num_heads=2, window=1, prefix=4, mask="some"),
+    Case(777, 100, 256, 256, num_heads=2, window=1),
+    Case(4097, 7, 64, 64, num_heads=2, window=2),
+    Case(100, 300, 64, 64, num_heads=2, window=1, prefix=3),
+    Case(1, 1, 64, 64, window=1, prefix=1),
+    Case(4999, 300, 64, 64, 2, "mean", num_heads=2, window=1),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,16 +79,28 @@ def test_iterations_and_masks(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("case", "dtype"), GROUPED, ids=str)
+def test_exact_groups(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_windows(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["packed", "transposed", "unaligned"])
 def test_layouts(kind: str, dtype: torch.dtype) -> None:
     check(replace(PLAIN, layout=kind, mask="some"), dtype, "cuda")
 
 
+@pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_long_sequence_without_races(dtype: torch.dtype) -> None:
+def test_long_sequence_without_races(dtype: torch.dtype, window: int | None) -> None:
     """A long sequence is right, and bit for bit the same each time: there are no atomics, so a difference is a race."""
-    case = Case(16384, 128, 64, 64, num_heads=12, batch=1)
+    case = Case(16384, 128, 64, 64, num_heads=12, batch=1, window=window)
     first = check(case, dtype, "cuda")
     q, k, v, mask = tensors(case, dtype, "cuda")
     for _ in range(20):
@@ -72,9 +119,34 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(run(case, far, far, far, None), run(case, near, near, near, None))
 
 
-def test_two_kernels_a_site() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", [replace(WINDOWS[1], layout="packed"), replace(WINDOWS[0], prefix=5)], ids=str)
+def test_exact_groups_compiled(case: Case, dynamic: bool) -> None:
+    """Inductor traces through the operator, exact rows of a prefix included, with known and with symbolic lengths."""
+    q, k, v, mask = tensors(case, torch.float16, "cuda")
+    compiled = torch.compile(lambda *x: attention(*x, **case.options), fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(compiled(q, k, v, mask), run(case, q, k, v, mask), rtol=2e-3, atol=2e-3)
+
+
+def test_exact_groups_in_a_cuda_graph() -> None:
+    case = replace(PLAIN, window=1, prefix=5, mask="some")
+    q, k, v, mask = tensors(case, torch.float16, "cuda")
+    expected = run(case, q, k, v, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(case, q, k, v, mask)
+    for x in (q, k, v):
+        x.copy_(x.flip(2))
+    expected_flipped = run(case, q, k, v, mask)
+    graph.replay()
+    assert torch.equal(found, expected_flipped)
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_two_kernels_a_site(window: int | None) -> None:
     """T = 1 from the identity start is two kernels and nothing else on the device."""
-    case = replace(PLAIN, layout="packed")
+    case = replace(PLAIN, layout="packed", window=window)
     q, k, v, mask = tensors(case, torch.float16, "cuda")
     run(case, q, k, v, mask)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -82,4 +154,4 @@ def test_two_kernels_a_site() -> None:
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     ours = [name for name in names if name.startswith("monarch_")]
-    assert ours == ["monarch_summarize", "monarch_attend"], names
+    assert ours == ["monarch_summarize" if window is None else "monarch_summarize_near", "monarch_attend"], names

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel.problems import DTYPES, Case, check
+from kernel.problems import DTYPES, Case, check, tensors
 
-from monarch_compile.codegen.launch import launch
+from monarch_compile.codegen.launch import Launcher, Problem, launch
+from monarch_compile.codegen.schedule import Tiling, choose_schedule
 from monarch_compile.errors import CodegenError
+from monarch_compile.ir import ExactGroups
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
@@ -42,6 +44,33 @@ STREAMED = (
     Case(45, 40, 16, 16, 2, "identity", "pre", "blocks", batch=1),
     Case(37, 2, 16, 16, 2, "identity", "post", "some", batch=1),
 )
+GROUPS = (
+    # One iteration from the identity start: the exact groups are part of stage 1.
+    Case(23, 5, 16, 16, window=0),
+    Case(23, 5, 16, 16, window=1, pad="pre", mask="blocks"),
+    Case(23, 5, 16, 16, window=2, prefix=1, mask="some"),
+    Case(23, 5, 16, 16, window=9, prefix=5, pad="pre"),
+    Case(23, 5, 16, 16, prefix=7, mask="blocks"),
+    Case(23, 5, 16, 16, window=0, prefix=6, mask="blocks"),
+    Case(13, 5, 25, 20, window=1, prefix=11, num_heads=2),
+    Case(13, 5, 20, 25, window=1, prefix=13, mask="blocks"),
+    Case(13, 5, 16, 16, prefix=40, pad="pre", mask="blocks"),
+    Case(13, 20, 16, 16, window=1, prefix=5),  # one block, mostly padding
+    Case(45, 20, 16, 16, window=1, prefix=3, pad="pre", mask="blocks", batch=1),  # blocks of two tiles, and more
+    Case(37, 1, 16, 16, window=10**12, mask="some", batch=1),
+    Case(70, 1, 16, 16, window=3, mask="some", batch=1),  # tiles of blocks that no window reaches
+    # Otherwise they have a kernel of their own.
+    Case(13, 5, 16, 16, 1, "mean", window=1, prefix=1, mask="blocks"),
+    Case(13, 5, 16, 16, 1, "mean", "pre", window=0),
+    Case(13, 5, 16, 16, 2, window=0),
+    Case(13, 5, 16, 16, 2, "identity", "pre", "blocks", window=1, prefix=6),
+    Case(13, 5, 16, 16, 2, "mean", "post", "blocks", window=1),
+    Case(13, 5, 25, 20, 2, "identity", "post", "some", prefix=5, num_heads=2),
+    Case(13, 2, 16, 16, 2, "mean", "pre", window=2, prefix=1),
+    Case(13, 5, 16, 16, 3, "identity", "pre", window=1, prefix=14),
+    Case(13, 5, 16, 16, 3, "mean", "post", "blocks", window=7, prefix=5),
+    Case(45, 20, 16, 16, 2, "identity", "post", "some", batch=1, window=1, prefix=22),
+)
 LAYOUTS = tuple(replace(PLAIN, layout=kind, mask="some") for kind in ("packed", "transposed", "unaligned"))
 
 
@@ -60,6 +89,36 @@ def test_cases(case: Case) -> None:
 def test_several_tiles(case: Case) -> None:
     """Blocks of more keys than one tile, and more blocks than one tile: the online softmax."""
     check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_exact_groups(case: Case) -> None:
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_exact_groups_in_16_bits(dtype: torch.dtype) -> None:
+    check(Case(21, 6, 32, 32, layout="packed", mask="blocks", num_heads=2, window=1, prefix=2), dtype, "cpu")
+
+
+def test_exact_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule chooses where the exact groups are computed, not what they are."""
+    case = Case(23, 5, 16, 16, window=1, prefix=2, mask="some")
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    problem = Problem(16, 16, q.dtype, 5, 0.25, 1, "identity", "post", True, ExactGroups(case.window, case.prefix))
+    fused = choose_schedule(problem.ir("N"))
+    tiling = Tiling(16, 32, 1, 1)
+    found = [Launcher(problem, s)(q, k, v, mask, 5) for s in (fused, replace(fused, near=tiling, fused=False))]
+    torch.testing.assert_close(*found)
+
+
+def test_a_window_over_everything_is_exact() -> None:
+    q, k, v = (torch.randn(2, 1, 17, 16) for _ in range(3))
+    mask = torch.rand(2, 17) > 0.4
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=-0.3)
+    options = {"scale": -0.3, "block_size": 4, "num_iters": 1, "init": "identity", "pad": "post"}
+    for groups in ({"window": 4}, {"prefix": 17}, {"window": 3, "prefix": 5}):
+        torch.testing.assert_close(launch(q, k, v, mask, **options, **groups), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)

@@ -16,6 +16,20 @@ class Dense:
     objectives: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which row and which keys stand where, and which keys are exact for a row.
+
+    row_at, key_at: for each block and offset the row or key there, None for padding. near_at: for each row the visible
+    keys of its exact groups. far_at: for each row the blocks of its far field; none for a row that is exact throughout.
+    """
+
+    row_at: list[list[int | None]]
+    key_at: list[list[int | None]]
+    near_at: list[list[int]]
+    far_at: list[list[int]]
+
+
 def dense_monarch(
     q: Tensor,
     k: Tensor,
@@ -26,23 +40,24 @@ def dense_monarch(
     num_iters: int,
     init: str,
     pad: str,
+    window: int | None = None,
+    prefix: int = 0,
 ) -> Dense:
     """One head: q (N_q, D), k (N_k, D), visible (N_k,) bool, float64: arXiv 2505.18698, section 3, to the letter."""
     n_q, n_k = len(q), len(k)
     blocks = -(-n_k // block_size)
     rows = block_size if n_q == n_k else -(-n_q // blocks)
-    row_at = _places(n_q, blocks, rows, pad)
-    key_at = _places(n_k, blocks, block_size, pad)
+    lay = _layout(n_q, n_k, visible, blocks, rows, block_size, pad, window, prefix)
     left = torch.zeros(rows, blocks, blocks, dtype=q.dtype)  # (j, b, l)
     for j in range(rows):
         left[j] = torch.eye(blocks) if init == "identity" else torch.full((blocks, blocks), 1 / blocks)
-    objectives = []
-    matrix = torch.zeros(n_q, n_k, dtype=q.dtype)
-    for _ in range(num_iters):
-        right, a, c = _right(q, k, visible, left, row_at, key_at, scale)
-        left = _left(q, a, c, row_at)
-        matrix = _assemble(left, right, row_at, key_at, n_q, n_k)
-        objectives.append(objective(matrix, scale * q @ k.mT))
+    scores = scale * q @ k.mT
+    objectives, matrix = [], torch.zeros(n_q, n_k, dtype=q.dtype)
+    for step in range(num_iters):
+        right, a, c = _right(q, k, visible, left, lay, scale, prefix, first_reader=prefix if step else 0)
+        left = _left(q, scores, a, c, lay)
+        matrix = _assemble(left, right, scores, visible, lay)
+        objectives.append(objective(matrix, scores))
     return Dense(matrix, tuple(objectives))
 
 
@@ -60,18 +75,33 @@ def _places(n: int, blocks: int, size: int, pad: str) -> list[list[int | None]]:
     ]
 
 
-def _right(q, k, visible, left, row_at, key_at, scale):  # type: ignore[no-untyped-def]
-    blocks, rows, dim = len(key_at), len(row_at[0]), q.shape[1]
+def _layout(n_q, n_k, visible, blocks, rows, block_size, pad, window, prefix) -> Layout:  # type: ignore[no-untyped-def]
+    row_at, key_at = _places(n_q, blocks, rows, pad), _places(n_k, blocks, block_size, pad)
+    block_of = {row: block for block, places in enumerate(row_at) for row in places if row is not None}
+    near_at, far_at = [], []
+    for row in range(n_q):
+        covered = [] if window is None else [b for b in range(blocks) if abs(b - block_of[row]) <= window]
+        near = {n for b in covered for n in key_at[b] if n is not None} | set(range(min(prefix, n_k)))
+        if row < prefix:
+            covered, near = list(range(blocks)), set(range(n_k))
+        near_at.append(sorted(n for n in near if visible[n]))
+        far_at.append([b for b in range(blocks) if b not in covered])
+    return Layout(row_at, key_at, near_at, far_at)
+
+
+def _right(q, k, visible, left, lay, scale, prefix, first_reader):  # type: ignore[no-untyped-def]
+    blocks, rows, dim = len(lay.key_at), len(lay.row_at[0]), q.shape[1]
     right: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
     a, c = {}, {}
     for b in range(blocks):
-        keys = [n for n in key_at[b] if n is not None and visible[n]]
+        keys = [n for n in lay.key_at[b] if n is not None and visible[n] and n >= prefix]
         for j in range(rows):
             weight, total = 0.0, torch.zeros(dim, dtype=q.dtype)
             for row_block in range(blocks):
-                if row_at[row_block][j] is not None:
+                row = lay.row_at[row_block][j]
+                if row is not None and row >= first_reader:
                     weight += float(left[j, b, row_block])
-                    total += left[j, b, row_block] * q[row_at[row_block][j]]
+                    total += left[j, b, row_block] * q[row]
             mean = total / weight if weight > 0 else total
             if not keys:
                 right[b, j], a[b, j], c[b, j] = ([], q[:0, 0]), None, None
@@ -83,25 +113,32 @@ def _right(q, k, visible, left, row_at, key_at, scale):  # type: ignore[no-untyp
     return right, a, c
 
 
-def _left(q, a, c, row_at):  # type: ignore[no-untyped-def]
-    blocks, rows = len(row_at), len(row_at[0])
+def _left(q, scores, a, c, lay):  # type: ignore[no-untyped-def]
+    blocks, rows = len(lay.row_at), len(lay.row_at[0])
     left = torch.zeros(rows, blocks, blocks, dtype=q.dtype)
     for row_block in range(blocks):
         for j in range(rows):
-            row = row_at[row_block][j]
-            seen = [b for b in range(blocks) if a[b, j] is not None]
-            if row is not None and seen:
-                logits = torch.stack([a[b, j] @ q[row] - c[b, j] for b in seen])
-                left[j, seen, row_block] = torch.softmax(logits, 0)
+            row = lay.row_at[row_block][j]
+            if row is None:
+                continue
+            seen = [b for b in lay.far_at[row] if a[b, j] is not None]
+            logits = [a[b, j] @ q[row] - c[b, j] for b in seen]
+            near = [torch.logsumexp(scores[row, lay.near_at[row]], 0)] if lay.near_at[row] else []
+            if seen:
+                left[j, seen, row_block] = torch.softmax(torch.stack(logits + near), 0)[: len(seen)]
     return left
 
 
-def _assemble(left, right, row_at, key_at, n_q, n_k):  # type: ignore[no-untyped-def]
-    matrix = torch.zeros(n_q, n_k, dtype=left.dtype)
-    for row_block, places in enumerate(row_at):
+def _assemble(left, right, scores, visible, lay):  # type: ignore[no-untyped-def]
+    matrix = torch.zeros_like(scores)
+    for row_block, places in enumerate(lay.row_at):
         for j, row in enumerate(places):
-            if row is not None:
-                for b in range(len(key_at)):
-                    keys, share = right[b, j]
-                    matrix[row, keys] = left[j, b, row_block] * share
+            if row is None:
+                continue
+            for b in lay.far_at[row]:
+                keys, share = right[b, j]
+                matrix[row, keys] = left[j, b, row_block] * share
+            near = lay.near_at[row]
+            if near:
+                matrix[row, near] = (1 - left[j, :, row_block].sum()) * torch.softmax(scores[row, near], 0)
     return matrix

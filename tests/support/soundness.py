@@ -28,6 +28,24 @@ def attend(scores: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1) @ v
 
 
+def scored(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * 0.5
+
+
+class Registry:
+    """A decorator that registers programs with the codes that their sites must get."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Program, list[str]] = {}
+
+    def __call__(self, *codes: str) -> Callable[[Program], Program]:
+        def register(fn: Program) -> Program:
+            self.programs[fn] = list(codes)
+            return fn
+
+        return register
+
+
 @pytest.fixture(autouse=True)
 def result_as_kernels_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Physically (batch, seq, heads, dim), as on a GPU: with block_size=1 the reference would leave eager's strides."""

@@ -1,7 +1,9 @@
 """The command line, called in process."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,9 +66,10 @@ def test_bad_options_are_explained(module, capsys):
     assert "unknown option 'blocksize'" in capsys.readouterr().err
 
 
-def test_demo_outside_a_checkout(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("command", [["demo"], ["bench", "quality", "--fresh"]])
+def test_what_needs_a_checkout_says_so(command, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "monarch_compile" / "cli.py"))
-    assert cli.main(["demo"]) == 2
+    assert cli.main(command) == 2
     assert "lives in a checkout" in capsys.readouterr().err
 
 
@@ -75,12 +78,32 @@ def test_benchmark_prints_and_writes(tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert cli.main(["bench", "cpu", "--seq-lens", "32", "--seconds", "0.01", "--json", str(path)]) == 0
     content = json.loads(path.read_text())
-    (row,) = content["rows"]
+    printed = capsys.readouterr().out
     assert content["machine"]["threads"] == 1
-    assert row["shape"] == [1, 12, 32, 64]
-    assert row["max_error"] < 1e-5
-    assert row["exact"]["p20"] <= row["exact"]["p50"] <= row["exact"]["p80"]
-    assert f"{row['speedup']:.2f}x" in capsys.readouterr().out
+    assert [row["window"] for row in content["rows"]] == [None, 1]
+    for row in content["rows"]:
+        assert row["shape"] == [1, 12, 32, 64]
+        assert row["max_error"] < 1e-5
+        assert row["exact"]["p20"] <= row["exact"]["p50"] <= row["exact"]["p80"]
+        assert f"{row['speedup']:.2f}x" in printed
+
+
+def test_the_quality_benchmark_gets_its_own_arguments(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append((command[1:], options["cwd"]))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert cli.main(["bench", "quality", "--tasks", "whisper", "--fresh"]) == 3
+    assert commands == [(["-m", "benchmarks.quality", "--tasks", "whisper", "--fresh"], Path(cli.__file__).parents[1])]
+
+
+def test_an_unknown_argument_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "cpu", "--fresh"])
+    assert "unrecognized arguments: --fresh" in capsys.readouterr().err
 
 
 def test_no_command_is_an_error(capsys):

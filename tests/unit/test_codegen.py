@@ -50,12 +50,25 @@ GOLDENS = {
         mask=MaskKind.KEY_PADDING,
     ),
     "t3": dataclasses.replace(BASE, dtype=torch.bfloat16, num_iters=3),
+    "window": dataclasses.replace(BASE, exact=ExactGroups(1)),
+    "window_prefix_masked": dataclasses.replace(
+        BASE, block_size=200, pad="pre", mask=MaskKind.KEY_PADDING, exact=ExactGroups(1, 4)
+    ),
+    "prefix": dataclasses.replace(BASE, exact=ExactGroups(None, 5)),
+    "t2_window": dataclasses.replace(BASE, num_iters=2, exact=ExactGroups(2)),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def with_length(ir: MonarchAttention, seq_len: int | str) -> MonarchAttention:
     return dataclasses.replace(ir, seq_len_q=seq_len, seq_len_k=seq_len)
+
+
+groups = st.builds(
+    ExactGroups,
+    window=st.one_of(st.none(), st.integers(0, 3), st.integers(0, 1 << 40)),
+    prefix=st.one_of(st.just(0), st.integers(0, 20), st.integers(0, 1 << 40)),
+)
 
 
 @st.composite
@@ -76,12 +89,14 @@ def irs(draw: st.DrawFn) -> MonarchAttention:
         init=draw(st.sampled_from(INITS)),
         pad=draw(st.sampled_from(PADS)),
         mask=draw(st.sampled_from(MaskKind)),
+        exact=draw(groups),
     )
 
 
 tiles = st.sampled_from((16, 32, 64, 128, 256))
 tilings = st.builds(Tiling, tiles, tiles, st.sampled_from((1, 2, 4, 8)), st.integers(1, 4))
-schedules = st.builds(Schedule, tilings, tilings, tilings, st.sampled_from(("ieee", "tf32x3")))
+precisions = st.sampled_from(("ieee", "tf32x3"))
+schedules = st.builds(Schedule, tilings, tilings, tilings, precisions, st.one_of(st.none(), tilings), st.booleans())
 
 
 # Schedules
@@ -102,6 +117,7 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
     schedule = choose_schedule(ir, (9, 0))
     assert schedule.summarize.rows < 2 * max(16, ir.block_size)
     assert schedule.summarize.step < 2 * max(16, ir.block_size)
+    assert (schedule.near is None) == (ir.exact == ExactGroups())
     if ir.num_blocks is not None:
         assert schedule.attend.rows < 2 * max(16, ir.num_blocks)
 
@@ -115,7 +131,6 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
         ({"seq_len_k": 900}, "seq_len_q != seq_len_k"),
         ({"num_kv_heads": 4}, "num_kv_heads"),
         ({"is_causal": True}, "causal"),
-        ({"exact": ExactGroups(window=1)}, "exact groups"),
     ],
 )
 def test_what_has_no_kernel_is_refused_clearly(change: dict[str, Any], message: str) -> None:
@@ -198,7 +213,31 @@ def test_provenance(ir: MonarchAttention, schedule: Schedule) -> None:
     ],
 )
 def test_kernels_of_an_attention(num_iters: int, init: str, names: list[str]) -> None:
-    assert [role.name for role in steps(num_iters, init)] == [f"monarch_{name}" for name in names]
+    ir = dataclasses.replace(BASE, num_iters=num_iters, init=init)
+    schedule = choose_schedule(ir)
+    assert schedule.near is None
+    assert [role.name for role in steps(ir, schedule)] == [f"monarch_{name}" for name in names]
+
+
+@pytest.mark.parametrize("exact", [ExactGroups(1), ExactGroups(None, 3), ExactGroups(0, 3)], ids=str)
+def test_where_the_exact_groups_are_computed(exact: ExactGroups) -> None:
+    """In stage 1 where its queries are the sequence's own and the schedule says so; else before all other kernels."""
+    ir = dataclasses.replace(BASE, exact=exact)
+    fused = choose_schedule(ir)
+    apart = dataclasses.replace(fused, near=Tiling(32, 32, 2, 1), fused=False)
+    names = [[role.name.removeprefix("monarch_") for role in steps(ir, s)] for s in (fused, apart)]
+    assert names == [["summarize_near", "attend"], ["exact", "summarize", "attend"]]
+    assert "TILE_J: tl.constexpr = 32" in emit(ir, apart)[0].text
+    for change in ({"num_iters": 2}, {"init": "mean"}):
+        other = dataclasses.replace(ir, **change)
+        for schedule in (choose_schedule(other), fused):
+            assert steps(other, schedule)[0].name == "monarch_exact"
+
+
+def test_an_own_block_needs_no_loop_over_a_window() -> None:
+    """With window=0 the exact group is the block that stage 1 has just been through."""
+    ir = dataclasses.replace(BASE, block_size=64, exact=ExactGroups(0))
+    assert "for " not in emit(ir, choose_schedule(ir))[0].text.partition("@triton.jit")[2]
 
 
 def test_a_block_within_one_tile_has_no_loop() -> None:
@@ -265,11 +304,12 @@ import torch
 from monarch_compile.codegen.emit import emit
 from monarch_compile.codegen.inspect_ptx import compile_report
 from monarch_compile.codegen.schedule import choose_schedule
-from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
 reports = []
 for change, capability in json.loads(sys.stdin.read()):
     sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=4096, seq_len_k=4096, head_dim=64, value_dim=64)
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
+    change["exact"] = ExactGroups(*change.get("exact", ()))
     ir = MonarchAttention(**{**sizes, "block_size": 64, "scale": 0.125, **change})
     schedule = choose_schedule(ir, tuple(capability))
     for source in emit(ir, schedule):
@@ -282,6 +322,9 @@ TO_COMPILE = [
     ({"dtype": "bfloat16", "num_iters": 2, "init": "mean", "pad": "pre", "mask": "key_padding"}, (9, 0)),
     ({"dtype": "float16", "block_size": 39, "head_dim": 256, "value_dim": 256}, (8, 0)),
     ({"dtype": "float32", "block_size": 39, "head_dim": 80, "value_dim": 25}, (9, 0)),
+    ({"dtype": "float16", "block_size": 39, "exact": (1 << 40, 1 << 40)}, (9, 0)),
+    ({"dtype": "bfloat16", "block_size": 256, "pad": "pre", "mask": "key_padding", "exact": (1, 4)}, (9, 0)),
+    ({"dtype": "bfloat16", "init": "mean", "exact": (0, 4), "head_dim": 128, "value_dim": 128}, (9, 0)),
 ]
 
 
@@ -309,5 +352,9 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
         assert report["local_bytes"] <= allowed, f"spills: {report}"
         if report["name"] != "monarch_mean_query":
             assert report["has_wgmma"] or report["has_mma"], report
-        if report["name"] == "monarch_summarize" and capability == (9, 0) and "16" in report["dtype"]:
+        if (
+            report["name"].startswith(("monarch_summarize", "monarch_exact"))
+            and capability == (9, 0)
+            and "16" in report["dtype"]
+        ):
             assert report["has_wgmma"], f"64 rows and 4 warps fill Hopper's own instructions: {report}"

@@ -6,6 +6,7 @@ import pytest
 
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import ConfigError
+from monarch_compile.plan import Plan
 
 BAD = {
     "block_size": [0, -1, 1.5, "big", True, None],
@@ -51,6 +52,9 @@ def test_the_digest_covers_every_option() -> None:
         "num_iters": 2,
         "init": "mean",
         "pad": "pre",
+        "window": None,
+        "prefix": 4,
+        "plan": Plan((), (), 0.0, 0.0, 1, 1, "cpu"),
         "policy": "never",
         "min_seq_len": 5,
         "strict": True,

@@ -12,12 +12,13 @@ from monarch_compile import cost
 from monarch_compile.cost import choose_block_size, exact_cost, exact_cost_of_shapes, monarch_cost, predict
 from monarch_compile.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.ir import ExactGroups, MonarchAttention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
 ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}
-SQUARE = {**ONE_HEAD, cost.N_Q: N, cost.N_K: N, cost.ITEM: E}
+PAPER = {cost.X: 0, cost.G: 0, cost.P: 0}
+SQUARE = {**ONE_HEAD, **PAPER, cost.N_Q: N, cost.N_K: N, cost.ITEM: E}
 
 # (batch, seq_len) -> milliseconds on one H200, float16, 12 heads of 64: exact (cuDNN), Monarch (two streaming kernels).
 H200_MS = {
@@ -56,6 +57,32 @@ def test_each_further_iteration_adds_4NBD_plus_4NMD():
     flops = cost.monarch_formula().flops.subs(SQUARE)
     added = flops.subs(cost.T, cost.T + 1) - flops
     assert is_equal(added.subs(N, M * B), (4 * N * B * D + 4 * N * M * D).subs(N, M * B))
+
+
+def test_a_window_adds_its_keys_and_one_more_output():
+    window = {**SQUARE, cost.T: 1, cost.X: 2 * B, cost.G: 1}
+    flops, paper = (cost.monarch_formula().flops.subs(x).subs(N, M * B) for x in (window, {**SQUARE, cost.T: 1}))
+    assert is_equal(flops - paper, (8 * N * B * D).subs(N, M * B))
+    moved, paper = (cost.monarch_formula().bytes.subs(x).subs(N, M * B) for x in (window, {**SQUARE, cost.T: 1}))
+    assert is_equal(moved - paper, (2 * N * (D * E + 4)).subs(N, M * B))
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "extra_keys", "exact_rows"),
+    [
+        (ExactGroups(0), {}, 0, 0),  # the identity start scores a row's own block anyway
+        (ExactGroups(1), {}, 2 * 64, 0),
+        (ExactGroups(1), {"num_iters": 2}, 3 * 64, 0),
+        (ExactGroups(1), {"init": "mean"}, 3 * 64, 0),
+        (ExactGroups(99), {}, 4096 - 64, 0),
+        (ExactGroups(None, 5), {}, 5, 5),
+        (ExactGroups(1, 5), {}, 2 * 64 + 5, 5),
+    ],
+)
+def test_what_exact_groups_cost(groups, options, extra_keys, exact_rows):
+    paper, found = (cost.monarch_cost(attention(**options, exact=e)) for e in (ExactGroups(), groups))
+    assert found.flops - paper.flops == 12 * 4 * 64 * (4096 * extra_keys + exact_rows * 4096)
+    assert found.bytes - paper.bytes == 12 * 2 * 4096 * (64 * 4 + 4)
 
 
 def test_exact_attention_takes_4NND_flops_and_compulsory_bytes():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from support.capture import run_passes
 from torch import Tensor
 
+from monarch_compile.passes.element_views import _regroup
+
 N = 6
+SLOPES = torch.tensor([0.5, 0.25, 0.125])[:, None, None]
+INF = float("inf")
 LOW = torch.finfo(torch.float32).min
 
 
@@ -80,12 +87,12 @@ REFUSED = {
     "triu_float": (lambda m, t: torch.full((N, N), float("-inf")).triu(1), "mask_causal"),
     "compare": (lambda m, t: torch.arange(N)[None] <= torch.arange(N)[:, None], "mask_causal"),
     "window": (lambda m, t: (torch.arange(N)[:, None] - torch.arange(N)[None]) < 2, "mask_sliding_window"),
-    "two_sided": (lambda m, t: (torch.arange(N)[:, None] - torch.arange(N)[None]).abs() < 2, "mask_general"),
-    "packed": (lambda m, t: (t[:, :, None] == t[:, None, :])[:, None], "mask_general"),
+    "two_sided": (lambda m, t: (torch.arange(N)[:, None] - torch.arange(N)[None]).abs() < 2, "mask_sliding_window"),
+    "packed": (lambda m, t: (t[:, :, None] == t[:, None, :])[:, None], "mask_packed"),
     "per_head": (lambda m, t: torch.stack([m, m, ~m], 1)[:, :, None, :], "mask_general"),
-    "weak": (lambda m, t: torch.zeros(2, 1, 1, N).masked_fill(~m[:, None, None, :], -5.0), "mask_bias"),
-    "alibi": (lambda m, t: torch.arange(N).float().view(1, 1, 1, N) * 0.5, "mask_bias"),
-    "product_of_ints": (lambda m, t: (1.0 - t.float())[:, None, None, :] * LOW, "mask_opaque"),
+    "weak": (lambda m, t: torch.zeros(2, 1, 1, N).masked_fill(~m[:, None, None, :], -5.0), "mask_key_bias"),
+    "alibi": (lambda m, t: torch.arange(N).float().view(1, 1, 1, N) * 0.5, "mask_key_bias"),
+    "product_of_ints": (lambda m, t: (1.0 - t.float())[:, None, None, :] * LOW, "mask_key_bias"),
     "half_index": (
         lambda m, t: torch.arange(N).to(torch.bfloat16)[None] <= torch.arange(N).to(torch.bfloat16)[:, None],
         "mask_general",
@@ -100,3 +107,97 @@ def test_what_is_not_key_padding_stays_exact(name: str) -> None:
     status, code, output, exact = _kind(make_mask)
     assert (status, code) == ("exact", expected)
     torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def _places(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of queries and keys, made in the graph from the tokens' length."""
+    place = torch.arange(t.shape[1])
+    return place[:, None], place[None]
+
+
+CLASSES = {
+    "causal": {
+        "strict": lambda m, t: _places(t)[1] < _places(t)[0],
+        "added": lambda m, t: torch.where(_places(t)[1] > _places(t)[0], -INF, 0.0),
+        "and_padding": lambda m, t: (_places(t)[1] <= _places(t)[0]) & m[:, None, None, :],
+        "scaled_bool": lambda m, t: (_places(t)[1] > _places(t)[0]).float() * LOW,
+    },
+    "sliding_window": {
+        "causal": lambda m, t: (_places(t)[1] <= _places(t)[0]) & (_places(t)[0] - _places(t)[1] < 3),
+        "two_sided": lambda m, t: (_places(t)[0] - _places(t)[1]).abs() <= 2,
+        "and_padding": lambda m, t: ((_places(t)[0] - _places(t)[1]).abs() <= 2) & m[:, None, None, :],
+        "look_ahead": lambda m, t: _places(t)[1] <= _places(t)[0] + 2,
+    },
+    "prefix_causal": {
+        "number": lambda m, t: (_places(t)[1] <= _places(t)[0]) | (_places(t)[1] < 3),
+        "per_sequence": lambda m, t: (
+            (_places(t)[1] <= _places(t)[0])[None, None] | (_places(t)[1] < m.sum(1)[:, None])[:, None, None]
+        ),
+        "and_padding": lambda m, t: ((_places(t)[1] <= _places(t)[0]) | (_places(t)[1] < 3)) & m[:, None, None, :],
+    },
+    "packed": {
+        "ids": lambda m, t: (t[:, :, None] == t[:, None, :])[:, None],
+        "counted": lambda m, t: (lambda ids: (ids[:, :, None] == ids[:, None, :])[:, None])(t.cumsum(1)),
+        "not_equal": lambda m, t: ~(t[:, :, None] != t[:, None, :])[:, None],
+        "every_third": lambda m, t: _places(t)[0] // 3 == _places(t)[1] // 3,
+        "and_causal": lambda m, t: (
+            (t[:, :, None] == t[:, None, :])[:, None] & (_places(t)[1] <= _places(t)[0])[None, None]
+        ),
+    },
+    "key_bias": {
+        "causal_alibi": lambda m, t: torch.where(
+            _places(t)[1] <= _places(t)[0], SLOPES * (_places(t)[1] - _places(t)[0]), -INF
+        ),
+        "unknown": lambda m, t: t.float()[:, None, None, :] * 0.1,
+        "per_head": lambda m, t: SLOPES * _places(t)[1],
+    },
+    "bias": {"distance": lambda m, t: (_places(t)[0] - _places(t)[1]).abs() * -0.5},
+    "opaque": {
+        "relative": lambda m, t: torch.linspace(0, 1, N)[(_places(t)[0] - _places(t)[1]).abs()],
+        "symmetric_alibi": lambda m, t: SLOPES * -(_places(t)[0] - _places(t)[1]).abs(),
+    },
+    "general": {
+        "dilated": lambda m, t: (_places(t)[0] - _places(t)[1]) % 2 == 0,
+        "either": lambda m, t: m[:, None, :, None] | m[:, None, None, :],
+        "head": lambda m, t: (_places(t)[1] <= _places(t)[0])[None] | (torch.arange(3) == 1)[:, None, None],
+        "of_products": lambda m, t: (t[:, :, None] * t[:, None, :] > 0)[:, None],
+        "other_ids": lambda m, t: (t[:, :, None] == t.roll(1, 1)[:, None, :])[:, None],
+        "xor": lambda m, t: (_places(t)[1] <= _places(t)[0]) != (_places(t)[1] < 3),
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, masks in CLASSES.items() for name in masks])
+def test_classes(kind: str, name: str) -> None:
+    status, code, output, exact = _kind(CLASSES[kind][name])
+    assert (status, code) == ("exact", f"mask_{kind}")
+    torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["causal", "sliding_window", "prefix_causal", "packed"])
+def test_classes_with_a_symbolic_length(kind: str) -> None:
+    make_mask = next(iter(CLASSES[kind].values()))
+    q, visible = torch.randn(2, 3, N, 4), torch.ones(2, N, dtype=torch.bool)
+
+    def fn(q: Tensor, visible: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=make_mask(visible, visible.long()))
+
+    for tensor in (q, visible):
+        torch._dynamo.mark_dynamic(tensor, tensor.ndim - (2 if tensor is q else 1))
+    _, (result,) = run_passes(fn, q, visible)
+    assert [d.code for d in result.decisions] == [f"mask_{kind}"]
+    assert not isinstance(result.decisions[0].q_shape[2], int)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [([2, 3, 4], [24]), ([24], [4, 6]), ([6, 4], [2, 3, 4]), ([4, 6], [6, 4]), ([2, 9], [3, 6])]
+)
+def test_reshapes_count_alike(before: list[int], after: list[int]) -> None:
+    """The symbolic index into the source of a reshape is the true one, at every place."""
+    symbols = sympy.symbols(f"x:{len(after)}", integer=True, nonnegative=True)
+    found = _regroup(before, list(zip(after, symbols, strict=True)))
+    count = torch.arange(math.prod(after))
+    places = torch.stack(torch.unravel_index(count, after), 1).tolist()
+    sources = torch.stack(torch.unravel_index(count, before), 1).tolist()
+    for place, source in zip(places, sources, strict=True):
+        assert [int(e.subs(dict(zip(symbols, place, strict=True)))) for e in found] == source

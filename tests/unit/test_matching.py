@@ -13,7 +13,7 @@ from support.capture import decisions_of, run_passes
 from support.programs import AFTER, MASKS, PRODUCTS, SCALES, SOFTMAXES, VALUES, Program
 from torch import Tensor
 
-from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
 
 PROGRAMS = st.builds(
     Program,
@@ -59,6 +59,7 @@ def _assert_lowered(program: Program, batch: int, heads: int, seq_len: int, dim:
         dtype=torch.float32,
         block_size=1,
         scale=decision.ir.scale,
+        exact=ExactGroups(window=1),
         mask=MaskKind.NONE if program.mask == "none" else MaskKind.KEY_PADDING,
     )
     assert decision.ir == expected
@@ -300,8 +301,8 @@ NEAR_MISSES = {
     _causal_and_padding: "mask_causal",
     _window_mask: "mask_sliding_window",
     _query_mask: "mask_general",
-    _opaque_float_mask: "mask_opaque",
-    _key_bias: "mask_bias",
+    _opaque_float_mask: "mask_key_bias",
+    _key_bias: "mask_key_bias",
     _mutated_mask: "mutation",
     _mutated_scores: "scores_op",
     _mutated_query: "mutation",
@@ -343,11 +344,30 @@ def test_a_softmax_that_is_no_attention_is_no_site(fn: object) -> None:
     assert decisions_of(fn, *_tensors(2, 3, 7, 4)) == []
 
 
-def test_a_fused_layer_is_reported() -> None:
-    """nn.TransformerEncoder's eval fast path is one op: its attention stays exact, and is not passed over."""
-    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_fused_layer_is_opened(norm_first: bool, padded: bool) -> None:
+    """nn.TransformerEncoder's eval fast path is one op, which is traced as what it stands for."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first).eval()
+    mask = torch.arange(7) >= torch.tensor([[7], [4]]) if padded else None
+    x = torch.randn(2, 7, 8)
     with torch.no_grad():
-        (decision,) = decisions_of(lambda x: layer(x), torch.randn(2, 7, 8))
+        output, (result,) = run_passes(lambda x: layer(x, src_key_padding_mask=mask), x)
+        expected = layer(x, src_key_padding_mask=mask)
+    assert [(d.code, d.mask) for d in result.decisions] == [("lowered", "key_padding" if padded else "none")]
+    kept = ~mask if padded else torch.ones(2, 7, dtype=torch.bool)
+    torch.testing.assert_close(output[kept], expected[kept], rtol=1e-5, atol=1e-5)
+
+
+def test_a_fused_attention_is_reported() -> None:
+    """The fused op that also gives its weights stays as it is, and is not passed over."""
+    weight, bias, out, x = torch.randn(24, 8), torch.randn(24), torch.randn(8, 8), torch.randn(2, 7, 8)
+
+    def fn(x: Tensor) -> Tensor:
+        return torch._native_multi_head_attention(x, x, x, 8, 2, weight, bias, out, bias[:8], None, True)[0]
+
+    with torch.no_grad():
+        (decision,) = decisions_of(fn, x)
     assert (decision.status, decision.code) == ("exact", "fused_layer")
 
 

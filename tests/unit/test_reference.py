@@ -17,6 +17,7 @@ from monarch_compile.errors import InputError
 from monarch_compile.functional import monarch_attention
 
 EPS = 1e-10
+OPTIONS = ("block_size", "num_iters", "init", "pad", "window", "prefix")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Problem:
     pad: str
     spread: float
     seed: int
+    window: int | None = None
+    prefix: int = 0
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(self.seed)
@@ -47,16 +50,16 @@ class Problem:
         return torch.rand(self.batch, self.n_k, generator=g) < share
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, **changes: object) -> Tensor:
-        options = {n: getattr(self, n) for n in ("block_size", "num_iters", "init", "pad")} | changes
+        options = {n: getattr(self, n) for n in OPTIONS} | changes
         return monarch_attention(q, k, v, key_padding_mask=padding, **options)
 
     def dense(self, q: Tensor, k: Tensor, visible: Tensor) -> object:
-        options = {n: getattr(self, n) for n in ("block_size", "num_iters", "init", "pad")}
+        options = {n: getattr(self, n) for n in OPTIONS}
         return dense_monarch(q, k, visible, scale=self.dim**-0.5, **options)
 
 
 @st.composite
-def problems(draw: st.DrawFn, square: bool = True) -> Problem:
+def problems(draw: st.DrawFn, square: bool = True, groups: bool = True) -> Problem:
     n_q = draw(st.integers(1, 24))
     n_k = n_q if square else draw(st.integers(1, 24))
     return Problem(
@@ -72,6 +75,8 @@ def problems(draw: st.DrawFn, square: bool = True) -> Problem:
         pad=draw(st.sampled_from(["post", "pre"])),
         spread=draw(st.sampled_from([0.1, 1.0, 6.0])),
         seed=draw(st.integers(0, 2**20)),
+        window=draw(st.sampled_from([None, 0, 1, 2, 30])) if groups else None,
+        prefix=draw(st.sampled_from([0, 1, 4, 30])) if groups else 0,
     )
 
 
@@ -137,7 +142,7 @@ def test_fact_4_diagonal_blocks_are_exact_at_the_start(p: Problem) -> None:
     q, k, _ = (t[0, 0] for t in p.tensors())
     scale, size = p.dim**-0.5, p.block_size
     identity = torch.eye(p.n_k, dtype=q.dtype)[None, None]
-    matrix = monarch_attention(q[None, None], k[None, None], identity, block_size=size)[0, 0]
+    matrix = monarch_attention(q[None, None], k[None, None], identity, block_size=size, window=None)[0, 0]
     scores = scale * q @ k.mT
     for row in range(p.n_q):
         own = slice(row // size * size, row // size * size + size)
@@ -172,7 +177,8 @@ def test_fact_6_symmetries(p: Problem) -> None:
     start = 0 if p.pad == "post" else -(-p.n_k // p.block_size) * p.block_size - p.n_k
     block = (torch.arange(p.n_k) + start) // p.block_size
     order = torch.argsort(block * 10.0 + torch.rand(p.n_k, generator=g))
-    _close(p.run(q, k[:, :, order], v[:, :, order]), output)
+    without = p.run(q, k, v, prefix=0)  # the prefix is a place in the sequence
+    _close(p.run(q, k[:, :, order], v[:, :, order], prefix=0), without)
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,6 +189,52 @@ def test_fact_7_exact_attention_maximises_the_objective_of_each_row(p: Problem) 
     scores = p.dim**-0.5 * q @ k.mT
     for row in range(p.n_q):
         assert objective(matrix[row], scores[row]) <= torch.logsumexp(scores[row], -1) + 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(square=False), st.booleans())
+def test_a_window_over_everything_or_a_prefix_of_everything_is_exact_attention(p: Problem, masked: bool) -> None:
+    q, k, v = p.tensors()
+    padding = p.mask() if masked else None
+    if padding is not None:
+        padding[:, 0] = False
+    blocks = -(-p.n_k // p.block_size)
+    exact = _exact(q, k, v, padding)
+    _close(p.run(q, k, v, padding, window=blocks - 1), exact)
+    _close(p.run(q, k, v, padding, window=None, prefix=max(p.n_q, p.n_k)), exact)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_a_row_whose_keys_are_all_covered_is_exact(p: Problem) -> None:
+    """Under a key mask that leaves a row only its window and the prefix, groups give it softmax attention."""
+    assume(p.window is not None)
+    q, k, v = p.tensors()
+    start = 0 if p.pad == "post" else -(-p.n_k // p.block_size) * p.block_size - p.n_k
+    block = (torch.arange(p.n_k) + start) // p.block_size
+    row = p.seed % p.n_q
+    hidden = ((block - block[row]).abs() > p.window) & (torch.arange(p.n_k) >= p.prefix)
+    padding = hidden.expand(p.batch, -1)
+    _close(p.run(q, k, v, padding)[:, :, row], _exact(q, k, v, padding)[:, :, row])
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(square=False, groups=False), st.sampled_from([None, 0, 1, 2]), st.sampled_from([0, 1, 3]))
+def test_a_group_never_lowers_the_objective(p: Problem, window: int | None, prefix: int) -> None:
+    """At one iteration, row by row: R does not depend on the groups (but for the prefix's keys leaving it), and the
+    logsumexp of a group is at least any value of its keys inside a block, which is <R, s> + H(R)."""
+    q, k, _ = (t[0, 0] for t in p.tensors())
+    options = {"block_size": p.block_size, "num_iters": 1, "init": p.init, "pad": p.pad, "scale": p.dim**-0.5}
+    visible = torch.ones(p.n_k, dtype=torch.bool)
+    scores = p.dim**-0.5 * q @ k.mT
+    wider = 0 if window is None else window + 1
+    matrices = [
+        dense_monarch(q, k, visible, **options, window=w, prefix=s).matrix
+        for w, s in ((None, 0), (window, prefix), (wider, prefix))
+    ]
+    for row in range(p.n_q):
+        values = [objective(matrix[row], scores[row]) for matrix in matrices]
+        assert values == sorted(values) or max(a - b for a, b in itertools.pairwise(values)) < 1e-9
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,9 +270,11 @@ def test_gradients_flow_and_agree_with_finite_differences() -> None:
     q, k, v = (torch.randn(1, 1, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     padding = torch.zeros(1, 7, dtype=torch.bool)
     padding[0, 4:] = True
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: monarch_attention(q, k, v, block_size=3, num_iters=2, key_padding_mask=padding), (q, k, v)
-    )
+    for window, prefix in ((None, 0), (0, 1), (1, 0)):
+        options = {"block_size": 2, "num_iters": 2, "window": window, "prefix": prefix}
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, options=options: monarch_attention(q, k, v, key_padding_mask=padding, **options), (q, k, v)
+        )
 
 
 BAD_INPUTS = {
@@ -233,6 +287,8 @@ BAD_INPUTS = {
     "num_iters must be at least 1": lambda q: (q, q, q, {"num_iters": 0}),
     "init must be one of": lambda q: (q, q, q, {"init": "zero"}),
     "pad must be one of": lambda q: (q, q, q, {"pad": "both"}),
+    "window must be None or at least 0": lambda q: (q, q, q, {"window": -1}),
+    "prefix must be at least 0": lambda q: (q, q, q, {"prefix": -1}),
 }
 
 

@@ -1,0 +1,84 @@
+"""The forms that `calibrate` considers for a site, and what the cost model says of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from monarch_compile.cost import MARGIN, choose_block_size, predict
+from monarch_compile.devices import Device
+from monarch_compile.ir import MonarchAttention
+from monarch_compile.plan import FORM_OPTIONS, SiteForm
+
+SEARCH: dict[str, tuple[Any, ...]] = {
+    "block_size": (0.5, 1, 2, 4),  # times the cost model's choice
+    "num_iters": (1, 2),
+    "init": ("identity",),
+    "pad": ("post",),
+    "window": (None, 1, 2, 4),
+    "prefix": (0, 4),
+}
+"""What is tried for each option that the caller has not fixed."""
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A site in one captured graph: its IR, and the values of its symbolic sizes."""
+
+    ir: MonarchAttention
+    hints: tuple[tuple[str, int], ...]
+
+    def seconds(self, device: Device, form: SiteForm) -> tuple[float, float]:
+        """Predicted seconds of the exact form and of `form`."""
+        changed = replace(
+            self.ir,
+            block_size=form.block_size,
+            num_iters=form.num_iters,
+            init=form.init,
+            pad=form.pad,
+            exact=form.exact,
+        )
+        prediction = predict(changed, device, dict(self.hints))
+        return prediction.exact_s, prediction.monarch_s
+
+
+def total_seconds(occurrences: Sequence[Occurrence], device: Device, form: SiteForm) -> tuple[float, float]:
+    """Predicted seconds of a site in all of its graphs: exact form, and `form`."""
+    exact_s, monarch_s = zip(*(o.seconds(device, form) for o in occurrences), strict=True)
+    return sum(exact_s), sum(monarch_s)
+
+
+def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[SiteForm]:
+    """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention."""
+    timed = ((form, total_seconds(occurrences, device, form)) for form in _grid(occurrences[0], device, fixed))
+    return [form for form, (exact_s, monarch_s) in timed if monarch_s * MARGIN <= exact_s]
+
+
+def _grid(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[SiteForm]:
+    names = [name for name in FORM_OPTIONS if name != "block_size"]
+    values = [(fixed[name],) if name in fixed else SEARCH[name] for name in names]
+    forms = []
+    for choice in itertools.product(*values):
+        form = SiteForm(block_size=1, **dict(zip(names, choice, strict=True)))
+        forms += [replace(form, block_size=size) for size in _block_sizes(occurrence, device, form, fixed)]
+    return list(dict.fromkeys(forms))
+
+
+def _block_sizes(occurrence: Occurrence, device: Device, form: SiteForm, fixed: Mapping[str, Any]) -> list[int]:
+    if "block_size" in fixed:
+        return [int(fixed["block_size"])]
+    ir = occurrence.ir
+    seq_len = ir.seq_len_k if isinstance(ir.seq_len_k, int) else dict(occurrence.hints)[ir.seq_len_k]
+    best = choose_block_size(
+        seq_len=seq_len,
+        head_dim=ir.head_dim,
+        value_dim=ir.value_dim,
+        dtype=ir.dtype,
+        device=device,
+        num_iters=form.num_iters,
+        init=form.init,
+        exact=form.exact,
+    )
+    return [max(1, min(seq_len, int(best * factor))) for factor in SEARCH["block_size"]]

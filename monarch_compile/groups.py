@@ -1,0 +1,109 @@
+"""Key groups that a query row treats exactly, merged with its Monarch far field by logsumexp (eager semantics).
+
+Each group adds one entry to a row's softmax over blocks: its logit is the logsumexp of the row's scores in the group,
+its value the group's exact attention. Groups are disjoint: prefix keys are in no window, and the far field holds
+neither prefix keys nor the blocks that a row's window covers.
+Index letters as in `reference`: l, b blocks; j, i offsets in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Softmax over `dim` and its logsumexp; a row that sees nothing gives zeros and a finite, unused lse."""
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    top = scores.detach().amax(dim, keepdim=True)
+    if visible is not None:
+        top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = (scores - top).exp()
+    total = weights.sum(dim, keepdim=True)
+    if visible is not None:
+        total = total.masked_fill(total == 0, 1.0)
+    return weights / total, (top + total.log()).squeeze(dim)
+
+
+def window_group(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of each block of rows to the `window` blocks on each side of its own, and its own.
+
+    q (E, H, l, j, D), contiguous keys (E, H, b, i, D) and values (E, H, b, i, D_v); `visible` broadcasts to
+    (E, H, b, 1, i). Returns values (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no key.
+    """
+    num_blocks = keys.shape[2]
+    if isinstance(num_blocks, int):
+        window = min(window, num_blocks - 1)
+    keys_near, values_near = (_neighbours(x, window) for x in (keys, values))
+    seen = _visible_neighbours(keys, visible, window)
+    scores = scale * torch.unflatten(torch.bmm(q.flatten(0, 2), keys_near.mT), 0, q.shape[:3])
+    weights, lse = softmax_lse(scores, seen)
+    value = torch.unflatten(torch.bmm(weights.flatten(0, 2), values_near), 0, q.shape[:3])
+    return value, lse.masked_fill(~seen.any(-1), float("-inf"))
+
+
+def prefix_group(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of q (E, H, l, j, D) to the first `prefix` of the keys k (E, H, N_k, D), v (E, H, N_k, D_v).
+
+    Returns values (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no key.
+    """
+    keys, values = k[:, :, :prefix], v[:, :, :prefix]
+    seen = None if key_mask is None else key_mask[:, None, None, :prefix]
+    weights, lse = softmax_lse(scale * q.flatten(2, 3) @ keys.mT, seen)
+    if seen is not None:
+        lse = lse.masked_fill(~seen.any(-1), float("-inf"))
+    shape = q.shape[2:4]
+    return torch.unflatten(weights @ values, 2, shape), torch.unflatten(lse, 2, shape)
+
+
+def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention of a few rows q (E, H, P, D) to every key; a row that sees no key gives 0."""
+    seen = None if key_mask is None else key_mask[:, None, None, :]
+    return softmax_lse(scale * q @ k.mT, seen)[0] @ v
+
+
+def shares(lses: Sequence[Tensor]) -> list[Tensor]:
+    """What a row gives each of its groups, from their logsumexps; -inf is a group without keys."""
+    logits = torch.stack(list(lses), -1)
+    return list(softmax_lse(logits, logits != float("-inf"))[0].unbind(-1))
+
+
+def merge(values: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
+    """Attention over disjoint groups of keys from attention within each: values (..., D_v), logsumexps (...)."""
+    first, *rest = (value * share.unsqueeze(-1) for value, share in zip(values, shares(lses), strict=True))
+    return sum(rest, start=first)
+
+
+def uncovered(num_blocks: int, window: int, device: torch.device) -> Tensor:
+    """(b, l) bool: block b is in the far field of the rows of block l, outside their window."""
+    block = torch.arange(num_blocks, device=device)
+    return (block[:, None] - block[None, :]).abs() > window
+
+
+def _neighbours(x: Tensor, window: int) -> Tensor:
+    """Each block with `window` blocks on each side, from contiguous (E, H, b, i, D): (E * H * b, rows, D).
+
+    An overlapping view of one padded copy; beside a head's first and last block it shows other heads, to be masked.
+    """
+    size, dim = x.shape[3], x.shape[4]
+    rows = F.pad(x.reshape(-1, dim), (0, 0, window * size, window * size))
+    shape = (x.shape[0] * x.shape[1] * x.shape[2], (2 * window + 1) * size, dim)
+    return rows.as_strided(shape, (size * dim, dim, 1))
+
+
+def _visible_neighbours(keys: Tensor, visible: Tensor | None, window: int) -> Tensor:
+    """Which keys of `_neighbours` a block may see, broadcastable to scores (E, H, l, j, keys)."""
+    num_blocks, size = keys.shape[2], keys.shape[3]
+    if visible is None:
+        visible = torch.ones((1, 1, num_blocks, 1, size), dtype=torch.bool, device=keys.device)
+    padded = F.pad(visible.transpose(2, 3), (0, 0, window, window), value=False)  # (E, 1, 1, b, i)
+    near = padded.unfold(3, 2 * window + 1, 1)  # (E, 1, 1, l, i, neighbour)
+    return near.transpose(-1, -2).flatten(-2).transpose(2, 3)

@@ -1,0 +1,164 @@
+"""Run a model with another attention at the sites that the passes would lower: how forms are compared in place.
+
+A captured and lowered graph is interpreted node by node, and each site calls back. Nothing is compiled, so that one
+capture serves every form.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from monarch_compile.config import MonarchConfig, parse_options
+from monarch_compile.errors import MonarchError, PlanError
+from monarch_compile.ops import ATTENTION_OP, OPTIONS
+
+if TYPE_CHECKING:
+    from monarch_compile.passes.pipeline import Rewrite
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One run of one site: q (E, H, N_q, D), k (E, H, N_k, D), v (E, H, N_k, D_v), key_mask (E, N_k) True = visible.
+
+    `options` are the operator's: scale, block_size, num_iters, init, pad, window and prefix.
+    """
+
+    site: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    options: Mapping[str, Any]
+
+    def monarch(self, **changes: Any) -> Tensor:
+        """Monarch attention with the site's options, or others."""
+        options = {**self.options, **changes}
+        output: Tensor = ATTENTION_OP(self.q, self.k, self.v, self.key_mask, *(options[name] for name in OPTIONS))
+        return output
+
+    def exact(self) -> Tensor:
+        """Softmax attention in bounded memory; a row that sees no key gives 0."""
+        visible = None if self.key_mask is None else self.key_mask[:, None, None, :]
+        output = F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=visible, scale=self.options["scale"])
+        if visible is None:
+            return output
+        return torch.where(visible.any(-1, keepdim=True), output, output.new_zeros(()))
+
+
+Attention = Callable[[AttentionCall], Tensor]
+
+
+def monarch(call: AttentionCall) -> Tensor:
+    """The form that the options ask for."""
+    return call.monarch()
+
+
+def exact(call: AttentionCall) -> Tensor:
+    """Softmax attention."""
+    return call.exact()
+
+
+@dataclass(eq=False)
+class Switch:
+    """What the sites of every graph of a model call: to be changed between runs."""
+
+    attention: Attention = monarch
+
+
+@dataclass(eq=False)
+class Probe:
+    """A Dynamo backend that runs the passes on each graph and interprets the result, its sites calling `switch`.
+
+    Without a switch each graph runs as it was. `rewrites` are the passes' results, `failures` the errors that left
+    graphs as they were.
+    """
+
+    config: MonarchConfig
+    switch: Switch | None = None
+    rewrites: list[Rewrite] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The graph's callable."""
+        from monarch_compile.passes.pipeline import rewrite
+
+        unchanged: Callable[..., Any] = gm.forward
+        try:
+            result = rewrite(gm, example_inputs, self.config)
+        except PlanError:
+            raise
+        except Exception as error:  # the backend falls back on the same error, and so does this
+            self.failures.append(f"graph {len(self.rewrites) + len(self.failures)}: {error!r}")
+            return unchanged
+        self.rewrites.append(result)
+        return unchanged if self.switch is None else SiteInterpreter(result.after, self.switch).run
+
+
+class SiteInterpreter(Interpreter):
+    """Runs a lowered graph eagerly; each lowered site calls the switch's attention."""
+
+    def __init__(self, gm: GraphModule, switch: Switch) -> None:
+        super().__init__(gm)
+        self._switch = switch
+
+    def run_node(self, n: Node) -> Any:
+        """As the interpreter's own, but for lowered sites."""
+        if n.target is not ATTENTION_OP:
+            return super().run_node(n)
+        from monarch_compile.passes.graph import SITE_NAME
+
+        (q, k, v, key_mask, *options), _ = self.fetch_args_kwargs_from_env(n)
+        call = AttentionCall(n.meta[SITE_NAME], q, k, v, key_mask, dict(zip(OPTIONS, options, strict=True)))
+        output = self._switch.attention(call)
+        return output.transpose(1, 2).contiguous().transpose(1, 2)  # the layout that the graph was traced with
+
+
+def with_attention(
+    model: Callable[..., Any], attention: Attention, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`model`, eager, with `attention` in place of every site that the backend would lower under `options`.
+
+    For controls and for forms that the backend does not have; see `AttentionCall` for what it is given.
+    """
+    config, _ = parse_options(options)
+    return capture(model, Probe(config, Switch(attention)))
+
+
+def capture(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`model` under torch.compile with `backend` and static shapes, apart from any compilation of the user's.
+
+    The code object is a fresh one: Dynamo's caches hang on code objects.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    inner = _uncompiled(model)
+    fresh = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    compiled: Callable[..., Any] = torch.compile(fresh, backend=backend, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        try:
+            return compiled(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, MonarchError):  # ours, without Dynamo's wrapping
+                raise failure.inner_exception from None
+            raise
+
+    return call
+
+
+def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What was given to torch.compile, for a model that is compiled already."""
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+    return _uncompiled(inner) if inner is not None else model

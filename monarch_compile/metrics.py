@@ -1,0 +1,49 @@
+"""How far two outputs of a model are apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from monarch_compile.errors import InputError
+
+
+def relative_error(reference_output: Any, output: Any) -> float:
+    """||output - reference|| / ||reference|| over all floating tensors of two outputs of one structure, in float64.
+
+    Raises:
+        InputError: there is no floating tensor, or the structures differ.
+    """
+    references, outputs = (_floating_tensors(x) for x in (reference_output, output))
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in (references, outputs)]
+    if not references or shapes[0] != shapes[1]:
+        raise InputError(
+            f"outputs must hold floating tensors of the same shapes; found {shapes[0]} in {type(reference_output)} "
+            f"and {shapes[1]} in {type(output)}"
+        )
+    difference = sum(_squares(x.double() - y.double()) for x, y in zip(outputs, references, strict=True))
+    return ratio(difference, sum(_squares(y.double()) for y in references))
+
+
+def ratio(difference: float, norm: float) -> float:
+    """The relative error from two sums of squares; 0 where nothing differs, inf where the norm alone is 0."""
+    if difference == 0:
+        return 0.0
+    return math.sqrt(difference / norm) if norm else math.inf
+
+
+def squares_apart(reference: Tensor, tensor: Tensor) -> tuple[float, float]:
+    """Sums of squares, in float64: of the difference, and of the reference."""
+    return _squares(tensor.double() - reference.double()), _squares(reference.double())
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.detach().square().sum())
+
+
+def _floating_tensors(output: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]

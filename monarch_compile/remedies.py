@@ -1,0 +1,60 @@
+"""What would make an exact site lower: one sentence for every code."""
+
+from __future__ import annotations
+
+NOT_YET = "nothing in the model: this is not lowered yet"
+NEVER = "nothing: a Monarch matrix cannot hold it"
+
+REMEDIES: dict[str, str] = {
+    "as_strided": "read the result by views and slices instead of as_strided",
+    "context": "switch grad mode or autocast before the queries are scaled or after the values are mixed",
+    "cost_exact_wins": "longer sequences, or policy='always'",
+    "cross_attention": NOT_YET,
+    "device": "put queries, keys and values on one device that has kernels",
+    "dropout_active": "model.eval(), or an attention dropout of 0",
+    "dtype": "give queries, keys and values one dtype that has kernels",
+    "dynamic_seq_len": "a number for block_size, or a static length",
+    "flex_attention": NEVER + "; scaled_dot_product_attention is looked at, FlexAttention is the user's choice",
+    "fused_layer": "torch.backends.mha.set_fastpath_enabled(False), or need_weights=False",
+    "gqa": NOT_YET,
+    "head_dim": "queries and keys of one width",
+    "in_body": "move the attention out of the body; without checkpointing it would be looked at as any other",
+    "mask_bias": NEVER,
+    "mask_causal": NOT_YET,
+    "mask_fill": "fill hidden scores with -inf (or at most -1e4), or pass the mask to scaled_dot_product_attention",
+    "mask_frame": "apply every mask at one place: before, or after, heads are merged into the batch",
+    "mask_general": "a mask on the keys alone, of shape (batch, 1, 1, seq_len)",
+    "mask_key_bias": "if it only hides keys, a bool mask; a bias is not lowered yet",
+    "mask_multiplied": "hide keys before softmax, with a bool mask",
+    "mask_opaque": "a bool mask instead of a float one",
+    "mask_packed": NOT_YET,
+    "mask_prefix_causal": NOT_YET,
+    "mask_scaled": "scale the scores before they are masked",
+    "mask_sliding_window": NEVER + "; FlexAttention computes a narrow window exactly and fast",
+    "min_seq_len": "a smaller min_seq_len",
+    "mutation": "no in-place op on tensors that the attention reads, or a clone before it",
+    "no_kernels": "a device of compute capability 8.0 or later, and triton",
+    "normalisation": "softmax over the keys: every weight divided by the sum of its own row, and by no more",
+    "plan_exact": "another plan: this one keeps the site exact",
+    "policy_never": "policy='auto' or 'always'",
+    "probs_op": "nothing but casts, views and inactive dropout between softmax and the product with the values",
+    "probs_reused": "no output_attentions or need_weights: the probabilities must serve the product alone",
+    "rank": "queries, keys and values of one rank, with static leading dims beyond (batch, heads)",
+    "row_shift": "mask the scores before they are shifted, or leave the shift out: softmax ignores it",
+    "scale": "a finite scale",
+    "scale_not_constant": "a number, a 0-d tensor or one number a head for the scale",
+    "scores_layout": "the product of queries and keys as matmul, bmm, baddbmm or einsum over one shared dim",
+    "scores_op": "nothing but scales, masks, casts and views between the product and softmax",
+    "scores_reused": "the scores must serve softmax alone",
+    "scores_view": "keep queries and keys as the last two dims of the scores",
+    "softcap": NEVER,
+    "softmax_dim": "softmax over the keys, in one of the last two dims",
+    "symbolic_dims": "static num_heads and head_dim",
+    "values_layout": "the product with the values as probabilities @ values",
+}
+"""Code -> what the user can do."""
+
+
+def remedy_for(code: str) -> str:
+    """What would make a site of this code lower; '' for codes that are no refusal."""
+    return REMEDIES.get(code, "")

@@ -1,0 +1,72 @@
+"""Symbolic indices and values: what the elements of masks are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from monarch_compile.passes.graph import shape_of
+
+if TYPE_CHECKING:
+    from monarch_compile.passes.elements import Evaluator
+
+B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
+MORE = sympy.symbols("b1 b2 b3 b4", integer=True, nonnegative=True)
+PLACES = {B, *MORE, H, Q, K}
+Index = tuple[Any, ...]
+
+
+def index_of(rank: int, swapped: bool = False) -> Index:
+    """The symbolic index into scores of a rank from 2 to 8: batch dims, the heads from rank 4 on, then (q, k).
+
+    Swapped scores are (..., keys, queries).
+    """
+    lead = (B, *MORE[: rank - 4], H)[-(rank - 2) :] if rank >= 4 else (B,) * (rank - 2)
+    return (*lead, K, Q) if swapped else (*lead, Q, K)
+
+
+def broadcast(node: Any, index: Index) -> Index:
+    """The index into an operand that broadcasts against the right end of `index`."""
+    shape = shape_of(node) if isinstance(node, Node) else ()
+    tail = index[len(index) - len(shape) :]
+    return tuple(sympy.Integer(0) if isinstance(n, int) and n == 1 else i for n, i in zip(shape, tail, strict=True))
+
+
+def is_condition(value: Any) -> bool:
+    """Whether a value is a truth value; sympy counts every plain symbol as one."""
+    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
+
+
+def as_bool(value: Any) -> Any:
+    """A value as a truth value."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if is_condition(value):
+        return value
+    if isinstance(value, sympy.Piecewise):
+        branches = [(as_bool(e), c) for e, c in value.args]
+        kept = sympy.false
+        for e, c in reversed(branches):
+            kept = sympy.Or(sympy.And(c, e), sympy.And(sympy.Not(c), kept))
+        return kept
+    return sympy.Ne(value, 0)
+
+
+def as_number(value: Any) -> Any:
+    """A value as a number; a truth value counts 0 or 1."""
+    if is_condition(value):
+        return sympy.Piecewise((1, value), (0, True))
+    return sympy.sympify(value)
+
+
+def number(value: float) -> Any:
+    return sympy.Integer(int(value)) if math.isfinite(value) and float(value).is_integer() else sympy.Float(value)
+
+
+Rule = Callable[["Evaluator", Node, Index], Any]
+"""An op's element at an index, or None where it cannot be known."""

@@ -1,0 +1,291 @@
+"""Softmax written by hand: programs one step away from what is folded, each with its code.
+
+With block_size=1 Monarch attention is exact, so a lowered program has to agree with eager too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.soundness import Program, Registry, agrees, attend, result_as_kernels_leave_it, scored  # noqa: F401
+
+expect = Registry()
+
+
+def weights(q, k):
+    return torch.exp(scored(q, k))
+
+
+@expect("softmax_dim")
+def f_wrong_dim(q, k, v, m):
+    w = weights(q, k)
+    return w / w.sum(-2, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_dim_swapped(q, k, v, m):
+    w = weights(k, q)
+    return (w / w.sum(-2, keepdim=True)).mT @ v
+
+
+@expect("normalisation")
+def f_total(q, k, v, m):
+    w = weights(q, k)
+    return w / w.sum((-1, -2), keepdim=True) @ v
+
+
+@expect("normalisation")
+def f_all(q, k, v, m):
+    w = weights(q, k)
+    return w / w.sum() @ v
+
+
+@expect("normalisation")
+def f_eps(q, k, v, m):
+    w = weights(q, k)
+    return w / (w.sum(-1, keepdim=True) + 1e-3) @ v
+
+
+@expect("normalisation")
+def f_mean(q, k, v, m):
+    w = weights(q, k)
+    return w / w.mean(-1, keepdim=True) @ v
+
+
+@expect("scores_reused")
+def f_written(q, k, v, m):
+    s = scored(q, k)
+    w = s.exp()
+    s.mul_(3)
+    return w / w.sum(-1, keepdim=True) @ v, s * 1
+
+
+@expect("normalisation")
+def f_written_w(q, k, v, m):
+    w = weights(q, k)
+    z = w.sum(-1, keepdim=True)
+    w.mul_(2)
+    return w / z @ v
+
+
+@expect("normalisation")
+def f_written_alias(q, k, v, m):
+    s = scored(q, k)
+    x = s.view(-1)
+    w = s.exp()
+    x.add_(1)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("scores_reused")
+def f_escape(q, k, v, m):
+    w = weights(q, k)
+    p = w / w.sum(-1, keepdim=True)
+    return p @ v, w
+
+
+@expect("scores_reused")
+def f_escape_z(q, k, v, m):
+    w = weights(q, k)
+    z = w.sum(-1, keepdim=True)
+    return w / z @ v, z
+
+
+@expect("normalisation")
+def f_mask_float(q, k, v, m):
+    w = weights(q, k) * (m.float() * 2)[:, None, None]
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_mask_binary(q, k, v, m):
+    w = weights(q, k) * (1 - (~m).float())[:, None, None]
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_mask_int(q, k, v, m):
+    w = weights(q, k) * m.long()[:, None, None]
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("mask_general")
+def f_mask_query(q, k, v, m):
+    w = weights(q, k) * m[:, None, :, None]
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("normalisation")
+def f_mask_before_sum_only(q, k, v, m):
+    w = weights(q, k)
+    return w / (w * m[:, None, None]).sum(-1, keepdim=True) @ v
+
+
+@expect("normalisation")
+def f_mask_after_sum(q, k, v, m):
+    w = weights(q, k)
+    return (w * m[:, None, None]) / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_late(q, k, v, m):
+    w = weights(q, k)
+    return (w @ v) / w.sum(-1, keepdim=True)
+
+
+@expect("normalisation")
+def f_late_wrong(q, k, v, m):
+    w = weights(q, k)
+    return (w @ v) / w.sum(-2, keepdim=True)[..., :4]
+
+
+@expect("normalisation")
+def f_late_bc(q, k, v, m):
+    w = weights(q[:1], k[:1])
+    return (w @ v) / w.sum(-1, keepdim=True)
+
+
+@expect("normalisation")
+def f_late_T(q, k, v, m):
+    w = weights(q, k)
+    return (v.mT @ w.mT) / w.sum(-1)[:, :, None, :]
+
+
+@expect("normalisation")
+def f_late_einsum(q, k, v, m):
+    w = weights(q, k)
+    return torch.einsum("bhqk,bhkd->bqhd", w, v) / w.sum(-1).transpose(1, 2)[..., None]
+
+
+@expect("normalisation")
+def f_late_escape(q, k, v, m):
+    w = weights(q, k)
+    x = w @ v
+    return x / w.sum(-1, keepdim=True), x
+
+
+@expect("scores_reused", "scores_reused")
+def f_late_twice(q, k, v, m):
+    w = weights(q, k)
+    z = w.sum(-1, keepdim=True)
+    return (w @ v) / z + (w @ k) / z
+
+
+@expect("lowered")
+def f_late_masked(q, k, v, m):
+    w = weights(q, k) * m[:, None, None]
+    return (w @ v) / w.sum(-1, keepdim=True)
+
+
+@expect("normalisation")
+def f_late_self(q, k, v, m):
+    w = weights(q, k)
+    return (w @ w) / w.sum(-1, keepdim=True)
+
+
+@expect("lowered")
+def f_renorm(q, k, v, m):
+    p = scored(q, k).softmax(-1) * m[:, None, None]
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+@expect("probs_reused")
+def f_renorm_dim(q, k, v, m):
+    p = scored(q, k).softmax(-2) * m[:, None, None]
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_lse(q, k, v, m):
+    s = scored(q, k)
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+@expect("normalisation")
+def f_lse_other(q, k, v, m):
+    s = scored(q, k)
+    return (s - scored(k, q).logsumexp(-1, keepdim=True)).exp() @ v
+
+
+@expect("softmax_dim")
+def f_lse_dim(q, k, v, m):
+    s = scored(q, k)
+    return (s - s.logsumexp(-2, keepdim=True)).exp() @ v
+
+
+@expect("normalisation")
+def f_lse_alpha(q, k, v, m):
+    s = scored(q, k)
+    return torch.sub(s, s.logsumexp(-1, keepdim=True), alpha=2).exp() @ v
+
+
+@expect("normalisation")
+def f_logsoftmax_scaled(q, k, v, m):
+    return (scored(q, k).log_softmax(-1) * 2).exp() @ v
+
+
+@expect("lowered")
+def f_exp2(q, k, v, m):
+    w = torch.exp2(scored(q, k))
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("normalisation")
+def f_half_sum(q, k, v, m):
+    w = weights(q, k)
+    return (w / w.sum(-1, keepdim=True, dtype=torch.float64)).float() @ v
+
+
+@expect("normalisation")
+def f_nograd(q, k, v, m):
+    s = scored(q, k)
+    with torch.no_grad():
+        w = s.exp()
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_recip(q, k, v, m):
+    w = weights(q, k)
+    return w * (1 / w.sum(-1, keepdim=True)) @ v
+
+
+@expect("normalisation")
+def f_recip2(q, k, v, m):
+    w = weights(q, k)
+    return w * (2 / w.sum(-1, keepdim=True)) @ v
+
+
+@expect("lowered")
+def f_pow(q, k, v, m):
+    w = weights(q, k)
+    return w * w.sum(-1, keepdim=True) ** -1 @ v
+
+
+@expect("normalisation")
+def f_square(q, k, v, m):
+    w = weights(q, k)
+    return w * w / (w * w).sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_where(q, k, v, m):
+    w = torch.where(m[:, None, None], weights(q, k), 0.0)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("normalisation")
+def f_where2(q, k, v, m):
+    w = torch.where(m[:, None, None], weights(q, k), 0.5)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("normalisation", "normalisation")
+def f_cosh(q, k, v, m):
+    w = weights(q, k) + weights(k, q)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("fn", expect.programs, ids=lambda f: f.__name__)
+def test_rule(fn: Program) -> None:
+    assert agrees(fn) == expect.programs[fn]
