@@ -23,7 +23,7 @@ demo: $(STAMPS)/demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
 
 test-gpu: $(STAMPS)/test
 	$(BIN)/python -m pytest -m gpu $(ARGS)

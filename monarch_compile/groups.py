@@ -104,6 +104,7 @@ def _visible_neighbours(keys: Tensor, visible: Tensor | None, window: int) -> Te
     num_blocks, size = keys.shape[2], keys.shape[3]
     if visible is None:
         visible = torch.ones((1, 1, num_blocks, 1, size), dtype=torch.bool, device=keys.device)
-    padded = F.pad(visible.transpose(2, 3), (0, 0, window, window), value=False)  # (E, 1, 1, b, i)
+    # As numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
+    padded = F.pad(visible.transpose(2, 3).to(torch.float32), (0, 0, window, window))  # (E, 1, 1, b, i)
     near = padded.unfold(3, 2 * window + 1, 1)  # (E, 1, 1, l, i, neighbour)
-    return near.transpose(-1, -2).flatten(-2).transpose(2, 3)
+    return near.transpose(-1, -2).flatten(-2).transpose(2, 3) > 0

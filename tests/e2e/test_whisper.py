@@ -16,6 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from examples.whisper.audio import log_mel, read_clips, read_wav
 from examples.whisper.load import PACKAGES, load_whisper, packages_installed
+from monarch_compile.config import MonarchConfig
 from monarch_compile.reference import reference
 
 REFERENCE = "monarch_reference"
@@ -57,7 +58,7 @@ def run(encoder: nn.Module, mel: Tensor, attention: str) -> Tensor:
 
 def reference_output(encoder: nn.Module, mel: Tensor, **options) -> Tensor:
     """The eager model's output with its attention replaced by the reference."""
-    form = partial(reference, **options)
+    form = partial(reference, **{"window": MonarchConfig().window, **options})
 
     def attention(module, q, k, v, mask, *, scaling, **_):
         assert mask is None

@@ -1,0 +1,1 @@
+"""What Monarch attention costs in quality: pretrained models on real data, exact, lowered, calibrated, and controls."""

