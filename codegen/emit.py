@@ -85,7 +85,8 @@ def has_near(ir: MonarchAttention) -> bool:
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:
     """`ir` with the sizes that kernels take at run time replaced by their names."""
-    return replace(ir, batch="B", num_heads="H", num_kv_heads="H", seq_len_q="N", seq_len_k="N")
+    heads = "H" if ir.group == 1 else f"{ir.group}*H"
+    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q="N", seq_len_k="N")
 
 
 def emit(ir: MonarchAttention, schedule: Schedule) -> tuple[KernelSource, ...]:
@@ -123,6 +124,7 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
         near=role.near or (role.template == "attend" and has_near(ir)),
         window=ir.exact.window,
         prefix=ir.exact.prefix,
+        group=ir.group,
         **_masks(role, ir, tiling),
     )
     used = set(re.findall(r"\w+", render(constants={}).partition("@triton.jit")[2]))
@@ -176,7 +178,7 @@ def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
 def _constants(role: Role, ir: MonarchAttention, schedule: Schedule) -> dict[str, Any]:
     """What may stand as a literal at the top of a kernel; its text uses some."""
     tiling, near = role_tiling(role, schedule), schedule.near or schedule.summarize
-    dims: dict[str, Any] = {"BLOCK": ir.block_size}
+    dims: dict[str, Any] = {"BLOCK": ir.block_size, "GROUP": ir.group}
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
     window, prefix = ir.exact.window or 0, ir.exact.prefix

@@ -51,7 +51,8 @@ def launch(
     num_blocks = (seq_len + block_size - 1) // block_size
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
     dims, masked, exact = (int(q.shape[3]), int(v.shape[3])), key_mask is not None, ExactGroups(window, prefix)
-    problem = Problem(*dims, q.dtype, block_size, scale, num_iters, init, pad, masked, exact)
+    group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
+    problem = Problem(*dims, q.dtype, block_size, scale, num_iters, init, pad, masked, exact, group)
     launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
     with _on_device(q):
         return launcher(q, k, v, key_mask, num_blocks)
@@ -71,12 +72,13 @@ class Problem:
     pad: str
     masked: bool
     exact: ExactGroups = PAPER
+    group: int = 1
 
     def ir(self, seq_len: Dim) -> MonarchAttention:
         """The IR of this problem at one sequence length."""
         return MonarchAttention(
             batch="B",
-            num_heads="H",
+            num_heads="H" if self.group == 1 else f"{self.group}*H",
             num_kv_heads="H",
             seq_len_q=seq_len,
             seq_len_k=seq_len,
@@ -116,7 +118,10 @@ class Launcher:
         self._steps = tuple((role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(ir, schedule))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, num_blocks: Dim) -> Tensor:
-        """Run every kernel in turn: q, k (E, H, N, D), v (E, H, N, D_v) -> (E, H, N, D_v), laid out (E, N, H, D_v)."""
+        """Run every kernel in turn: q (E, H, N, D), k (E, H_kv, N, D), v (E, H_kv, N, D_v) -> (E, H, N, D_v).
+
+        The output is laid out (E, N, H, D_v).
+        """
         heads = q.shape[0] * q.shape[1]
         values: dict[str, Any] = {"num_heads": q.shape[1], "seq_len": q.shape[2], "num_blocks": num_blocks}
         rows = self._exact_rows(q, k, v, key_mask) if self.problem.exact.prefix else None
@@ -138,10 +143,11 @@ class Launcher:
         rows: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
         if scale <= 0:  # some kernels take the largest score before they scale
             rows, scale = rows * scale, 1.0
+        grouped = self.problem.group > 1
         if key_mask is None:
-            return scaled_dot_product_attention(rows, k, v, scale=scale)
+            return scaled_dot_product_attention(rows, k, v, scale=scale, enable_gqa=grouped)
         seen = key_mask.unsqueeze(1).unsqueeze(1)
-        found = scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+        found = scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
         return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:

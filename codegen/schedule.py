@@ -177,8 +177,8 @@ def check_supported(ir: MonarchAttention) -> None:
     for name, size in (("head_dim", ir.head_dim), ("value_dim", ir.value_dim)):
         if size > MAX_HEAD_DIM:
             raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
-    if ir.seq_len_q != ir.seq_len_k or ir.num_heads != ir.num_kv_heads:
-        raise CodegenError(f"no kernel for seq_len_q != seq_len_k or num_heads != num_kv_heads; found {ir}")
+    if ir.seq_len_q != ir.seq_len_k:
+        raise CodegenError(f"no kernel for seq_len_q != seq_len_k; found {ir}")
     if ir.is_causal:
         raise CodegenError(f"no kernel for causal attention; found {ir}")
 

@@ -32,8 +32,9 @@ def monarch_attention(
 
     Args:
         q: queries, (batch, num_heads, seq_len_q, head_dim); float16, bfloat16, float32 or float64.
-        k: keys, (batch, num_heads, seq_len_k, head_dim).
-        v: values, (batch, num_heads, seq_len_k, value_dim).
+        k: keys, (batch, num_kv_heads, seq_len_k, head_dim); num_heads is a multiple of num_kv_heads, and query head h
+            reads key head h // (num_heads / num_kv_heads).
+        v: values, (batch, num_kv_heads, seq_len_k, value_dim).
         block_size: keys in a block. 1, or at least seq_len_k, gives exact softmax attention.
         num_iters: pairs of updates of the two Monarch factors.
         scale: multiplies q k^T; 1 / sqrt(head_dim) when None.
@@ -66,13 +67,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise InputError(f"q, k and v must be (batch, num_heads, seq_len, dim); found {shapes}")
-    if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]):
+    if not (q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and k.shape[:3] == v.shape[:3]):
         raise InputError(
-            "q and k must agree in batch, num_heads and head_dim, k and v in batch, num_heads and seq_len; "
-            f"found {shapes}"
+            f"q and k must agree in batch and head_dim, k and v in batch, num_heads and seq_len; found {shapes}"
         )
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise InputError(f"no size may be 0; found {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise InputError(f"q's num_heads must be a multiple of k's; found {shapes}")
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise InputError(f"q, k and v must share one floating dtype; found {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:

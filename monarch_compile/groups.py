@@ -65,9 +65,12 @@ def prefix_group(
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention of a few rows q (E, H, P, D) to every key; a row that sees no key gives 0."""
+    """Softmax attention of a few rows q (E, H, P, D) to every key of their key head; 0 where a row sees no key."""
     seen = None if key_mask is None else key_mask[:, None, None, :]
-    return softmax_lse(scale * q @ k.mT, seen)[0] @ v
+    group = q.shape[1] // k.shape[1]
+    rows = torch.unflatten(q, 1, (-1, group)).flatten(2, 3)  # (E, H_kv, group * P, D)
+    found = softmax_lse(scale * rows @ k.mT, seen)[0] @ v
+    return torch.unflatten(found, 2, (group, -1)).flatten(1, 2)
 
 
 def shares(lses: Sequence[Tensor]) -> list[Tensor]:

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One run of one site: q (E, H, N_q, D), k (E, H, N_k, D), v (E, H, N_k, D_v), key_mask (E, N_k) True = visible.
+    """One run of one site: q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k).
 
-    `options` are the operator's: scale, block_size, num_iters, init, pad, window and prefix.
+    key_mask is True where a key is visible. `options` are the operator's: scale, block_size, num_iters, init,
+    pad, window and prefix.
     """
 
     site: str
@@ -47,7 +48,14 @@ class AttentionCall:
     def exact(self) -> Tensor:
         """Softmax attention in bounded memory; a row that sees no key gives 0."""
         visible = None if self.key_mask is None else self.key_mask[:, None, None, :]
-        output = F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=visible, scale=self.options["scale"])
+        output = F.scaled_dot_product_attention(
+            self.q,
+            self.k,
+            self.v,
+            attn_mask=visible,
+            scale=self.options["scale"],
+            enable_gqa=self.q.shape[1] != self.k.shape[1],
+        )
         if visible is None:
             return output
         return torch.where(visible.any(-1, keepdim=True), output, output.new_zeros(()))

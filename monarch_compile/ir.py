@@ -80,6 +80,14 @@ class MonarchAttention:
         verify(self)
 
     @property
+    def group(self) -> int:
+        """Query heads that share a key head: head h reads key head h // group. Named counts read "4*H" beside "H"."""
+        if isinstance(self.num_heads, int) and isinstance(self.num_kv_heads, int):
+            return self.num_heads // self.num_kv_heads
+        times, _, name = str(self.num_heads).rpartition("*")
+        return int(times) if times and name == str(self.num_kv_heads) else 1
+
+    @property
     def num_blocks(self) -> int | None:
         """Number of blocks M, or None while seq_len_k is symbolic."""
         return -(-self.seq_len_k // self.block_size) if isinstance(self.seq_len_k, int) and self.block_size else None
@@ -119,7 +127,7 @@ def _positive(*dims: Dim) -> bool:
 def _heads_divide(ir: MonarchAttention) -> bool:
     if isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
         return ir.num_heads % ir.num_kv_heads == 0
-    return ir.num_heads == ir.num_kv_heads
+    return ir.num_heads == ir.num_kv_heads or ir.group > 1
 
 
 RULES: tuple[Rule, ...] = (

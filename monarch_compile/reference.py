@@ -28,8 +28,10 @@ def reference(
     window: int | None = None,
     prefix: int = 0,
 ) -> Tensor:
-    """Monarch attention of q (E, H, N_q, D), k (E, H, N_k, D), v (E, H, N_k, D_v) -> (E, H, N_q, D_v).
+    """Monarch attention of q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v).
 
+    H is a multiple of H_kv, and query head h reads key head h // (H / H_kv): nothing is copied for it, since offsets of
+    the queries never mix, and the heads that share keys stand side by side as offsets (H_kv, H / H_kv * j).
     `key_mask` (E, N_k) bool is True where a key is visible. A row that sees no key outputs 0. float16 and bfloat16 are
     computed in float32. The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
     `window` and `prefix` are those of `ir.ExactGroups`; the first `prefix` rows attend to every key exactly, and
@@ -41,12 +43,11 @@ def reference(
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     num_blocks = -(-seq_len_k // block_size)
     block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
-    q_blocks, keys, values = (
-        _to_blocks(x, num_blocks, size, pad).contiguous()
-        for x, size in ((q, block_size_q), (k, block_size), (v, block_size))
-    )
+    group = q.shape[1] // k.shape[1]
+    q_blocks = _grouped(_to_blocks(q, num_blocks, block_size_q, pad), group).contiguous()
+    keys, values = (_to_blocks(x, num_blocks, block_size, pad).contiguous() for x in (k, v))
     visible = _far_keys(keys, seq_len_k, pad, key_mask, prefix)
-    row_is_real, row_reads = (_rows(q_blocks, seq_len_q, pad, skipped) for skipped in (0, prefix))
+    row_is_real, row_reads = (_rows(q_blocks, seq_len_q, pad, skipped, group) for skipped in (0, prefix))
     near = []  # values (E, H, l, j, D_v) and logsumexps (E, H, l, j) of the exact groups
     if window is not None:
         near.append(window_group(q_blocks, keys, values, visible, window, scale))
@@ -73,7 +74,7 @@ def reference(
     z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
     if near:
         z = merge([z, *(value.transpose(2, 3) for value, _ in near)], [far_lse, *near_lses])
-    output = _from_blocks(z, seq_len_q, pad)
+    output = _from_blocks(z, seq_len_q, pad, group)
     if prefix:
         rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale)
         output = torch.cat([rows.transpose(1, 2), output.transpose(1, 2)[:, prefix:]], 1).transpose(1, 2)
@@ -101,18 +102,24 @@ def _to_blocks(x: Tensor, num_blocks: int, size: int, pad: str) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], num_blocks, size, x.shape[3])
 
 
-def _from_blocks(z: Tensor, seq_len: int, pad: str) -> Tensor:
-    batch, heads, size, num_blocks, dim = z.shape
-    rows = z.permute(0, 3, 2, 1, 4).reshape(batch, num_blocks * size, heads, dim)
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """From (E, H, l, j, D) to (E, H_kv, l, group * j, D): heads that share keys become offsets."""
+    return torch.unflatten(x, 1, (-1, group)).transpose(2, 3).flatten(3, 4)
+
+
+def _from_blocks(z: Tensor, seq_len: int, pad: str, group: int) -> Tensor:
+    batch, kv_heads, offsets, num_blocks, dim = z.shape
+    size = offsets // group
+    rows = torch.unflatten(z, 2, (group, size)).permute(0, 4, 3, 1, 2, 5)
+    rows = rows.reshape(batch, num_blocks * size, kv_heads * group, dim)
     start = 0 if pad == "post" else num_blocks * size - seq_len
     return rows[:, start : start + seq_len].transpose(1, 2)
 
 
-def _positions(x: Tensor, seq_len: int, pad: str, prefix: int) -> Tensor:
+def _positions(num_blocks: int, size: int, seq_len: int, pad: str, prefix: int, device: torch.device) -> Tensor:
     """Whether position (block, offset) of the padded sequence is a real one after the prefix: (blocks, size) bool."""
-    num_blocks, size = x.shape[2], x.shape[3]
     start = 0 if pad == "post" else num_blocks * size - seq_len
-    index = torch.arange(num_blocks * size, device=x.device).view(num_blocks, size)
+    index = torch.arange(num_blocks * size, device=device).view(num_blocks, size)
     return (index >= start + prefix) & (index < start + seq_len)
 
 
@@ -127,7 +134,7 @@ def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None, pre
         return padded.view(key_mask.shape[0], 1, num_blocks, 1, size)
     if not missing and not prefix:
         return None
-    return _positions(keys, seq_len, pad, prefix).view(1, 1, num_blocks, 1, size)
+    return _positions(num_blocks, size, seq_len, pad, prefix, keys.device).view(1, 1, num_blocks, 1, size)
 
 
 def _far_blocks(visible: Tensor | None, num_blocks: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -139,12 +146,14 @@ def _far_blocks(visible: Tensor | None, num_blocks: int, window: int | None, dev
     return far[None, None, None] if seen is None else far & seen
 
 
-def _rows(q: Tensor, seq_len: int, pad: str, prefix: int) -> Tensor | None:
+def _rows(q: Tensor, seq_len: int, pad: str, prefix: int, group: int) -> Tensor | None:
     """(1, 1, j, l, 1) bool: rows that are neither padding nor before `prefix`; None where all are such."""
-    num_blocks, size = q.shape[2], q.shape[3]
+    num_blocks, offsets = q.shape[2], q.shape[3]
+    size = offsets // group
     if num_blocks * size == seq_len and not prefix:
         return None
-    return _positions(q, seq_len, pad, prefix).t().view(1, 1, size, num_blocks, 1)
+    real = _positions(num_blocks, size, seq_len, pad, prefix, q.device).t()
+    return real.expand(group, -1, -1).reshape(1, 1, offsets, num_blocks, 1)
 
 
 def _mean_query(q_at: Tensor, row_is_real: Tensor | None) -> Tensor:

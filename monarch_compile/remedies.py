@@ -16,7 +16,7 @@ REMEDIES: dict[str, str] = {
     "dynamic_seq_len": "a number for block_size, or a static length",
     "flex_attention": NEVER + "; scaled_dot_product_attention is looked at, FlexAttention is the user's choice",
     "fused_layer": "torch.backends.mha.set_fastpath_enabled(False), or need_weights=False",
-    "gqa": NOT_YET,
+    "gqa": "tensors of (batch, num_heads, seq_len, dim), with one static number of heads for keys and values",
     "head_dim": "queries and keys of one width",
     "in_body": "move the attention out of the body; without checkpointing it would be looked at as any other",
     "mask_bias": NEVER,

@@ -78,6 +78,7 @@ def _from_sdpa(node: Node) -> AttentionRegion:
         found = [len(shape_of(x)) for x in (q, k, v)]
         raise Miss("rank", f"q, k and v must share a rank of 2 to {MAX_RANK}; found {found}", node)
     lead = shape_of(q)[:-2]
+    group = _group_of(node, q, k, v) if node.kwargs.get("enable_gqa", False) else 1
     masks = []
     if isinstance(mask, Node):
         role = "keep" if mask.meta["val"].dtype == torch.bool else "add"
@@ -97,8 +98,19 @@ def _from_sdpa(node: Node) -> AttentionRegion:
         out_dims=identity,
         interior=(node,),
         is_causal=bool(arg(node, 5, "is_causal", False)),
-        enable_gqa=bool(node.kwargs.get("enable_gqa", False)),
+        group=group,
     )
+
+
+def _group_of(node: Node, q: Node, k: Node, v: Node) -> int:
+    """How many query heads share a key head under enable_gqa."""
+    own, *others = (shape_of(x)[-3:-2] for x in (q, k, v))
+    heads = [x[0] for x in (own, *others) if x and isinstance(x[0], int)]
+    if len(heads) != 3 or (len(shape_of(q)) == 3 and heads[0] != heads[1]):
+        raise Miss("gqa", "grouped-query attention needs four dims and static numbers of heads", node)
+    if heads[1] != heads[2]:
+        raise Miss("gqa", f"keys have {heads[1]} heads and values {heads[2]}", node)
+    return int(heads[0] // heads[1])
 
 
 def _from_softmax(anchor: Node) -> AttentionRegion:

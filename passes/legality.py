@@ -82,15 +82,9 @@ def _is_static(size: Any) -> bool:
     return isinstance(size, int)
 
 
-def _check_gqa(region: AttentionRegion, context: Context) -> str | None:
-    heads = {str(_lead_of(x)[-1:]) for x in _operands(region)}
-    if region.enable_gqa and len(heads) > 1:
-        return "grouped-query attention (enable_gqa) is not lowered yet"
-    return None
-
-
 def _check_lead(region: AttentionRegion, context: Context) -> str | None:
-    for operand, lead in ((region.q, region.qk_lead), (region.k, region.qk_lead), (region.v, region.pv_lead)):
+    wanted = region.qk_lead, region.kv_lead(region.qk_lead), region.kv_lead(region.pv_lead)
+    for operand, lead in zip(_operands(region), wanted, strict=True):
         for own, whole in zip(_lead_of(operand), lead, strict=True):
             if not (str(own) == str(whole) or (_is_static(own) and own == 1)):
                 return f"batch and head sizes do not fit together: {own} beside {whole}"
@@ -219,7 +213,6 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("gqa", _check_gqa),
     Check("rank", _check_lead),
     Check("values_layout", _check_values),
     Check("cross_attention", _check_cross),

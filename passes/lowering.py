@@ -20,11 +20,12 @@ from monarch_compile.plan import SiteForm
 def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) -> MonarchAttention:
     """The IR of a legal region. Raises IRError when the options break one of its rules."""
     batch, heads = (dim_of(n) for n in region.lead)
+    kv_heads = dim_of(region.kv_lead(region.lead)[1])
     masked = any(fact.kind == "key_padding" for fact in facts)
     return MonarchAttention(
         batch=batch,
         num_heads=heads,
-        num_kv_heads=heads,
+        num_kv_heads=kv_heads,
         seq_len_q=dim_of(region.q_shape[2]),
         seq_len_k=dim_of(region.k_shape[2]),
         head_dim=int(region.q_shape[3]),
@@ -46,8 +47,9 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
     keeps_strides = strides_are_seen(output)
     with graph.inserting_before(output):
         q = _scaled(graph, _operand(graph, region.q, region.qk_lead, region.lead), region.factors)
-        k = _operand(graph, region.k, region.qk_lead, region.lead)
-        v = _operand(graph, region.v, region.pv_lead, region.lead)
+        frame = region.kv_lead(region.lead)
+        k = _operand(graph, region.k, region.kv_lead(region.qk_lead), frame)
+        v = _operand(graph, region.v, region.kv_lead(region.pv_lead), frame)
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind == "key_padding"]
         key_mask = _key_mask(graph, masks, region)
         op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(ir)))
@@ -124,7 +126,7 @@ def _symbolic_size(graph: Graph, size: Any) -> Node:
     raise ValueError(f"no node has the symbolic size {size}")
 
 
-def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple[Any, Any]) -> Node:
+def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple[Any, ...]) -> Node:
     """The operand as (batch, heads, seq_len, dim), by views wherever its layout allows."""
     node, own = _current(operand.node), shape_of(operand.node)
     order = [dim for dim in operand.dims if dim is not None]

@@ -29,6 +29,7 @@ from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
 from monarch_compile.passes.graph import SITE_NAME, site_name
+from monarch_compile.passes.heads import share_heads
 from monarch_compile.passes.lowering import lower
 from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.operands import as_they_lie, hoist_scales
@@ -102,7 +103,7 @@ def _hoist_scales(state: State) -> str:
 
 def _match(state: State) -> str:
     found = find_sites(state.graph)
-    state.sites = [as_they_lie(s) if isinstance(s, AttentionRegion) else s for s in found]
+    state.sites = [share_heads(as_they_lie(s)) if isinstance(s, AttentionRegion) else s for s in found]
     return f"{len(state.sites)} attention sites found"
 
 

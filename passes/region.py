@@ -69,7 +69,8 @@ class AttentionRegion:
     `lead` are the leading dims (batch, heads) that the lowered form uses: two sizes. `qk_lead` and `pv_lead` are the
     leading dims of the two products as written. `output` is the node to replace; its dims are `out_dims` of
     (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite, `skipped` those between
-    the products and the operands that it no longer reads. `factors` multiply the scores beside `scale`.
+    the products and the operands that it no longer reads. `factors` multiply the scores beside `scale`. `group` query
+    heads share a key head: k and v have so many fewer heads than q.
     """
 
     anchor: Node
@@ -86,8 +87,12 @@ class AttentionRegion:
     interior: tuple[Node, ...]
     skipped: tuple[Node, ...] = ()
     is_causal: bool = False
-    enable_gqa: bool = False
     factors: tuple[Factor, ...] = ()
+    group: int = 1
+
+    def kv_lead(self, lead: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Leading dims of q as those of k and v."""
+        return lead if self.group == 1 else (*lead[:-1], lead[-1] // self.group)
 
     def _size(self, operand: Operand, place: int) -> Any:
         dim = operand.dims[place]
@@ -100,13 +105,13 @@ class AttentionRegion:
 
     @property
     def k_shape(self) -> tuple[Any, ...]:
-        """(batch, num_heads, seq_len_k, head_dim)."""
-        return (*self.lead, self._size(self.k, -2), self._size(self.k, -1))
+        """(batch, num_kv_heads, seq_len_k, head_dim)."""
+        return (*self.kv_lead(self.lead), self._size(self.k, -2), self._size(self.k, -1))
 
     @property
     def v_shape(self) -> tuple[Any, ...]:
-        """(batch, num_heads, seq_len_k, value_dim)."""
-        return (*self.lead, self._size(self.v, -2), self._size(self.v, -1))
+        """(batch, num_kv_heads, seq_len_k, value_dim)."""
+        return (*self.kv_lead(self.lead), self._size(self.v, -2), self._size(self.v, -1))
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
         q, k, v, attn_mask=m[:, None, :, None] | m[:, None, None, :]
     ),
     "cross": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, :, :5], k, v),
-    "grouped_queries": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "grouped_unequally": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, :1], v, enable_gqa=True),
+    "grouped_batch": lambda q, k, v, m: F.scaled_dot_product_attention(q[0], k[0, :1], v[0, :1], enable_gqa=True),
     "half_values": lambda q, k, v, m: torch.softmax(scored(q, k), -1).half() @ v.half(),
     "clamped": lambda q, k, v, m: attend(scored(q, k).clamp(-3, 3), v),
     "squared_relu": lambda q, k, v, m: F.relu(scored(q, k)).square() @ v,

@@ -158,6 +158,61 @@ SDPA: dict[str, Program] = {
 }
 
 
+# ---- fewer key heads than query heads -------------------------------------------------------------------------------
+
+
+def twice(q: Tensor) -> Tensor:
+    """Twice as many query heads as there are key heads."""
+    return torch.cat([q, -q], 1)
+
+
+def _repeat_kv(x: Tensor) -> Tensor:
+    return x[:, :, None].expand(BATCH, HEADS, 2, SEQ_LEN, HEAD_DIM).reshape(BATCH, HEADS * 2, SEQ_LEN, HEAD_DIM)
+
+
+def _repeat_unsplit(x: Tensor) -> Tensor:
+    """Repeated as (batch, seq, heads, dim), then transposed."""
+    return x.transpose(1, 2).contiguous().repeat_interleave(2, dim=2).transpose(1, 2)
+
+
+def _grouped_einsum(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = torch.einsum("bhgqd,bhkd->bhgqk", twice(q).unflatten(1, (HEADS, 2)), k) * 0.3
+    return torch.einsum("bhgqk,bhkd->bhgqd", scores.masked_fill(~m[:, None, None, None], -INF).softmax(-1), v)
+
+
+SHARED: dict[str, Program] = {
+    "enable_gqa": lambda q, k, v, m: F.scaled_dot_product_attention(twice(q), k, v, enable_gqa=True),
+    "enable_gqa_masked": lambda q, k, v, m: F.scaled_dot_product_attention(
+        twice(q), k, v, attn_mask=m[:, None, None, :], enable_gqa=True
+    ),
+    "enable_gqa_one_head": lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "enable_gqa_5d": lambda q, k, v, m: F.scaled_dot_product_attention(
+        twice(q)[:, None], k[:, None], v[:, None], enable_gqa=True
+    ),
+    "repeat_kv": lambda q, k, v, m: F.scaled_dot_product_attention(twice(q), _repeat_kv(k), _repeat_kv(v)),
+    "repeat_kv_spelled": lambda q, k, v, m: attend(
+        scored(twice(q), _repeat_kv(k)).masked_fill(hidden(m), -INF), _repeat_kv(v)
+    ),
+    "repeat_interleave": lambda q, k, v, m: attend(
+        scored(twice(q), k.repeat_interleave(2, dim=1)), v.repeat_interleave(2, 1)
+    ),
+    "repeat_unsplit": lambda q, k, v, m: attend(scored(twice(q), _repeat_unsplit(k)), _repeat_unsplit(v)),
+    "repeat_one_head": lambda q, k, v, m: attend(
+        scored(q, k[:, :1].repeat(1, HEADS, 1, 1)), v[:, :1].expand(-1, HEADS, -1, -1).contiguous()
+    ),
+    "einsum": _grouped_einsum,
+    "einsum_one_head": lambda q, k, v, m: torch.einsum(
+        "bhqk,bkd->bhqd", (torch.einsum("bhqd,bkd->bhqk", q, k[:, 0]) * 0.3).softmax(-1), v[:, 0]
+    ),
+    "wider_values": lambda q, k, v, m: F.scaled_dot_product_attention(
+        twice(q), k, torch.cat([v, v], -1), enable_gqa=True
+    ),
+    "tiled": lambda q, k, v, m: attend(scored(twice(q), k.repeat(1, 2, 1, 1)), v.repeat(1, 2, 1, 1)),
+    "keys_tiled_values_repeated": lambda q, k, v, m: attend(scored(twice(q), k.repeat(1, 2, 1, 1)), _repeat_kv(v)),
+}
+"""The last two are no groups of neighbouring heads: they are lowered with the heads as they were repeated."""
+
+
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
 ROOT = math.sqrt(HEAD_DIM)
@@ -353,8 +408,16 @@ AFTER: dict[str, Program] = {
     "chained": lambda q, k, v, m: attend(scored(attend(scored(q, k), v), k), v),
 }
 
-TABLES = {"product": PRODUCTS, "sdpa": SDPA, "scale": SCALES, "softmax": SOFTMAXES, "mask": MASKS, "after": AFTER}
-TRAINED = ("product", "sdpa", "scale", "softmax", "mask")
+TABLES = {
+    "product": PRODUCTS,
+    "sdpa": SDPA,
+    "heads": SHARED,
+    "scale": SCALES,
+    "softmax": SOFTMAXES,
+    "mask": MASKS,
+    "after": AFTER,
+}
+TRAINED = ("product", "sdpa", "heads", "scale", "softmax", "mask")
 """Tables that are captured under grad mode as well; what they spell without a gradient (`safe_inplace`) included."""
 
 

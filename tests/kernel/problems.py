@@ -32,11 +32,13 @@ class Case:
     num_heads: int = 1
     window: int | None = None
     prefix: int = 0
+    group: int = 1  # query heads that share a key head
 
     def __str__(self) -> str:
         size = f"n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
         groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
-        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}"
+        shared = "" if self.group == 1 else f"-g{self.group}"
+        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}"
 
     @property
     def options(self) -> dict[str, object]:
@@ -55,12 +57,14 @@ class Case:
 def tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Standard normal q, k, v in the case's layout, and its key mask."""
     generator = torch.Generator().manual_seed(case.seq_len)
-    shape = (case.batch, case.num_heads, case.seq_len)
+    heads = (case.num_heads, case.num_heads // case.group)
 
-    def random(dim: int) -> Tensor:
-        return layout(torch.randn(*shape, dim, generator=generator).to(device, dtype), case.layout)
+    def random(heads: int, dim: int) -> Tensor:
+        values = torch.randn(case.batch, heads, case.seq_len, dim, generator=generator)
+        return layout(values.to(device, dtype), case.layout)
 
-    return random(case.head_dim), random(case.head_dim), random(case.value_dim), key_mask(case, device)
+    q, k, v = (random(*x) for x in ((heads[0], case.head_dim), (heads[1], case.head_dim), (heads[1], case.value_dim)))
+    return q, k, v, key_mask(case, device)
 
 
 def layout(x: Tensor, kind: str) -> Tensor:

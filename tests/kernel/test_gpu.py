@@ -56,6 +56,8 @@ GROUPED = tuple(  # with exact groups: some of all combinations, each in one dty
     )
 )
 WINDOWS = (
+    replace(PLAIN, num_heads=6, group=3, window=1, prefix=4, mask="some"),
+    replace(PLAIN, num_heads=6, group=2, num_iters=2, init="mean"),
     replace(PLAIN, window=1),
     Case(777, 45, 25, 80, num_heads=2, window=1, prefix=4, mask="blocks"),
     Case(777, 45, 128, 128, num_heads=2, window=1, prefix=4, mask="some"),

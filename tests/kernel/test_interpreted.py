@@ -71,6 +71,12 @@ GROUPS = (
     Case(13, 5, 16, 16, 3, "mean", "post", "blocks", window=7, prefix=5),
     Case(45, 20, 16, 16, 2, "identity", "post", "some", batch=1, window=1, prefix=22),
 )
+SHARED = (  # fewer key heads than query heads
+    Case(23, 5, 16, 16, num_heads=4, group=2, mask="some"),
+    Case(23, 5, 16, 20, 2, "mean", "pre", num_heads=3, group=3, batch=1),
+    Case(23, 5, 25, 16, num_heads=4, group=2, layout="packed", window=1, prefix=2, mask="blocks"),
+    Case(45, 20, 16, 16, 2, num_heads=6, group=3, batch=1, window=1, prefix=3, layout="transposed"),
+)
 LAYOUTS = tuple(replace(PLAIN, layout=kind, mask="some") for kind in ("packed", "transposed", "unaligned"))
 
 
@@ -94,6 +100,15 @@ def test_several_tiles(case: Case) -> None:
 @pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_exact_groups(case: Case) -> None:
     check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_shared_keys(case: Case) -> None:
+    """Bit for bit what the same keys and values give when they are repeated for every query head."""
+    found = check(case, torch.float32, "cpu")
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    repeated = (x.repeat_interleave(case.group, dim=1) for x in (k, v))
+    assert torch.equal(found, launch(q, *repeated, mask, **case.options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -55,6 +55,7 @@ GOLDENS = {
         BASE, block_size=200, pad="pre", mask=MaskKind.KEY_PADDING, exact=ExactGroups(1, 4)
     ),
     "prefix": dataclasses.replace(BASE, exact=ExactGroups(None, 5)),
+    "shared_keys": dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(1)),
     "t2_window": dataclasses.replace(BASE, num_iters=2, exact=ExactGroups(2)),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,11 +74,12 @@ groups = st.builds(
 
 @st.composite
 def irs(draw: st.DrawFn) -> MonarchAttention:
-    heads, seq_len = draw(st.integers(1, 64)), draw(st.one_of(st.just("s0"), st.integers(1, 1 << 20)))
+    kv_heads, group = draw(st.integers(1, 64)), draw(st.sampled_from((1, 1, 2, 5)))
+    seq_len = draw(st.one_of(st.just("s0"), st.integers(1, 1 << 20)))
     return MonarchAttention(
         batch=draw(st.integers(1, 1024)),
-        num_heads=heads,
-        num_kv_heads=heads,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
         seq_len_q=seq_len,
         seq_len_k=seq_len,
         head_dim=draw(st.integers(1, 256)),
@@ -129,7 +131,6 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
         ({"head_dim": 257}, "head_dim=257"),
         ({"value_dim": 512}, "value_dim=512"),
         ({"seq_len_k": 900}, "seq_len_q != seq_len_k"),
-        ({"num_kv_heads": 4}, "num_kv_heads"),
         ({"is_causal": True}, "causal"),
     ],
 )
@@ -190,7 +191,8 @@ def _check_names(function: ast.FunctionDef) -> None:
 
 @given(irs(), schedules, st.integers(1, 99), st.integers(1, 1 << 20))
 def test_text_does_not_depend_on_run_time_sizes(ir: MonarchAttention, schedule: Schedule, count: int, n: int) -> None:
-    other = with_length(dataclasses.replace(ir, batch=count, num_heads=count, num_kv_heads=count), n)
+    heads = {"num_heads": count * ir.group, "num_kv_heads": count}
+    other = with_length(dataclasses.replace(ir, batch=count, **heads), n)
     assert emit(ir, schedule) == emit(other, schedule)
     assert canonical(ir) == canonical(other)
 

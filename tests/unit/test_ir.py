@@ -80,6 +80,17 @@ def test_a_broken_rule_is_named_with_the_printed_ir(message: str) -> None:
     assert "monarch.attention<" in str(caught.value)
 
 
+def test_query_heads_share_key_heads() -> None:
+    assert BASE.group == 1
+    shared = dataclasses.replace(BASE, num_kv_heads=2)
+    assert shared.group == 4
+    assert "q[2,8,1500,64] k[2,2,1500,64] v[2,2,1500,64]" in str(shared)
+    assert dataclasses.replace(BASE, num_heads="4*H", num_kv_heads="H").group == 4
+    for heads in ("H", "0*H", "3*G"):
+        with pytest.raises(IRError, match="multiple of num_kv_heads"):
+            dataclasses.replace(BASE, num_heads=heads, num_kv_heads="K" if heads == "H" else "H")
+
+
 def test_later_forms_are_representable() -> None:
     grouped = dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(window=1, prefix=4), is_causal=True)
     assert "causal=true window=1 prefix=4" in str(grouped)

@@ -36,10 +36,12 @@ class Problem:
     seed: int
     window: int | None = None
     prefix: int = 0
+    group: int = 1  # query heads that share a key head
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(self.seed)
-        q = self.spread * torch.randn(self.batch, self.heads, self.n_q, self.dim, generator=g, dtype=torch.float64)
+        heads = self.heads * self.group
+        q = self.spread * torch.randn(self.batch, heads, self.n_q, self.dim, generator=g, dtype=torch.float64)
         k = torch.randn(self.batch, self.heads, self.n_k, self.dim, generator=g, dtype=torch.float64)
         v = torch.randn(self.batch, self.heads, self.n_k, self.value_dim, generator=g, dtype=torch.float64)
         return q, k, v
@@ -77,12 +79,13 @@ def problems(draw: st.DrawFn, square: bool = True, groups: bool = True) -> Probl
         seed=draw(st.integers(0, 2**20)),
         window=draw(st.sampled_from([None, 0, 1, 2, 30])) if groups else None,
         prefix=draw(st.sampled_from([0, 1, 4, 30])) if groups else 0,
+        group=draw(st.sampled_from([1, 1, 2, 3])),
     )
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
     mask = None if padding is None else ~padding[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def _close(x: Tensor, y: Tensor) -> None:
@@ -96,8 +99,9 @@ def test_reference_is_the_dense_form(p: Problem, masked: bool) -> None:
     padding = p.mask() if masked else torch.zeros(p.batch, p.n_k, dtype=torch.bool)
     output = p.run(q, k, v, padding if masked else None)
     for b in range(p.batch):
-        for h in range(p.heads):
-            _close(output[b, h], p.dense(q[b, h], k[b, h], ~padding[b]).matrix @ v[b, h])
+        for h in range(p.heads * p.group):
+            kv = h // p.group
+            _close(output[b, h], p.dense(q[b, h], k[b, kv], ~padding[b]).matrix @ v[b, kv])
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,10 +112,11 @@ def test_fact_1_rows_are_distributions_and_output_is_linear_in_v(p: Problem) -> 
     assert (matrix >= -EPS).all()
     _close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
     output = p.run(q, k, v)
+    v = v.repeat_interleave(p.group, 1)
     _close(output, matrix @ v)
     assert (output <= v.amax(2, keepdim=True) + EPS).all()
     assert (output >= v.amin(2, keepdim=True) - EPS).all()
-    _close(p.run(q, k, 2 * v + 1), 2 * output + 1)
+    _close(p.run(q, k, 2 * p.tensors()[2] + 1), 2 * output + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,7 +168,7 @@ def test_fact_5_rectangular_attention(p: Problem) -> None:
     assume(p.n_q != p.n_k)
     q, k, v = p.tensors()
     output = p.run(q, k, v)
-    assert output.shape == (p.batch, p.heads, p.n_q, p.value_dim)
+    assert output.shape == (p.batch, p.heads * p.group, p.n_q, p.value_dim)
     _close(output[0, 0], p.dense(q[0, 0], k[0, 0], torch.ones(p.n_k, dtype=torch.bool)).matrix @ v[0, 0])
 
 
@@ -267,7 +272,7 @@ def test_output_memory_is_in_batch_seq_heads_order() -> None:
 
 def test_gradients_flow_and_agree_with_finite_differences() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 1, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, 7, 3, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
     padding = torch.zeros(1, 7, dtype=torch.bool)
     padding[0, 4:] = True
     for window, prefix in ((None, 0), (0, 1), (1, 0)):
@@ -280,6 +285,7 @@ def test_gradients_flow_and_agree_with_finite_differences() -> None:
 BAD_INPUTS = {
     "q, k and v must be (batch": lambda q: (q[0], q[0], q[0], {}),
     "must agree": lambda q: (q, q[:, :1], q, {}),
+    "num_heads must be a multiple of k's": lambda q: (q[:, :1], q, q, {}),
     "no size may be 0": lambda q: (q[:, :, :0], q[:, :, :0], q[:, :, :0], {}),
     "share one floating dtype": lambda q: (q, q.half(), q, {}),
     "key_padding_mask must be bool": lambda q: (q, q, q, {"key_padding_mask": torch.zeros(1, 5)}),
