@@ -125,6 +125,7 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
         window=ir.exact.window,
         prefix=ir.exact.prefix,
         group=ir.group,
+        whole=schedule.whole,
         **_masks(role, ir, tiling),
     )
     used = set(re.findall(r"\w+", render(constants={}).partition("@triton.jit")[2]))

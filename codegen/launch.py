@@ -122,6 +122,8 @@ class Launcher:
 
         The output is laid out (E, N, H, D_v).
         """
+        if self.schedule.whole and not (isinstance(num_blocks, int) and num_blocks <= self.schedule.attend.step):
+            raise CodegenError(f"these kernels are for at most {self.schedule.attend.step} blocks; found {num_blocks}")
         heads = q.shape[0] * q.shape[1]
         values: dict[str, Any] = {"num_heads": q.shape[1], "seq_len": q.shape[2], "num_blocks": num_blocks}
         rows = self._exact_rows(q, k, v, key_mask) if self.problem.exact.prefix else None

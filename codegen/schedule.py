@@ -61,6 +61,7 @@ class Schedule:
     near: rows j, step i (what the exact groups say to each query); None where there are none.
     fused: whether the exact groups are part of stage 1, whose queries must be the sequence's own (`can_fuse`);
         they then share all of its tiling but the step. Else they have a kernel of their own.
+    whole: whether stage 2 meets all blocks in one step, without a loop: there are at most `attend.step` of them.
     dot_precision: how float32 products are formed, "ieee" or "tf32x3"; 16-bit products are exact either way.
     """
 
@@ -70,6 +71,7 @@ class Schedule:
     dot_precision: str = "tf32x3"
     near: Tiling | None = None
     fused: bool = True
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.dot_precision not in DOT_PRECISIONS:
@@ -86,7 +88,7 @@ class Schedule:
     def __str__(self) -> str:
         tilings = " ".join(f"{name}={tiling}" for name, tiling in self.tilings())
         place = "" if self.near is None else " fused" if self.fused else " apart"
-        return f"{tilings}{place} dot={self.dot_precision}"
+        return f"{tilings}{place}{' whole' if self.whole else ''} dot={self.dot_precision}"
 
 
 # (bytes of an element, largest padded head or value dim) -> tilings, each tile already the largest worth trying. The
@@ -99,6 +101,11 @@ TABLE: dict[tuple[int, int], Schedule] = {
     (4, 128): Schedule(Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
     (4, 256): Schedule(Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1)),
 }
+
+
+WHOLE_BLOCKS = {(2, 64): 128}
+"""The most blocks that stage 2 meets in one step, by the key of `TABLE`; where nothing stands, its table decides."""
+WHOLE_ROWS = 64
 
 
 class NearRow(NamedTuple):
@@ -138,6 +145,8 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     rows = () if ir.exact == PAPER else NEAR_TABLE.get(key, ())
     fits = (r.schedule for r in rows if ir.block_size <= r.block_size and (blocks or math.inf) <= r.num_blocks)
     best = next(fits, TABLE[key])
+    if blocks is not None and blocks <= WHOLE_BLOCKS.get(key, 0):
+        best = replace(best, attend=Tiling(WHOLE_ROWS, padded(blocks), best.attend.num_warps, 1))
     limit = 1024 * SHARED_LIMITS.get(capability or (0, 0), DEFAULT_SHARED_LIMIT)
     fitted = Schedule(
         _fit(best.summarize, ir, ir.block_size),
@@ -147,6 +156,7 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     )
     within: dict[str, Any] = {name: _within(tiling, ir, limit) for name, tiling in fitted.tilings()}
     schedule = replace(fitted, **within)
+    schedule = replace(schedule, whole=blocks is not None and blocks <= schedule.attend.step)
     if ir.exact == PAPER:
         return schedule
     return replace(schedule, near=_near(schedule.summarize, best, ir, limit), fused=can_fuse(ir))

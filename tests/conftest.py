@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -22,7 +23,10 @@ def pytest_configure() -> None:
 
     Triton's own library (tl.max, tl.sum) takes a side when triton is first imported, so that import happens here; our
     kernels take theirs when they are loaded. The variable itself is put back: nothing else should be interpreted.
+    How fast examples are drawn says something of the machine, nothing of the code, so no test fails by it.
     """
+    settings.register_profile("patient", parent=settings(), suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
     if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or not importlib.util.find_spec("triton"):
         return
     os.environ["TRITON_INTERPRET"] = "1"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel.problems import DTYPES, Case, check, tensors
 
-from monarch_compile.codegen.launch import Launcher, Problem, launch
+from monarch_compile.codegen.launch import Launcher, Problem, build, launch
 from monarch_compile.codegen.schedule import Tiling, choose_schedule
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import ExactGroups
@@ -166,6 +166,13 @@ def test_float64_has_no_kernel() -> None:
     q = torch.randn(1, 1, 4, 16, dtype=torch.float64)
     with pytest.raises(CodegenError, match="falls back to the reference"):
         launch(q, q, q, None, scale=1.0, block_size=2, num_iters=1, init="identity", pad="post")
+
+
+def test_kernels_for_few_blocks_refuse_more() -> None:
+    problem = Problem(16, 16, torch.float32, 4, 1.0, 1, "identity", "post", False)
+    q = torch.randn(1, 1, 4 * 17, 16)
+    with pytest.raises(CodegenError, match="at most 16 blocks; found 17"):
+        build(problem, 16, None, True)(q, q, q, None, 17)
 
 
 def test_unequal_lengths_have_no_kernel() -> None:

@@ -115,6 +115,12 @@ def test_chosen_schedules_fit_the_device(ir: MonarchAttention, capability: tuple
 
 
 @given(irs())
+def test_whole_means_that_every_block_is_in_one_step(ir: MonarchAttention) -> None:
+    schedule = choose_schedule(ir, (9, 0))
+    assert schedule.whole == (ir.num_blocks is not None and ir.num_blocks <= schedule.attend.step)
+
+
+@given(irs())
 def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
     schedule = choose_schedule(ir, (9, 0))
     assert schedule.summarize.rows < 2 * max(16, ir.block_size)
@@ -246,6 +252,13 @@ def test_a_block_within_one_tile_has_no_loop() -> None:
     one, several = dataclasses.replace(BASE, block_size=64), dataclasses.replace(BASE, block_size=200)
     assert "for " not in emit(one, choose_schedule(one))[0].text.partition("@triton.jit")[2]
     assert "for tile in tl.range(0, BLOCK, TILE_I)" in emit(several, choose_schedule(several))[0].text
+
+
+def test_blocks_within_one_tile_have_no_loop() -> None:
+    one, several = (dataclasses.replace(BASE, block_size=64, seq_len_q=n, seq_len_k=n) for n in (64 * 128, 64 * 129))
+    attend = [emit(ir, choose_schedule(ir, (9, 0)))[-1].text.partition("@triton.jit")[2] for ir in (one, several)]
+    assert "for " not in attend[0]
+    assert "for tile in tl.range(0, num_blocks, TILE_B)" in attend[1]
 
 
 def test_masks_only_where_needed() -> None:
