@@ -155,8 +155,8 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
         best.dot_precision,
     )
     within: dict[str, Any] = {name: _within(tiling, ir, limit) for name, tiling in fitted.tilings()}
-    schedule = replace(fitted, **within)
-    schedule = replace(schedule, whole=blocks is not None and blocks <= schedule.attend.step)
+    whole = blocks is not None and blocks <= within["attend"].step
+    schedule = replace(fitted, **within, whole=whole)
     if ir.exact == PAPER:
         return schedule
     return replace(schedule, near=_near(schedule.summarize, best, ir, limit), fused=can_fuse(ir))

@@ -102,6 +102,18 @@ def test_sdpa_with_a_key_padding_mask(kind: str) -> None:
     torch.testing.assert_close(output, fn(q, k, v, visible), rtol=1e-5, atol=1e-5)
 
 
+def test_broadcast_keys_are_not_copied() -> None:
+    """Multi-query attention written by broadcasting: k and v are expanded views."""
+    q, k, v = torch.randn(2, 3, 7, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 7, 4)
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT * 0.5, -1) @ v
+
+    output, (result,) = run_passes(fn, q, k, v)
+    assert [d.status for d in result.decisions] == ["lowered"]
+    torch.testing.assert_close(output, fn(q, k, v), rtol=1e-5, atol=1e-5)
+
+
 def test_operands_are_taken_where_they_lie() -> None:
     """A scale before the heads are split, and copies after, are taken off: the kernels read the projection itself."""
 
