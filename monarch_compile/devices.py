@@ -48,6 +48,7 @@ class Device:
     tile: the Monarch form's matrix products are padded to multiples of this.
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
+    row_key_s: seconds for each key that the exact rows of a prefix meet: they are few, so a head's keys come in turn.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Device:
     tile: int
     overlap: float
     pad_penalty: float = 1.0
+    row_key_s: float = 0.0
 
     def seconds(self, form: Form, flops: float, moved: float, exps: float, dtype: torch.dtype) -> float:
         """Seconds of work of a form, without launches: `flops`, `moved` bytes and `exps` softmax elements."""
@@ -80,16 +82,18 @@ DEVICES: dict[str, Device] = {
         overlap=1.0,
         pad_penalty=1.05,
     ),
-    # float16 fitted to CUDA-graph replays: cuDNN for exact attention, two streaming kernels for the Monarch form.
+    # float16 fitted to CUDA-graph replays (benchmarks/results/h200_attention.json): cuDNN for exact attention, two
+    # streaming kernels for the Monarch form.
     # The float32 and float64 rates are guesses on the careful side (equal for both forms), not measured.
     "h200": Device(
         name="h200",
         kind="cuda",
-        exact=Form(Rates(half=450e12, single=40e12, double=20e12), bytes_per_s=4.27e12, launch_s=5e-6),
-        monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=4.27e12, launch_s=3e-6),
+        exact=Form(Rates(half=435e12, single=40e12, double=20e12), bytes_per_s=2.4e12, launch_s=5e-6),
+        monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=4.27e12, launch_s=2.2e-6),
         kernels_per_iter=2,
         tile=64,
         overlap=2.0,
+        row_key_s=8.4e-9,
     ),
     # A data-centre GPU of no particular make: guesses, not measured.
     "cuda": Device(

@@ -211,6 +211,16 @@ def test_crossover(device, dtype, batch, seq_len, pays):
     assert predict(auto(seq_len, described, dtype, batch), described).pays is pays
 
 
+def test_exact_rows_of_a_prefix_take_time_that_grows_with_the_keys():
+    h200 = DEVICES["h200"]
+    for seq_len in (4096, 65536):
+        with_rows, without = (
+            predict(attention(seq_len, 128, dtype=torch.float16, exact=groups), h200).monarch_s
+            for groups in (ExactGroups(1, 1), ExactGroups(1))
+        )
+        assert with_rows - without >= h200.exact.launch_s + seq_len * h200.row_key_s
+
+
 def test_prediction_needs_hints_for_symbolic_sizes():
     ir = attention("s0", 64)
     with pytest.raises(InputError, match="'s0' is symbolic and has no hint"):

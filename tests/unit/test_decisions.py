@@ -1,0 +1,80 @@
+"""Policy "auto" against what was measured: the form that the cost model chooses is the faster one, or nearly so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from monarch_compile.cost import choose_block_size, predict
+from monarch_compile.devices import Device, device_for
+from monarch_compile.ir import PAPER, ExactGroups, MonarchAttention
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+CLOSE = 1.1
+"""A choice may lose this factor against the other form."""
+FORMS = {"monarch": PAPER, "window": ExactGroups(1), "prefix": ExactGroups(1, 4)}
+EXACT = ("cudnn", "flash")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row: what was attended to how, with which block size, and the median ms of exact and of Monarch attention."""
+
+    gpu: str
+    ir: MonarchAttention
+    exact_ms: float
+    monarch_ms: float
+
+    def __str__(self) -> str:
+        groups = self.ir.exact
+        return f"{self.ir.batch}x{self.ir.seq_len_k}-w{groups.window}p{groups.prefix}"
+
+
+def recorded() -> list[Measured]:
+    """Every row of the committed table, each form of it."""
+    content = json.loads((RESULTS / "h200_attention.json").read_text(encoding="utf-8"))
+    gpu, dtype, dim = content["environment"]["gpu"], getattr(torch, content["dtype"]), content["head_dim"]
+    found = []
+    for row in content["rows"]:
+        batch, seq_len = row["batch"], row["seq_len"]
+        for name, groups in FORMS.items():
+            sizes = {"seq_len": seq_len, "head_dim": dim, "value_dim": dim, "dtype": dtype, "exact": groups}
+            block = choose_block_size(**sizes, device=device_for("cuda", gpu))
+            ir = MonarchAttention(batch, 12, 12, seq_len, seq_len, dim, dim, dtype, block, dim**-0.5, exact=groups)
+            found.append(Measured(gpu, ir, min(row[exact][1] for exact in EXACT), row[name][1]))
+    return found
+
+
+def chooses_well(measured: Measured, device: Device) -> bool:
+    chosen, other = measured.exact_ms, measured.monarch_ms
+    if predict(measured.ir, device).pays:
+        chosen, other = other, chosen
+    return chosen <= CLOSE * other
+
+
+@pytest.mark.parametrize("measured", recorded(), ids=str)
+def test_auto_takes_the_form_that_was_measured_faster(measured: Measured) -> None:
+    device = device_for("cuda", measured.gpu)
+    prediction = predict(measured.ir, device)
+    predicted = f"predicted {prediction.exact_s * 1e3:.4f} against {prediction.monarch_s * 1e3:.4f} ms"
+    assert chooses_well(measured, device), f"{predicted}; measured {measured.exact_ms} against {measured.monarch_ms} ms"
+
+
+def test_the_table_has_rows_that_either_form_wins() -> None:
+    """Else a cost model that always says the same would pass."""
+    gains = [m.exact_ms / m.monarch_ms for m in recorded()]
+    assert min(gains) < 1 / CLOSE
+    assert max(gains) > CLOSE
+
+
+def test_block_sizes_are_those_that_were_measured() -> None:
+    content = json.loads((RESULTS / "h200_attention.json").read_text(encoding="utf-8"))
+    chosen = {(m.ir.batch, m.ir.seq_len, m.ir.exact): m.ir.block_size for m in recorded()}
+    for row in content["rows"]:
+        shape = row["batch"], row["seq_len"]
+        assert chosen[(*shape, FORMS["monarch"])] == row["block_size"]
+        assert chosen[(*shape, FORMS["window"])] == row["window_block_size"]
