@@ -73,7 +73,7 @@ def test_the_table_has_rows_that_either_form_wins() -> None:
 
 def test_block_sizes_are_those_that_were_measured() -> None:
     content = json.loads((RESULTS / "h200_attention.json").read_text(encoding="utf-8"))
-    chosen = {(m.ir.batch, m.ir.seq_len, m.ir.exact): m.ir.block_size for m in recorded()}
+    chosen = {(m.ir.batch, m.ir.seq_len_k, m.ir.exact): m.ir.block_size for m in recorded()}
     for row in content["rows"]:
         shape = row["batch"], row["seq_len"]
         assert chosen[(*shape, FORMS["monarch"])] == row["block_size"]
