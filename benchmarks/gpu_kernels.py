@@ -1,21 +1,16 @@
-"""The emitted kernels on a CUDA device: correctness first, then time against exact attention, or a sweep of schedules.
+"""The emitted kernels on a CUDA device: a check against the float64 reference, and a sweep of schedules.
 
-    python benchmarks/gpu_kernels.py result.json            # check, then the table
-    python benchmarks/gpu_kernels.py result.json --sweep    # check, then the best schedules of a few problems
-    python benchmarks/gpu_kernels.py result.json --sweep --window 1    # the same with an exact window
+    python -m benchmarks.gpu_kernels result.json            # check
+    python -m benchmarks.gpu_kernels result.json --sweep    # check, then the best schedules of a few problems
+    python -m benchmarks.gpu_kernels result.json --sweep --window 1    # the same with an exact window
 
-Times are in ms: 20th, 50th and 80th percentile over CUDA-graph replays (the L2 cache stays warm between them), and for
-`eager` over plain calls, launch overhead included. `window` is the same problem with an exact window of one block on
-each side, `prefix` with four leading tokens exact besides; each has the block size that "auto" gives it. Inputs are
-standard normal.
+Times are in ms, percentiles over CUDA-graph replays; `monarch-compile bench speed` compares them with exact attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import functools
 import itertools
 import json
 import math
@@ -33,24 +28,19 @@ import torch
 import triton
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.speed.__main__ import machine
+from benchmarks.speed.measure import cuda_clocks
+from benchmarks.speed.problems import Problem as Attention
+from benchmarks.speed.problems import inputs
 from monarch_compile.codegen import launch as launching
 from monarch_compile.codegen.launch import Launcher, Problem
 from monarch_compile.codegen.schedule import Schedule, Tiling, padded
-from monarch_compile.cost import choose_block_size
-from monarch_compile.devices import device_for
-from monarch_compile.ir import PAPER, ExactGroups
+from monarch_compile.ir import ExactGroups
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
-from monarch_compile.version import __version__
 
-QUANTILES = (0.2, 0.5, 0.8)
 NUM_HEADS, HEAD_DIM = 12, 64
-WINDOW, PREFIX = 1, 4
-TABLE = ((1024, 256), (1, 1024), (64, 1024), (1, 4096), (16, 4096), (1, 16384), (4, 16384), (1, 32768), (1, 65536))
-EXACT = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SWEEP = tuple((n, b) for n in (1024, 4096, 16384, 65536) for b in (32, 64, 128, 256) if n / 16 <= b * b <= n * 16)
 WINDOW_SWEEP = ((1024, 64), (4096, 64), (16384, 128), (65536, 256))
 CHECKS = (
@@ -77,7 +67,7 @@ TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--sweep", action="store_true", help="search schedules in place of the table")
+    parser.add_argument("--sweep", action="store_true", help="also search schedules")
     parser.add_argument("--window", type=int, help="with --sweep: the exact window (default: none)")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
@@ -86,31 +76,17 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("gpu_kernels.py needs a CUDA device")
     dtype = getattr(torch, arguments.dtype)
-    result: dict[str, Any] = {"environment": environment(), "dtype": arguments.dtype, "head_dim": arguments.head_dim}
+    result: dict[str, Any] = {"environment": machine("cuda"), "dtype": arguments.dtype, "head_dim": arguments.head_dim}
     print(result["environment"], flush=True)
     try:
         if not arguments.skip_check:
             result["check"] = check()
-        rows = table(dtype, arguments.head_dim)
         if arguments.sweep:
-            result["window"] = arguments.window
-            rows = sweep(dtype, arguments.head_dim, arguments.window)
-        result["rows"] = []
-        for row in rows:
-            result["rows"].append(row)  # one at a time: what was measured is kept when a later row fails
+            result |= {"window": arguments.window, "rows": []}
+            for row in sweep(dtype, arguments.head_dim, arguments.window):
+                result["rows"].append(row)  # one at a time: what was measured is kept when a later row fails
     finally:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def environment() -> dict[str, str]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "monarch_compile": __version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def check() -> list[dict[str, Any]]:
@@ -132,7 +108,7 @@ def check() -> list[dict[str, Any]]:
 
 def _error(case: tuple[Any, ...], dtype: torch.dtype) -> float:
     batch, num_heads, seq_len, head_dim, block_size, num_iters, init, pad, masked, window, prefix = case
-    q, k, v = inputs(batch, num_heads, seq_len, head_dim, dtype)
+    q, k, v = random_inputs(batch, num_heads, seq_len, head_dim, dtype)
     mask = None
     if masked:
         mask = torch.rand(batch, seq_len, device="cuda") > 0.3
@@ -145,65 +121,18 @@ def _error(case: tuple[Any, ...], dtype: torch.dtype) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def inputs(
+def random_inputs(
     batch: int, num_heads: int, seq_len: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as a fused projection gives them: views of one (batch, seq, 3, heads, dim) tensor."""
-    packed = torch.randn(batch, seq_len, 3, num_heads, head_dim, device="cuda", dtype=dtype)
-    return packed.permute(2, 0, 3, 1, 4).unbind()
+    """q, k, v on the device."""
+    x = inputs(Attention(batch, seq_len, num_heads, head_dim, str(dtype).removeprefix("torch.")), "cuda")
+    return x.q, x.k, x.v
 
 
-def table(dtype: torch.dtype, head_dim: int) -> Iterator[dict[str, Any]]:
-    columns = ("monarch", "window", "prefix", "eager", *EXACT)
-    titles = " ".join(f"{name:>9}" for name in columns)
-    print(f"{'batch':>6} {'N':>6} {'B':>4} {'w B':>4} {titles} {'vs best':>8} {'window/none':>11} {'prefix/none':>11}")
-    for batch, seq_len in TABLE:
-        row = _time_one(batch, seq_len, head_dim, dtype)
-        medians = {name: row[name][1] for name in columns}
-        times = " ".join(f"{median:9.4f}" for median in medians.values())
-        ratio = min(medians[name] for name in EXACT) / medians["monarch"]
-        more = " ".join(f"{medians[name] / medians['monarch']:10.2f}x" for name in ("window", "prefix"))
-        print(
-            f"{batch:6} {seq_len:6} {row['block_size']:4} {row['window_block_size']:4} {times} {ratio:7.2f}x {more}",
-            flush=True,
-        )
-        yield row
-        torch.cuda.empty_cache()
-
-
-def _time_one(batch: int, seq_len: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    q, k, v = inputs(batch, NUM_HEADS, seq_len, head_dim, dtype)
-    forms = {"monarch": PAPER, "window": ExactGroups(WINDOW), "prefix": ExactGroups(WINDOW, PREFIX)}
-    blocks = {name: _auto_block(seq_len, head_dim, dtype, exact) for name, exact in forms.items()}
-
-    def monarch(name: str = "monarch") -> Tensor:
-        exact = forms[name]
-        options = {"init": "identity", "pad": "post", "window": exact.window, "prefix": exact.prefix}
-        return attention(q, k, v, None, scale=head_dim**-0.5, block_size=blocks[name], num_iters=1, **options)
-
-    row: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "block_size": blocks["monarch"]}
-    row |= {"window_block_size": blocks["window"]}
-    for name in forms:
-        row[name] = graph_time(functools.partial(monarch, name))
-    row["eager"] = list(triton.testing.do_bench(monarch, quantiles=list(QUANTILES)))
-    for name, backend in EXACT.items():
-        with sdpa_kernel(backend):
-            row[name] = graph_time(lambda: scaled_dot_product_attention(q, k, v))
-    return row
-
-
-def _auto_block(seq_len: int, head_dim: int, dtype: torch.dtype, exact: ExactGroups) -> int:
-    """What block_size "auto" is on this device."""
-    device = device_for("cuda", torch.cuda.get_device_name())
-    return choose_block_size(
-        seq_len=seq_len, head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=device, exact=exact
-    )
-
-
-def graph_time(run: Callable[[], Any], rep: int = 50) -> list[float]:
+def graph_time(run: Callable[[], Tensor], rep: int = 50) -> list[float]:
     """Percentiles of one call's time, in ms, over replays of a CUDA graph."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return list(triton.testing.do_bench_cudagraph(run, rep=rep, quantiles=list(QUANTILES)))
+    timing = cuda_clocks(rep)["graph"](run)
+    return [timing.p20, timing.p50, timing.p80]
 
 
 def sweep(dtype: torch.dtype, head_dim: int, window: int | None) -> Iterator[dict[str, Any]]:
@@ -226,7 +155,7 @@ def sweep(dtype: torch.dtype, head_dim: int, window: int | None) -> Iterator[dic
 
 
 def _sweep_one(seq_len: int, block_size: int, head_dim: int, dtype: torch.dtype, window: int | None) -> dict[str, Any]:
-    q, k, v = inputs(1, NUM_HEADS, seq_len, head_dim, dtype)
+    q, k, v = random_inputs(1, NUM_HEADS, seq_len, head_dim, dtype)
     default = _launcher(seq_len, block_size, head_dim, dtype, window)
     times: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
     for stage, schedule in variants(default.schedule, seq_len, block_size):
@@ -300,7 +229,7 @@ def _tilings(extent: int) -> Iterator[Tiling]:
 def _compile(task: tuple[Problem, Schedule, int]) -> None:
     """Compile in a worker, into the disk cache; two heads are specialised as twelve are."""
     problem, schedule, seq_len = task
-    q, k, v = inputs(1, NUM_HEADS, seq_len, problem.head_dim, problem.dtype)
+    q, k, v = random_inputs(1, NUM_HEADS, seq_len, problem.head_dim, problem.dtype)
     with contextlib.suppress(triton.runtime.errors.OutOfResources):  # met again, and skipped, when it is timed
         run(Launcher(problem, schedule), q, k, v)()
 

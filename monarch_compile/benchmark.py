@@ -76,10 +76,13 @@ def time_interleaved(
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
         rounds += 1
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: timing_of(values) for name, values in times.items()}
 
 
-def _timing(values: Sequence[float]) -> Timing:
+def timing_of(values: Sequence[float]) -> Timing:
+    """Percentiles of the milliseconds of single runs."""
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0], 1)
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Timing(p20=fifths[0], p50=statistics.median(values), p80=fifths[3], runs=len(values))
 
@@ -169,7 +172,7 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
         batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim), exact=groups
     )
     form = {"block_size": block, "window": window}
-    exact, monarch = _compiled({}), _compiled({"policy": "always", "strict": True, **form})
+    exact, monarch = compiled_attention({}), compiled_attention({"policy": "always", "strict": True, **form})
     eager = monarch_attention(q.double(), k.double(), v.double(), block_size=block, window=window)
     error = (monarch(q, k, v) - eager).abs().max().item()
     calls = {"exact": lambda: exact(q, k, v), "monarch": lambda: monarch(q, k, v)}
@@ -177,7 +180,7 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     return Row(shape, window, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
 
 
-def _compiled(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def compiled_attention(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Attention compiled with the backend's `options`, or by stock Inductor where there are none."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

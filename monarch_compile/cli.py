@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
-    if args.rest and args.run is not _quality:  # whose arguments are the benchmark's own
+    if args.rest and args.run not in (_quality, _speed):  # whose arguments are the benchmark's own
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         "quality", help="judge trained models with their attention replaced (needs a checkout)", add_help=False
     )
     quality.set_defaults(run=_quality)
+
+    speed = kinds.add_parser(
+        "speed", help="time every form of attention side by side, peers included (needs a checkout)", add_help=False
+    )
+    speed.set_defaults(run=_speed)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
@@ -124,10 +129,21 @@ def _quality(args: argparse.Namespace) -> int:
     return _run_in_checkout("benchmarks.quality", *args.rest)
 
 
-def _run_in_checkout(module: str, *arguments: str) -> int:
+def _speed(args: argparse.Namespace) -> int:
+    root = _checkout("benchmarks.speed")
+    sys.path.insert(0, str(root))  # in this process, whose folder is where peers are found and results go
+    return int(importlib.import_module("benchmarks.speed.__main__").main(args.rest))
+
+
+def _checkout(module: str) -> Path:
     root = Path(__file__).resolve().parent.parent
     if not (root / module.split(".")[0]).is_dir():
         raise InputError(f"{module} lives in a checkout of the repository, and {root} is none")
+    return root
+
+
+def _run_in_checkout(module: str, *arguments: str) -> int:
+    root = _checkout(module)
     return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root, check=False).returncode
 
 

@@ -39,6 +39,14 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """A device at its best: FLOP per second of a large 16-bit matrix product, bytes per second of a copy."""
+
+    half_flops: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
 class Device:
     """What the cost model knows of a device.
 
@@ -49,6 +57,7 @@ class Device:
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     row_key_s: seconds for each key that the exact rows of a prefix meet: they are few, so a head's keys come in turn.
+    ceiling: what benchmarks compare with; None where it was not measured. Predictions do not use it.
     """
 
     name: str
@@ -60,6 +69,7 @@ class Device:
     overlap: float
     pad_penalty: float = 1.0
     row_key_s: float = 0.0
+    ceiling: Ceiling | None = None
 
     def seconds(self, form: Form, flops: float, moved: float, exps: float, dtype: torch.dtype) -> float:
         """Seconds of work of a form, without launches: `flops`, `moved` bytes and `exps` softmax elements."""
@@ -94,6 +104,7 @@ DEVICES: dict[str, Device] = {
         tile=64,
         overlap=2.0,
         row_key_s=8.4e-9,
+        ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),
     ),
     # A data-centre GPU of no particular make: guesses, not measured.
     "cuda": Device(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.speed.problems import Form, Problem
 from monarch_compile.cost import choose_block_size, predict
 from monarch_compile.devices import Device, device_for
 from monarch_compile.ir import PAPER, ExactGroups, MonarchAttention
@@ -31,11 +33,28 @@ class Measured:
 
     def __str__(self) -> str:
         groups = self.ir.exact
-        return f"{self.ir.batch}x{self.ir.seq_len_k}-w{groups.window}p{groups.prefix}"
+        more = "" if self.ir.num_iters == 1 else f"-t{self.ir.num_iters}"
+        return f"{self.ir.batch}x{self.ir.seq_len_k}-w{groups.window}p{groups.prefix}{more}"
 
 
 def recorded() -> list[Measured]:
-    """Every row of the committed table, each form of it."""
+    """Every row of every committed GPU table, each Monarch form of it."""
+    return [*_first_table(), *(m for path in sorted(RESULTS.glob("speed_*.json")) for m in _verdicts(path))]
+
+
+def _verdicts(path: Path) -> Iterator[Measured]:
+    """What `monarch-compile bench speed` wrote on a GPU that the cost model describes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    gpu = content["environment"].get("gpu")
+    if gpu is None or device_for("cuda", gpu).ceiling is None:
+        return
+    for verdict in content["verdicts"]:
+        if verdict["is_right"] is not None:
+            ir = Form(**verdict["form"]).ir(Problem(**verdict["problem"]), device_for("cuda", gpu))
+            yield Measured(gpu, ir, verdict["exact_ms"], verdict["monarch_ms"])
+
+
+def _first_table() -> list[Measured]:
     content = json.loads((RESULTS / "h200_attention.json").read_text(encoding="utf-8"))
     gpu, dtype, dim = content["environment"]["gpu"], getattr(torch, content["dtype"]), content["head_dim"]
     found = []
@@ -73,7 +92,7 @@ def test_the_table_has_rows_that_either_form_wins() -> None:
 
 def test_block_sizes_are_those_that_were_measured() -> None:
     content = json.loads((RESULTS / "h200_attention.json").read_text(encoding="utf-8"))
-    chosen = {(m.ir.batch, m.ir.seq_len_k, m.ir.exact): m.ir.block_size for m in recorded()}
+    chosen = {(m.ir.batch, m.ir.seq_len_k, m.ir.exact): m.ir.block_size for m in _first_table()}
     for row in content["rows"]:
         shape = row["batch"], row["seq_len"]
         assert chosen[(*shape, FORMS["monarch"])] == row["block_size"]

@@ -1,0 +1,1 @@
+"""The speed benchmark: attention alone, every form side by side."""

@@ -1,0 +1,120 @@
+"""What is timed: problems, the Monarch forms of each, and presets of both."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monarch_compile.cost import choose_block_size
+from monarch_compile.devices import Device
+from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Bidirectional self-attention of q, k, v, each (batch, num_heads, seq_len, head_dim); `masked`: key padding."""
+
+    batch: int
+    seq_len: int
+    num_heads: int = 12
+    head_dim: int = 64
+    dtype: str = "float16"
+    masked: bool = False
+
+    def __str__(self) -> str:
+        padding = " key padding" if self.masked else ""
+        return f"{self.batch} x {self.seq_len}, {self.num_heads} heads of {self.head_dim}, {self.dtype}{padding}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def lengths(self) -> list[int]:
+        """Visible keys of each batch entry: from half of the sequence to all of it."""
+        return [self.seq_len - (self.seq_len // 2) * (i + 1) // (self.batch + 1) for i in range(self.batch)]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A Monarch form; its block size is what "auto" gives."""
+
+    num_iters: int = 1
+    window: int | None = None
+
+    def ir(self, problem: Problem, device: Device) -> MonarchAttention:
+        """The IR of `problem` in this form on `device`."""
+        dim, dtype, groups = problem.head_dim, problem.torch_dtype, ExactGroups(self.window)
+        sizes = {"seq_len": problem.seq_len, "head_dim": dim, "value_dim": dim, "dtype": dtype}
+        block = choose_block_size(**sizes, device=device, num_iters=self.num_iters, exact=groups)
+        return MonarchAttention(
+            *(problem.batch, problem.num_heads, problem.num_heads, problem.seq_len, problem.seq_len, dim, dim),
+            dtype=dtype,
+            block_size=block,
+            scale=dim**-0.5,
+            num_iters=self.num_iters,
+            mask=MaskKind.KEY_PADDING if problem.masked else MaskKind.NONE,
+            exact=groups,
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a problem. mask: (batch, seq_len), True where a key is visible; None where all are."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+
+
+def inputs(problem: Problem, device: str) -> Inputs:
+    """Standard normal q, k, v as a fused projection gives them: views of one (batch, seq, 3, heads, dim) tensor."""
+    generator = torch.Generator(device).manual_seed(problem.seq_len)
+    shape = (problem.batch, problem.seq_len, 3, problem.num_heads, problem.head_dim)
+    packed = torch.randn(shape, device=device, dtype=problem.torch_dtype, generator=generator)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
+    if not problem.masked:
+        return Inputs(q, k, v)
+    lengths = torch.tensor(problem.lengths(), device=device)
+    return Inputs(q, k, v, torch.arange(problem.seq_len, device=device) < lengths[:, None])
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Every problem is timed in every form, and exactly."""
+
+    device: str
+    problems: tuple[Problem, ...]
+    forms: tuple[Form, ...]
+
+
+H200_SHAPES = ((1024, 256), (64, 1024), (1, 1024), (16, 4096), (1, 4096))
+H200_SHAPES += ((4, 16384), (1, 16384), (1, 32768), (1, 65536))
+LENGTHS = tuple(256 << power for power in range(10))
+BATCHES = ((64, 256), (1024, 256), (8, 1024), (64, 1024), (256, 1024), (16, 4096), (64, 4096), (4, 16384), (16, 16384))
+HEADS = ((12, 64), (16, 128))
+CPU_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+WINDOWS = (None, 1)
+
+
+def _full() -> Iterator[Problem]:
+    """Every length at batch 1, then the batch sizes."""
+    shapes = [*((1, seq_len) for seq_len in LENGTHS), *BATCHES]
+    for (batch, seq_len), heads, dtype, masked in itertools.product(
+        shapes, HEADS, ("float16", "bfloat16"), (False, True)
+    ):
+        yield Problem(batch, seq_len, *heads, dtype, masked)
+
+
+_ONE_ITERATION = tuple(Form(1, window) for window in WINDOWS)
+PRESETS: dict[str, Preset] = {
+    "h200": Preset("cuda", tuple(Problem(*shape) for shape in H200_SHAPES), _ONE_ITERATION),
+    "full": Preset("cuda", tuple(_full()), tuple(Form(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
+    "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
+}
