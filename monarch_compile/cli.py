@@ -1,4 +1,4 @@
-"""The command line: ``monarch-compile explain | demo | bench | version``."""
+"""The command line: ``monarch-compile explain | doctor | demo | bench | version``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", type=Path, metavar="PATH", help="write the report as one HTML page")
     explain.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     explain.set_defaults(run=_explain)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, caches and a self-test; 1 if that fails")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead")
+    doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="transcribe speech with a lowered Whisper encoder (needs a checkout)")
     demo.set_defaults(run=_demo)
@@ -91,6 +95,14 @@ def _explain(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         print(f"wrote {args.json}")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from monarch_compile.doctor import diagnose
+
+    diagnosis = diagnose()
+    print(json.dumps(diagnosis.to_dict(), indent=2) if args.json else diagnosis)
+    return int(not diagnosis.healthy)
 
 
 def _load(target: str) -> Callable[[], Any]:

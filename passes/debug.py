@@ -13,6 +13,8 @@ from torch.fx import GraphModule
 
 from monarch_compile.decision import Decision
 
+DEBUG_DIR_VARIABLE = "MONARCH_DEBUG_DIR"
+
 
 @dataclass
 class Dump:
@@ -24,7 +26,7 @@ class Dump:
     @staticmethod
     def from_environment() -> Dump:
         """A new folder `graph_<n>` under MONARCH_DEBUG_DIR, when that is set."""
-        root = os.environ.get("MONARCH_DEBUG_DIR")
+        root = os.environ.get(DEBUG_DIR_VARIABLE)
         if not root:
             return Dump(None)
         for number in itertools.count():
