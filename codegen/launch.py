@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.codegen.emit import MEAN, STRIDES, WEIGH, Role, emit, pitch, role_tiling, steps
-from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule
+from monarch_compile.codegen.schedule import TUNED_ON, Schedule, Tiling, choose_schedule
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention
+
+logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)
 MAX_BLOCKS_KEY = 1024
@@ -74,6 +77,23 @@ class Problem:
     exact: ExactGroups = PAPER
     group: int = 1
 
+    @staticmethod
+    def of(ir: MonarchAttention) -> Problem:
+        """The problem of an IR."""
+        masked = ir.mask is MaskKind.KEY_PADDING
+        form = (ir.block_size, ir.scale, ir.num_iters, ir.init, ir.pad, masked, ir.exact, ir.group)
+        return Problem(ir.head_dim, ir.value_dim, ir.dtype, *form)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `launch` and of `reference.reference`."""
+        names = ("scale", "block_size", "num_iters", "init", "pad")
+        groups = {"window": self.exact.window, "prefix": self.exact.prefix}
+        return {name: getattr(self, name) for name in names} | groups
+
+    def blocks_key(self, seq_len: int) -> int:
+        """The bucket of the number of blocks, whose largest number its schedule is made for."""
+        return _blocks_key(-(-seq_len // self.block_size))
+
     def ir(self, seq_len: Dim) -> MonarchAttention:
         """The IR of this problem at one sequence length."""
         return MonarchAttention(
@@ -101,8 +121,30 @@ def build(problem: Problem, blocks_key: int | None, capability: tuple[int, int] 
 
     `interpreted` says how Triton is running: it only keeps compiled and interpreted launchers apart.
     """
+    chosen = _CHOSEN.get((problem, blocks_key, capability)) if blocks_key is not None else None
     ir = problem.ir("N" if blocks_key is None else blocks_key * problem.block_size)
-    return Launcher(problem, choose_schedule(ir, capability))
+    return Launcher(problem, chosen or choose_schedule(ir, capability))
+
+
+_CHOSEN: dict[tuple[Problem, int, tuple[int, int] | None], Schedule] = {}
+
+
+def use(problem: Problem, blocks_key: int, capability: tuple[int, int] | None, schedule: Schedule) -> None:
+    """From now on, in this process, launch `problem` with `schedule` where it has about `blocks_key` blocks."""
+    if _CHOSEN.get((problem, blocks_key, capability)) != schedule:
+        _CHOSEN[problem, blocks_key, capability] = schedule
+        build.cache_clear()
+
+
+def plainly(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`call` with its kernels launched without tracing, as the operator launches them in eager mode."""
+    from torch._library.triton import set_wrap_triton_enabled
+
+    def launched() -> Tensor:
+        with set_wrap_triton_enabled(False):
+            return call()
+
+    return launched
 
 
 class Launcher:
@@ -209,6 +251,14 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         raise CodegenError(f"kernels need compute capability {MIN_CAPABILITY} or later; {device} has {capability}")
+    name = torch.cuda.get_device_name(device)
+    if not any(known in name for known in TUNED_ON):
+        logger.info(
+            "schedules ship for %s; those for %s come from a heuristic: `monarch-compile tune` or "
+            'options={"autotune": True} looks for better ones',
+            ", ".join(TUNED_ON),
+            name,
+        )
     return capability
 
 

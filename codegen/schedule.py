@@ -27,6 +27,9 @@ WARP_SCORES = 512
 WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 """Accumulators that a warp holds without spilling, by bytes of an operand (tf32x3 keeps each operand in two parts)."""
 
+TUNED_ON = ("H200",)
+"""Parts of the names of the GPUs that the tables below were tuned on."""
+
 NEAR_STEP = 64
 """The largest step of the exact groups: more takes registers and shared memory that other programs could use."""
 
@@ -147,7 +150,7 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     best = next(fits, TABLE[key])
     if blocks is not None and blocks <= WHOLE_BLOCKS.get(key, 0):
         best = replace(best, attend=Tiling(WHOLE_ROWS, padded(blocks), best.attend.num_warps, 1))
-    limit = 1024 * SHARED_LIMITS.get(capability or (0, 0), DEFAULT_SHARED_LIMIT)
+    limit = shared_limit(capability)
     fitted = Schedule(
         _fit(best.summarize, ir, ir.block_size),
         _fit(best.attend, ir, blocks),
@@ -165,6 +168,11 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
 def can_fuse(ir: MonarchAttention) -> bool:
     """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
     return ir.num_iters == 1 and ir.init == "identity"
+
+
+def shared_limit(capability: tuple[int, int] | None) -> int:
+    """Bytes of shared memory that one program may use."""
+    return 1024 * SHARED_LIMITS.get(capability or (0, 0), DEFAULT_SHARED_LIMIT)
 
 
 def padded(size: int) -> int:

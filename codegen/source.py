@@ -40,7 +40,7 @@ class KernelSource:
         path = (directory or cache_dir()) / self.file_name
         if not path.is_file() or path.read_text(encoding="utf-8") != self.text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, self.text)
+            replace_file(path, self.text)
         return path
 
     def load(self) -> Any:
@@ -76,7 +76,8 @@ def is_interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Put `text` at `path` in one step: a reader sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.errors import LoweringError, PlanError
+from monarch_compile.errors import CodegenError, LoweringError, PlanError
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite
@@ -26,8 +26,9 @@ CHOSEN = ("cost_exact_wins", "plan_exact", "policy_never", "min_seq_len")
 class CacheKey(CustomGraphPass):  # type: ignore[misc]
     """A pass that does nothing but put our sources and options into the key of every compile cache."""
 
-    def __init__(self, config: MonarchConfig) -> None:
+    def __init__(self, config: MonarchConfig, schedules: str = "") -> None:
         self._config = config
+        self._schedules = schedules
 
     def __call__(self, graph: Graph) -> None:
         """Leave the graph as it is."""
@@ -36,7 +37,7 @@ class CacheKey(CustomGraphPass):  # type: ignore[misc]
         """The hash that goes into the key."""
         from monarch_compile.passes.pipeline import source_digest
 
-        return f"monarch_compile-{source_digest()}-{self._config.digest()}"
+        return f"monarch_compile-{source_digest()}-{self._config.digest()}{self._schedules}"
 
 
 def monarch(
@@ -58,16 +59,32 @@ def monarch(
     from torch._inductor.compile_fx import compile_fx
 
     config, patches = parse_options(options, mode)
-    lowered = _rewrite(gm, example_inputs, config)
-    if lowered is None:
-        lowered = gm
-    else:
-        patches.setdefault("joint_custom_pre_pass", CacheKey(config))
+    result = _rewrite(gm, example_inputs, config)
+    lowered = gm
+    if result is not None:
+        lowered = result.after
+        schedules = _autotune(result.decisions) if config.autotune else ""
+        patches.setdefault("joint_custom_pre_pass", CacheKey(config, schedules))
     compiled: Callable[..., Any] = compile_fx(lowered, example_inputs, config_patches=patches or None)
     return compiled
 
 
-def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> GraphModule | None:
+def _autotune(decisions: Sequence[Decision]) -> str:
+    """Tuned schedules for the lowered sites on CUDA; a digest of them."""
+    irs = [d.ir for d in decisions if d.status == LOWERED and d.device == "cuda"]
+    if not irs:
+        return ""
+    from monarch_compile.autotune import Machine, ensure, tunable
+
+    try:
+        machine = Machine.here()
+    except CodegenError as error:
+        logger.warning("no tuning: %s", error)
+        return ""
+    return f"-{ensure(tunable(irs), machine)}"
+
+
+def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite | None:
     """The graph with attention lowered, or None where Dynamo's own graph is to be compiled as it is."""
     from monarch_compile.passes.pipeline import rewrite
 
@@ -86,7 +103,7 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
     counters["monarch"]["exact"] += len(result.decisions) - result.num_lowered
     if config.strict:
         _require_lowered(result.decisions)
-    return result.after if result.num_lowered else None
+    return result if result.num_lowered else None
 
 
 def _dump_kernels(result: Rewrite) -> None:

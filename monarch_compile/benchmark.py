@@ -87,6 +87,15 @@ def timing_of(values: Sequence[float]) -> Timing:
     return Timing(p20=fifths[0], p50=statistics.median(values), p80=fifths[3], runs=len(values))
 
 
+def cuda_graph_times(call: Callable[[], object], rep_ms: int) -> list[float]:
+    """Milliseconds of a call, over replays of a CUDA graph on a side stream; the L2 cache stays warm between them."""
+    from triton.testing import do_bench_cudagraph
+
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        return list(do_bench_cudagraph(call, rep=rep_ms, return_mode="all"))
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run the body with one intra-op thread."""

@@ -1,4 +1,4 @@
-"""The command line: ``monarch-compile explain | doctor | demo | bench | version``."""
+"""The command line: ``monarch-compile explain | doctor | demo | bench | tune | version``."""
 
 from __future__ import annotations
 
@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     speed.set_defaults(run=_speed)
 
+    tune = commands.add_parser("tune", help="look for better schedules on this GPU, for options={'autotune': True}")
+    _add_tune_arguments(tune)
+    tune.set_defaults(run=_tune)
+
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
@@ -78,6 +82,23 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-lens", type=int, nargs="+", metavar="N", help="sequence lengths instead of the usual")
     parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on each row")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the machine as JSON")
+
+
+def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    def window(text: str) -> int | None:
+        return None if text == "none" else int(text)
+
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], metavar="N")
+    parser.add_argument("--windows", type=window, nargs="+", default=[None, 1], metavar="W", help="'none' or a number")
+    parser.add_argument("--block-size", type=int, metavar="B", help='default: what "auto" gives')
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--iters", type=int, default=1)
+    parser.add_argument("--masked", action="store_true", help="with key padding")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time to spend on each problem")
+    parser.add_argument("--fresh", action="store_true", help="also tune what the cache holds already")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -163,6 +184,18 @@ def _bench(args: argparse.Namespace) -> int:
     from monarch_compile.benchmark import run
 
     run(seq_lens=args.seq_lens, long=args.long, seconds=args.seconds, json_path=args.json)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from monarch_compile.autotune import Machine, problems, run
+
+    machine = Machine.here()
+    sizes = {"batch": args.batch, "num_heads": args.heads, "head_dim": args.head_dim, "num_iters": args.iters}
+    irs = problems(
+        args.lengths, args.windows, machine, dtype=args.dtype, block_size=args.block_size, masked=args.masked, **sizes
+    )
+    run(irs, machine, seconds=args.seconds, fresh=args.fresh)
     return 0
 
 

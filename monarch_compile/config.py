@@ -41,6 +41,7 @@ OPTION_RULES: dict[str, OptionRule] = {
     "prefix": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
     "policy": _one_of(POLICIES),
     "min_seq_len": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
+    "autotune": OptionRule(lambda v: isinstance(v, bool), "True or False"),
     "strict": OptionRule(lambda v: isinstance(v, bool), "True or False"),
     "plan": OptionRule(lambda v: v is None or isinstance(v, Plan), "a Plan, or the path of a saved one"),
     "mode": OptionRule(lambda v: v is None or v in _inductor_modes(), "None or a mode of torch.compile"),
@@ -62,6 +63,8 @@ class MonarchConfig:
     min_seq_len: sites with fewer keys stay exact, under any policy.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
         window and prefix, and which sites may be lowered at all.
+    autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
+        False runs the shipped ones.
     strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.
     mode: Inductor's mode, such as "reduce-overhead" (torch.compile refuses mode= together with options=).
     """
@@ -75,6 +78,7 @@ class MonarchConfig:
     policy: str = "auto"
     min_seq_len: int = 0
     plan: Plan | None = None
+    autotune: bool = False
     strict: bool = False
     mode: str | None = None
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.speed.problems import Form, Inputs, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Call, Subject, monarch
-from monarch_compile.benchmark import Timing, time_interleaved, timing_of
+from monarch_compile.benchmark import Timing, cuda_graph_times, time_interleaved, timing_of
 from monarch_compile.cost import exact_cost, monarch_cost, predict
 from monarch_compile.devices import Device
 
@@ -199,8 +199,7 @@ def cuda_clocks(rep_ms: int = 50) -> dict[str, Clock]:
     import triton
 
     def graph(call: Call) -> Timing:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return timing_of(triton.testing.do_bench_cudagraph(call, rep=rep_ms, return_mode="all"))
+        return timing_of(cuda_graph_times(call, rep_ms))
 
     def eager(call: Call) -> Timing:
         return timing_of(triton.testing.do_bench(call, rep=rep_ms, return_mode="all"))

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from monarch_compile import cli
+from monarch_compile import autotune, cli
 from monarch_compile.version import __version__
 
 MODEL = """
@@ -98,6 +99,29 @@ def test_the_quality_benchmark_gets_its_own_arguments(monkeypatch):
     monkeypatch.setattr(cli.subprocess, "run", run)
     assert cli.main(["bench", "quality", "--tasks", "whisper", "--fresh"]) == 3
     assert commands == [(["-m", "benchmarks.quality", "--tasks", "whisper", "--fresh"], Path(cli.__file__).parents[1])]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_tuning_needs_a_device(capsys):
+    assert cli.main(["tune", "--lengths", "256"]) == 2
+    assert "tuning needs a CUDA device, and this machine has none" in capsys.readouterr().err
+
+
+def test_what_to_tune_comes_from_the_arguments(monkeypatch):
+    asked = {}
+    here = autotune.Machine(torch.device("cuda", 0), "NVIDIA H200", (9, 0), "3.6.0")
+    monkeypatch.setattr(autotune.Machine, "here", lambda: here)
+    monkeypatch.setattr(autotune, "run", lambda irs, machine, **options: asked.update(irs=irs, **options))
+    sizes = ["--lengths", "4096", "--windows", "none", "2", "--heads", "3", "--head-dim", "128", "--dtype", "bfloat16"]
+    assert (
+        cli.main(["tune", *sizes, "--iters", "2", "--block-size", "48", "--seconds", "7", "--masked", "--fresh"]) == 0
+    )
+    assert (asked["seconds"], asked["fresh"]) == (7.0, True)
+    assert [str(ir) for ir in asked["irs"]] == [
+        "monarch.attention<bf16> q[1,3,4096,128] k[1,3,4096,128] v[1,3,4096,128] blocks=86x48 iters=2 init=identity "
+        f"pad=post mask=key_padding causal=false window={window} prefix=0 scale=0.0883883"
+        for window in (None, 2)
+    ]
 
 
 def test_an_unknown_argument_is_an_error(capsys):

@@ -15,6 +15,7 @@ BAD = {
     "pad": ["left", 1],
     "policy": ["sometimes", None],
     "min_seq_len": [-1, "a"],
+    "autotune": [1, "yes"],
     "strict": [1, "yes"],
     "mode": ["fast", 3],
 }
@@ -57,6 +58,7 @@ def test_the_digest_covers_every_option() -> None:
         "plan": Plan((), (), 0.0, 0.0, 1, 1, "cpu"),
         "policy": "never",
         "min_seq_len": 5,
+        "autotune": True,
         "strict": True,
         "mode": "default",
     }

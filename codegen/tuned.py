@@ -1,0 +1,153 @@
+"""What tuning found: a readable JSON file beside the kernels, safe to share between processes.
+
+An entry is keyed by all that it depends on: the GPU, triton, the problem and what the kernels are emitted from.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from monarch_compile.codegen.schedule import Schedule, Tiling, can_fuse, shared_bytes, shared_limit
+from monarch_compile.codegen.source import cache_dir, replace_file
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import DTYPE_NAMES, PAPER, MonarchAttention
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "tuned.json"
+FORMAT = 1
+EMITTERS = ("emit.py", "launch.py")
+"""Sources beside the templates that decide what a schedule means."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One result. ms, shipped_ms: median of the schedule and of the one it stands in for; error: against the reference.
+
+    tried: schedules that were timed.
+    """
+
+    schedule: Schedule
+    ms: float
+    shipped_ms: float
+    error: float
+    tried: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than the shipped schedule."""
+        return self.shipped_ms / self.ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Tuned:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, AttributeError, CodegenError: the content is of something else.
+        """
+        fields = dict(content["schedule"])
+        tilings = {name: Tiling(**fields[name]) for name in ("summarize", "attend", "represent")}
+        near = None if fields["near"] is None else Tiling(**fields["near"])
+        schedule = Schedule(**{**fields, **tilings, "near": near})
+        times = {name: float(content[name]) for name in ("ms", "shipped_ms", "error")}
+        return Tuned(schedule, **times, tried=int(content["tried"]))
+
+
+def key_of(ir: MonarchAttention, blocks_key: int, gpu: str, triton_version: str) -> str:
+    """The readable key of a result: heads, batch and scale are no part of it, and lengths share a bucket of blocks."""
+    parts = (
+        gpu,
+        f"triton {triton_version}",
+        f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}",
+        f"blocks of {ir.block_size}, at most {blocks_key}",
+        f"iters {ir.num_iters} {ir.init} {ir.pad} mask {ir.mask.value} {ir.exact}",
+        f"templates {template_digest()}",
+    )
+    return " | ".join(parts)
+
+
+@functools.cache
+def template_digest() -> str:
+    """A hash of what kernels are emitted from."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (*sorted((folder / "templates").iterdir()), *(folder / name for name in EMITTERS)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def is_legal(schedule: Schedule, ir: MonarchAttention, capability: tuple[int, int] | None) -> bool:
+    """Whether `schedule` can run `ir`: a file may have been edited, or hold what an older version wrote."""
+    blocks = ir.num_blocks
+    return (
+        (schedule.near is not None) == (ir.exact != PAPER)
+        and (schedule.near is None or not schedule.fused or can_fuse(ir))
+        and (not schedule.whole or (blocks is not None and blocks <= schedule.attend.step))
+        and all(shared_bytes(tiling, ir) <= shared_limit(capability) for _, tiling in schedule.tilings())
+    )
+
+
+def tuned_path() -> Path:
+    """Where results are kept."""
+    return cache_dir() / FILE_NAME
+
+
+def read(path: Path | None = None) -> dict[str, Tuned]:
+    """Every valid entry of the file; what is not valid is passed over with one warning, and never raises."""
+    path = path or tuned_path()
+    found: dict[str, Tuned] = {}
+    bad = 0
+    for key, content in _entries(path).items():
+        try:
+            found[key] = Tuned.from_dict(content)
+        except (KeyError, TypeError, ValueError, AttributeError, CodegenError):
+            bad += 1
+    if bad:
+        _warn(path, f"{bad} of its entries are not results of tuning")
+    return found
+
+
+def write(results: Mapping[str, Tuned], path: Path | None = None) -> Path:
+    """Merge `results` into the file: read, joined and replaced as one step under a lock, so no process loses any."""
+    path = path or tuned_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        entries = {key: result.to_dict() for key, result in {**read(path), **results}.items()}
+        content = {"format": FORMAT, "entries": dict(sorted(entries.items()))}
+        replace_file(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r} where {FORMAT} is known")
+        entries = content["entries"]
+        if not isinstance(entries, dict):
+            raise TypeError("entries are no dictionary")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _warn(path, repr(error))
+        return {}
+    return entries
+
+
+@functools.cache
+def _warn(path: Path, what: str) -> None:
+    """Once for each file and trouble."""
+    logger.warning("%s is ignored, wholly or in part: %s; tuning writes it anew", path, what)

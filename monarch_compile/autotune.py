@@ -1,0 +1,220 @@
+"""Schedules tuned on this machine: looked up, tuned where they are missing, and put to use in this process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from monarch_compile.benchmark import cuda_graph_times
+from monarch_compile.cost import choose_block_size
+from monarch_compile.devices import device_for
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+
+if TYPE_CHECKING:
+    from monarch_compile.codegen.schedule import Schedule
+    from monarch_compile.codegen.tune import Sizes
+    from monarch_compile.codegen.tuned import Tuned
+
+logger = logging.getLogger(__name__)
+
+LAZY_SECONDS = 60.0
+"""What `options={"autotune": True}` spends on a problem that was not tuned before."""
+TIMER_REP_MS = 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where schedules are tuned and run. capability: None only under Triton's interpreter."""
+
+    device: torch.device
+    gpu: str
+    capability: tuple[int, int] | None
+    triton: str
+
+    @staticmethod
+    def here() -> Machine:
+        """The current CUDA device.
+
+        Raises:
+            CodegenError: there is none that kernels run on, or no triton.
+        """
+        from monarch_compile.codegen.launch import capability_of
+
+        if not torch.cuda.is_available():
+            raise CodegenError("tuning needs a CUDA device, and this machine has none")
+        try:
+            import triton
+        except ImportError as error:
+            raise CodegenError("tuning needs triton, which is not installed") from error
+        device = torch.device("cuda", torch.cuda.current_device())
+        return Machine(device, torch.cuda.get_device_name(device), capability_of(device), triton.__version__)
+
+
+Tune = Callable[..., "tuple[Tuned, dict[str, str]]"]
+
+
+def ensure(irs: Iterable[MonarchAttention], machine: Machine, tune: Tune | None = None) -> str:
+    """Put a tuned schedule to use for each of `irs`; what the cache does not hold is tuned now, and kept.
+
+    A symbolic length keeps the shipped schedule, and so does a problem whose tuning fails, with a warning.
+    The result is a digest of the schedules in use, for the keys of compile caches.
+    """
+    from monarch_compile.codegen.launch import Problem, use
+
+    used = []
+    for ir in dict.fromkeys(irs):
+        if not isinstance(ir.seq_len_k, int):
+            logger.info("a symbolic length is not tuned: %s runs the shipped schedule", ir)
+            continue
+        problem = Problem.of(ir)
+        blocks_key = problem.blocks_key(ir.seq_len_k)
+        schedule = _schedule(ir, machine, tune or default_tune())
+        if schedule is not None:
+            use(problem, blocks_key, machine.capability, schedule)
+            used.append(f"{problem} {blocks_key} {schedule}")
+    return hashlib.sha256("\n".join(used).encode()).hexdigest()[:16]
+
+
+def tuned_now(ir: MonarchAttention, machine: Machine, tune: Tune) -> tuple[Tuned, dict[str, str]]:
+    """Tune `ir` whatever the cache holds, and keep the result there."""
+    from monarch_compile.codegen.launch import Problem
+    from monarch_compile.codegen.tuned import write
+
+    with _real_tensors(), torch.no_grad():
+        result, rejected = tune(
+            Problem.of(ir), sizes_of(ir), device=machine.device, capability=machine.capability, timer=graph_timer
+        )
+    write({key(ir, machine): result})
+    return result, rejected
+
+
+def key(ir: MonarchAttention, machine: Machine) -> str:
+    """The cache's key for `ir`, a length of known size, on `machine`."""
+    from monarch_compile.codegen.launch import Problem
+    from monarch_compile.codegen.tuned import key_of
+
+    return key_of(ir, Problem.of(ir).blocks_key(_number(ir.seq_len_k, 1)), machine.gpu, machine.triton)
+
+
+def sizes_of(ir: MonarchAttention) -> Sizes:
+    """What `ir` is tuned at; symbolic counts of heads and batch entries are taken to be 12 and 1."""
+    from monarch_compile.codegen.tune import Sizes
+
+    return Sizes(_number(ir.seq_len_k, 1), _number(ir.batch, 1), _number(ir.num_kv_heads, 12))
+
+
+def graph_timer(call: Callable[[], Any]) -> float:
+    """Median milliseconds over CUDA-graph replays."""
+    times = sorted(cuda_graph_times(call, TIMER_REP_MS))
+    return times[len(times) // 2]
+
+
+def default_tune(seconds: float = LAZY_SECONDS) -> Tune:
+    """The search, for about as long."""
+    from monarch_compile.codegen.tune import tune
+
+    return functools.partial(tune, seconds=seconds)
+
+
+def _schedule(ir: MonarchAttention, machine: Machine, tune: Tune) -> Schedule | None:
+    from monarch_compile.codegen.tuned import is_legal, read
+
+    held = read().get(key(ir, machine))
+    if held is not None and is_legal(held.schedule, ir, machine.capability):
+        return held.schedule
+    logger.info("tuning %s on %s, for up to %.0f s", ir, machine.gpu, LAZY_SECONDS)
+    try:
+        result, _ = tuned_now(ir, machine, tune)
+    except Exception as error:  # tuning is a nicety: the shipped schedule is always there
+        logger.warning("tuning failed, %s runs the shipped schedule: %r", ir, error)
+        return None
+    logger.info("tuned %s: %.4f -> %.4f ms with %s", ir, result.shipped_ms, result.ms, result.schedule)
+    return result.schedule
+
+
+def _real_tensors() -> Any:
+    """A backend is called while Dynamo traces: tuning needs tensors that are there."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def _number(size: int | str, otherwise: int) -> int:
+    return size if isinstance(size, int) else otherwise
+
+
+def tunable(irs: Iterable[MonarchAttention | None]) -> Iterator[MonarchAttention]:
+    """Those that kernels exist for."""
+    from monarch_compile.codegen.schedule import check_supported
+
+    for ir in irs:
+        if ir is not None:
+            try:
+                check_supported(ir)
+            except CodegenError:
+                continue
+            yield ir
+
+
+def problems(
+    lengths: Sequence[int],
+    windows: Sequence[int | None],
+    machine: Machine,
+    *,
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: str,
+    num_iters: int,
+    block_size: int | None,
+    masked: bool,
+) -> list[MonarchAttention]:
+    """The IRs of some lengths and windows; no `block_size` is what "auto" gives on this machine."""
+    kind, found = getattr(torch, dtype), []
+    for seq_len, window in itertools.product(lengths, windows):
+        groups = ExactGroups(window)
+        block = block_size or choose_block_size(
+            seq_len=seq_len,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            dtype=kind,
+            device=device_for(machine.device.type, machine.gpu),
+            num_iters=num_iters,
+            exact=groups,
+        )
+        shape = (batch, num_heads, num_heads, seq_len, seq_len, head_dim, head_dim)
+        mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
+        scale = head_dim**-0.5
+        found.append(MonarchAttention(*shape, kind, block, scale, num_iters=num_iters, mask=mask, exact=groups))
+    return found
+
+
+def run(
+    irs: Sequence[MonarchAttention], machine: Machine, *, seconds: float, fresh: bool = False, tune: Tune | None = None
+) -> None:
+    """Tune each of `irs` that the cache does not hold (all of them if `fresh`), and print what was found."""
+    from monarch_compile.codegen.tuned import read, tuned_path
+
+    held = {} if fresh else read()
+    for place, ir in enumerate(irs, 1):
+        print(f"[{place}/{len(irs)}] {ir}", flush=True)
+        if key(ir, machine) in held:
+            print(f"    tuned already: {held[key(ir, machine)].schedule}", flush=True)
+            continue
+        try:
+            result, rejected = tuned_now(ir, machine, tune or default_tune(seconds))
+        except Exception as error:  # one that fails must not take the others with it
+            print(f"    failed: {type(error).__name__}: {error}", flush=True)
+            continue
+        print(f"    {result.shipped_ms:.4f} -> {result.ms:.4f} ms ({result.speedup:.2f}x), error {result.error:.1e};")
+        print(f"    {result.tried} timed, {len(rejected)} rejected; {result.schedule}")
+        print(f"    to put into codegen/schedule.py: {result.schedule!r}", flush=True)
+    print(f'{tuned_path()}: used by options={{"autotune": True}}')

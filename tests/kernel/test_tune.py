@@ -1,0 +1,370 @@
+"""The search for schedules, its kernels in Triton's interpreter and its timer and compiler's reports made up."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from monarch_compile import autotune, backend
+from monarch_compile.autotune import Machine, ensure, tuned_now
+from monarch_compile.codegen import launch as launching
+from monarch_compile.codegen import tune as tuning
+from monarch_compile.codegen.inspect_ptx import CompileReport
+from monarch_compile.codegen.launch import Problem, build, launch, use
+from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule, shared_bytes, shared_limit
+from monarch_compile.codegen.tune import Sizes, candidates, stages, tune
+from monarch_compile.codegen.tuned import Tuned, read, write
+from monarch_compile.decision import LOWERED, Decision
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.reference import reference
+
+pytestmark = pytest.mark.usefixtures("interpreted", "own_cache")
+
+CPU = torch.device("cpu")
+HERE = Machine(CPU, "Some GPU", None, "3.6.0")
+PROBLEM = Problem(16, 16, torch.float32, 40, 0.25, 1, "identity", "post", False)
+SIZES = Sizes(75, 1, 1)
+IR = MonarchAttention(1, 1, 1, 75, 75, 16, 16, torch.float32, 40, 0.25)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of this test's own, and no schedule left in use after it."""
+    monkeypatch.setenv("MONARCH_CACHE_DIR", str(tmp_path))
+    yield
+    launching._CHOSEN.clear()
+    build.cache_clear()
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller space, one head: the interpreter is slow."""
+    monkeypatch.setattr(tuning, "WARPS", (1, 2))
+    monkeypatch.setattr(tuning, "STAGES", (1, 2))
+    monkeypatch.setattr(tuning, "GATE_HEADS", 1)
+
+
+def times(*values: float) -> Callable[[Callable[[], Tensor]], float]:
+    """A timer that gives these, the last of them for ever."""
+    series = itertools.chain(values, itertools.repeat(values[-1]))
+    return lambda call: next(series)
+
+
+def search(timer=None, inspect=None, **options) -> tuple[Tuned, dict[str, str]]:
+    options = {"device": CPU, "capability": None, "timer": timer or times(1.0), "inspect": inspect} | options
+    return tune(PROBLEM, SIZES, **options)
+
+
+def shipped() -> Schedule:
+    return choose_schedule(PROBLEM.ir(2 * 40))
+
+
+@pytest.mark.usefixtures("few")
+def test_the_fastest_schedule_is_found() -> None:
+    result, rejected = search(times(10.0, 9.0, 4.0, 8.0))
+    assert (result.ms, result.shipped_ms, rejected) == (4.0, 10.0, {})
+    assert result.schedule == candidates_after(shipped())[1]
+    assert result.tried > 8
+
+
+def candidates_after(start: Schedule) -> list[Schedule]:
+    return list(candidates(start, "summarize", PROBLEM.ir(80), None))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("other", [9.9, 11.0])
+def test_the_shipped_schedule_stays_where_little_is_gained(other: float) -> None:
+    result, _ = search(times(10.0, other))
+    assert result.schedule == shipped()
+    assert result.ms == result.shipped_ms == 10.0
+
+
+def test_what_is_timed_is_the_problem_at_full_size() -> None:
+    shapes = []
+
+    def timer(call: Callable[[], Tensor]) -> float:
+        shapes.append(tuple(call().shape))
+        return 1.0
+
+    search(timer, seconds=0.0)
+    assert shapes == [(1, 1, 75, 16)]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_wrong_schedule_is_rejected_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(launching.Launcher):
+        def __call__(self, *arguments: object) -> Tensor:
+            found = super().__call__(*arguments)
+            return (
+                found
+                if self.schedule == shipped()
+                else found * (1.01 if self.schedule.attend.rows == 16 else torch.nan)
+            )
+
+    monkeypatch.setattr(tuning, "Launcher", Wrong)
+    result, rejected = search(times(10.0, 1.0))
+    assert result.schedule == shipped()
+    assert result.tried == 1
+    assert rejected
+    assert all("at most 1.91e-06 is right" in reason for reason in rejected.values())
+
+
+@pytest.mark.usefixtures("few")
+def test_a_schedule_that_does_not_launch_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(launching.Launcher):
+        def __call__(self, *arguments: object) -> Tensor:
+            if self.schedule.summarize.num_warps > 1:
+                raise RuntimeError("out of resources\nand so on")
+            return super().__call__(*arguments)
+
+    start = replace(shipped(), summarize=Tiling(32, 32, 1, 1))
+    monkeypatch.setattr(tuning, "Launcher", Refusing)
+    monkeypatch.setattr(tuning, "choose_schedule", lambda ir, capability: start)
+    result, rejected = search(times(10.0, 1.0))
+    assert set(rejected.values()) == {"RuntimeError: out of resources"}
+    assert result.schedule.summarize.num_warps == 1
+    assert result.ms == 1.0
+
+
+def report(name: str, shared: int = 1000, spilled: int = 0) -> CompileReport:
+    return CompileReport(name, 4, 128, shared, spilled, True, False, "")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("more", "reason"), [({"spilled": 17}, "spills 17 bytes"), ({"shared": 10**6}, "1000000 bytes of shared memory")]
+)
+def test_the_compilers_report_prunes(more: dict[str, int], reason: str) -> None:
+    asked = []
+
+    def inspect(source, ir, schedule, capability) -> CompileReport:
+        asked.append(source.name)
+        is_new = source.name == "monarch_summarize" and schedule.summarize != shipped().summarize
+        return report(source.name, **(more if is_new else {}))
+
+    result, rejected = search(times(10.0, 9.0), inspect)
+    assert all(reason in found for found in rejected.values())
+    assert len(rejected) == len(candidates_after(shipped()))
+    assert result.schedule.summarize == shipped().summarize
+    assert result.schedule.attend != shipped().attend
+    assert asked.count("monarch_summarize") == 1 + len(rejected), "a kernel is compiled once"
+
+
+@pytest.mark.usefixtures("few")
+def test_spills_of_the_shipped_schedule_are_no_reason() -> None:
+    _, rejected = search(inspect=lambda source, *_: report(source.name, spilled=400))
+    assert rejected == {}
+
+
+def test_a_shipped_schedule_that_is_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "reference", lambda q, *_, **options: torch.zeros_like(q) + 1)
+    with pytest.raises(CodegenError, match=r"the shipped schedule .* is off by"):
+        search()
+
+
+@pytest.mark.usefixtures("few")
+def test_masks_groups_and_windows_are_tuned_as_they_are() -> None:
+    problem = replace(PROBLEM, masked=True, group=2, exact=ExactGroups(1), block_size=20)
+    options = {"device": CPU, "capability": None, "timer": times(10.0, 9.0), "inspect": None}
+    result, rejected = tune(problem, SIZES, **options)
+    assert rejected == {}
+    assert result.error < tuning.ERROR_BOUNDS[torch.float32]
+    assert result.schedule.near is not None
+
+
+@pytest.mark.parametrize("exact", [ExactGroups(), ExactGroups(1)], ids=str)
+@pytest.mark.parametrize("num_iters", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_candidates_are_legal_and_nearest_first(exact: ExactGroups, num_iters: int, dtype: torch.dtype) -> None:
+    ir = MonarchAttention(1, 1, 1, 4096, 4096, 64, 64, dtype, 64, 0.125, num_iters=num_iters, exact=exact)
+    start = choose_schedule(ir, (8, 6))
+    names = stages(ir)
+    assert ("near" in names, "represent" in names) == (exact != ExactGroups(), num_iters > 1)
+    for stage in names:
+        found = list(candidates(start, stage, ir, (8, 6)))
+        assert len(found) > 5
+        assert start not in found
+        assert len(set(found)) == len(found)
+        distances = [tuning._distance(getattr(start, stage), getattr(s, stage)) for s in found]
+        assert distances == sorted(distances)
+        for schedule in found:
+            assert all(shared_bytes(tiling, ir) <= shared_limit((8, 6)) for _, tiling in schedule.tilings())
+            assert schedule.whole == (schedule.attend.step >= 64)
+            if schedule.near is not None and schedule.fused:
+                assert replace(schedule.near, step=schedule.summarize.step) == schedule.summarize
+
+
+def test_results_are_kept_and_used(caplog: pytest.LogCaptureFixture) -> None:
+    found = replace(shipped(), summarize=Tiling(32, 16, 1, 1))
+    asked = []
+
+    def fake(problem: Problem, sizes: Sizes, **options: object) -> tuple[Tuned, dict[str, str]]:
+        asked.append((problem, sizes))
+        return Tuned(found, 1.0, 2.0, 0.0, 3), {}
+
+    digest = ensure([IR, IR], HERE, fake)
+    assert asked == [(PROBLEM, SIZES)]
+    assert build(PROBLEM, 2, None, True).schedule == found
+    assert [result.schedule for result in read().values()] == [found]
+    launching._CHOSEN.clear()
+    build.cache_clear()
+    assert ensure([IR], HERE, fake) == digest
+    assert len(asked) == 1, "the second time it comes from the file"
+    assert build(PROBLEM, 2, None, True).schedule == found
+    assert ensure([IR], replace(HERE, gpu="Other GPU"), fake) == digest
+    assert len(asked) == 2, "another GPU's results are its own"
+    q, k, v = (torch.randn(1, 1, 75, 16) for _ in range(3))
+    torch.testing.assert_close(
+        launch(q, k, v, None, **PROBLEM.options()),
+        torch.ops.monarch_compile.attention(q, k, v, None, 0.25, 40, 1, "identity", "post", None, 0),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_without_autotune_the_shipped_tables_run() -> None:
+    """Even where the cache holds something else."""
+    other = replace(shipped(), summarize=Tiling(32, 16, 1, 1))
+    write({autotune.key(IR, HERE): Tuned(other, 1.0, 2.0, 0.0, 3)})
+    assert build(PROBLEM, 2, None, True).schedule == shipped()
+    use(PROBLEM, 2, None, other)
+    assert build(PROBLEM, 2, None, True).schedule == other
+    assert build(PROBLEM, 4, None, True).schedule == choose_schedule(PROBLEM.ir(160))
+
+
+def test_an_illegal_entry_is_tuned_anew() -> None:
+    write({autotune.key(IR, HERE): Tuned(replace(shipped(), near=Tiling(16, 16, 1, 1)), 1.0, 2.0, 0.0, 3)})
+    ensure([IR], HERE, lambda *_, **options: (Tuned(shipped(), 1.0, 1.0, 0.0, 1), {}))
+    assert build(PROBLEM, 2, None, True).schedule == shipped()
+
+
+def test_tuning_that_fails_leaves_the_shipped_schedule(caplog: pytest.LogCaptureFixture) -> None:
+    def failing(*_: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with caplog.at_level(logging.WARNING):
+        ensure([IR], HERE, failing)
+    assert "tuning failed" in caplog.text
+    assert read() == {}
+    assert build(PROBLEM, 2, None, True).schedule == shipped()
+
+
+def test_a_symbolic_length_is_not_tuned() -> None:
+    def never(*_: object, **options: object) -> None:
+        raise AssertionError
+
+    symbolic = replace(IR, seq_len_q="n", seq_len_k="n")
+    assert ensure([symbolic], HERE, never) == ensure([], HERE, never)
+
+
+def test_tuning_while_dynamo_traces_uses_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(autotune, "graph_timer", lambda call: float(call().abs().sum() > 0))
+    with FakeTensorMode():
+        result, _ = tuned_now(IR, HERE, lambda *x, **options: tune(*x, inspect=None, seconds=0.0, **options))
+    assert result.ms == 1.0
+
+
+def test_the_option_tunes_lowered_cuda_sites_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Dynamo, with real tensors, and the schedules are part of the key of compile caches."""
+    keys = []
+
+    def compile_fx(gm, example_inputs, config_patches):
+        keys.append(config_patches["joint_custom_pre_pass"].uuid())
+        return gm.forward
+
+    def as_if_on_cuda(decisions):
+        return real(tuple(replace(decision, device="cuda") for decision in decisions))
+
+    def quickly(*arguments: object, **options: object) -> tuple[Tuned, dict[str, str]]:
+        asked.append(arguments)
+        return tune(
+            *arguments, **{**options, "inspect": None, "seconds": 0.0, "timer": lambda call: call().norm().item()}
+        )
+
+    asked: list[object] = []
+    real = backend._autotune
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr(backend, "_autotune", as_if_on_cuda)
+    monkeypatch.setattr(Machine, "here", lambda: HERE)
+    monkeypatch.setattr(autotune, "default_tune", lambda: quickly)
+    q, k, v = (torch.randn(1, 1, 75, 16) for _ in range(3))
+    options = {"policy": "always", "block_size": 40, "window": None}
+    for chosen in (options, options | {"autotune": True}):
+        torch._dynamo.reset()
+        attend = torch.nn.functional.scaled_dot_product_attention
+        compiled = torch.compile(lambda *x: attend(*x), backend=backend.monarch, options=chosen)  # noqa: B023
+        found = compiled(q, k, v)
+    torch.testing.assert_close(found, reference(q, k, v, None, **PROBLEM.options()))
+    assert asked == [(PROBLEM, SIZES)]
+    assert read()[autotune.key(IR, HERE)].ms > 0
+    assert len(set(keys)) == 2
+    assert keys[1].endswith(f"-{ensure([IR], HERE)}")
+
+
+def test_nothing_is_tuned_for_sites_on_the_cpu_or_without_a_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> Machine:
+        raise CodegenError("no device at all")
+
+    monkeypatch.setattr(Machine, "here", missing)
+    site = Decision("a", LOWERED, "lowered", "lowered", "", "n", ir=IR)
+    with caplog.at_level(logging.WARNING):
+        assert backend._autotune([site]) == ""
+        assert not caplog.records
+        assert backend._autotune([replace(site, device="cuda")]) == ""
+    assert "no tuning: no device at all" in caplog.text
+
+
+def test_what_has_no_kernel_is_not_tuned() -> None:
+    causal, double = replace(IR, is_causal=True), replace(IR, dtype=torch.float64)
+    assert list(autotune.tunable([None, causal, IR, double])) == [IR]
+
+
+def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    def fake(problem: Problem, *_: object, **options: object) -> tuple[Tuned, dict[str, str]]:
+        if problem.exact.window == 1:
+            raise CodegenError("no such kernel")
+        return Tuned(shipped(), 1.0, 2.0, 0.0, 3), {"a": "spills"}
+
+    sizes = {"batch": 1, "num_heads": 2, "head_dim": 16, "dtype": "float16", "num_iters": 1}
+    irs = autotune.problems([256, 1024], [None, 1], HERE, block_size=None, masked=True, **sizes)
+    assert [(ir.seq_len_k, ir.exact.window, ir.mask.value) for ir in irs] == [
+        (n, window, "key_padding") for n in (256, 1024) for window in (None, 1)
+    ]
+    autotune.run(irs, HERE, seconds=1.0, tune=fake)
+    printed = capsys.readouterr().out
+    assert printed.count("2.0000 -> 1.0000 ms (2.00x)") == 2
+    assert printed.count("failed: CodegenError: no such kernel") == 2
+    assert "to put into codegen/schedule.py: Schedule(summarize=Tiling(rows=" in printed
+    autotune.run(irs, HERE, seconds=1.0, tune=fake)
+    assert capsys.readouterr().out.count("tuned already") == 2
+    autotune.run(irs, HERE, seconds=1.0, tune=fake, fresh=True)
+    assert "tuned already" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "hinted"), [("NVIDIA H200", False), ("NVIDIA A100-SXM4-40GB", True)])
+def test_an_unknown_gpu_is_hinted_at_once(
+    name: str, hinted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    launching.capability_of.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO):
+            assert launching.capability_of(torch.device("cuda", 0)) == (9, 0)
+            launching.capability_of(torch.device("cuda", 0))
+        assert caplog.text.count("`monarch-compile tune`") == int(hinted)
+        assert (name in caplog.text) is hinted
+    finally:
+        launching.capability_of.cache_clear()
