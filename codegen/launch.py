@@ -136,6 +136,21 @@ def use(problem: Problem, blocks_key: int, capability: tuple[int, int] | None, s
         build.cache_clear()
 
 
+def schedule_for(ir: MonarchAttention) -> Schedule:
+    """What this process launches `ir` with, as far as is known without a device: a tuned schedule, or the shipped one.
+
+    Raises:
+        CodegenError: no kernel exists for `ir`.
+    """
+    if isinstance(ir.seq_len_k, int):
+        problem = Problem.of(ir)
+        place = problem, problem.blocks_key(ir.seq_len_k)
+        for (*found, _), schedule in _CHOSEN.items():
+            if tuple(found) == place:
+                return schedule
+    return choose_schedule(ir)
+
+
 def plainly(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """`call` with its kernels launched without tracing, as the operator launches them in eager mode."""
     from torch._library.triton import set_wrap_triton_enabled

@@ -117,11 +117,11 @@ def graph_timer(call: Callable[[], Any]) -> float:
     return times[len(times) // 2]
 
 
-def default_tune(seconds: float = LAZY_SECONDS) -> Tune:
-    """The search, for about as long."""
+def default_tune(seconds: float | None = None) -> Tune:
+    """The search, for about as long; `LAZY_SECONDS` where nothing is said."""
     from monarch_compile.codegen.tune import tune
 
-    return functools.partial(tune, seconds=seconds)
+    return functools.partial(tune, seconds=LAZY_SECONDS if seconds is None else seconds)
 
 
 def _schedule(ir: MonarchAttention, machine: Machine, tune: Tune) -> Schedule | None:

@@ -64,6 +64,7 @@ def monarch(
     if result is not None:
         lowered = result.after
         schedules = _autotune(result.decisions) if config.autotune else ""
+        _dump_kernels(result)
         patches.setdefault("joint_custom_pre_pass", CacheKey(config, schedules))
     compiled: Callable[..., Any] = compile_fx(lowered, example_inputs, config_patches=patches or None)
     return compiled
@@ -98,7 +99,6 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
             raise LoweringError(f"the passes failed on a graph: {error!r}") from error
         logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=True)
         return None
-    _dump_kernels(result)
     counters["monarch"]["lowered"] += result.num_lowered
     counters["monarch"]["exact"] += len(result.decisions) - result.num_lowered
     if config.strict:

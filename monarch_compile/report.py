@@ -231,10 +231,10 @@ def _predicted(
 @lru_cache(maxsize=256)
 def kernels_of(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
     from monarch_compile.codegen.emit import emit
-    from monarch_compile.codegen.schedule import choose_schedule
+    from monarch_compile.codegen.launch import schedule_for
 
     try:
-        sources = emit(ir, choose_schedule(ir))
+        sources = emit(ir, schedule_for(ir))
     except CodegenError as error:
         return (), str(error)
     return tuple(Kernel(source.file_name, source.text) for source in sources), ""
