@@ -113,11 +113,8 @@ def test_cross_attention_and_dropout_stay_exact():
 
 def test_the_choice_is_not_a_lack_of_support():
     q, k, v = _qkv()
-    for options, code in (
-        ({}, "cost_exact_wins"),
-        ({"policy": "never"}, "policy_never"),
-        ({"min_seq_len": 99}, "min_"),
-    ):
+    outcomes = {"cost_exact_wins": {}, "policy_never": {"policy": "never"}, "min_seq_len": {"min_seq_len": 99}}
+    for code, options in outcomes.items():
         with replace_sdpa(**options, strict=True) as replaced:
             assert torch.equal(F.scaled_dot_product_attention(q, k, v), replaced_by_nothing(q, k, v))
         assert list(replaced.reasons) == [code]
