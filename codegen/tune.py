@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -9,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,9 +99,13 @@ class Search:
         q, k, v, *mask = self.small
         return reference(q.double(), k.double(), v.double(), *(mask or (None,)), **self.problem.options())
 
+    def launch_small(self, schedule: Schedule) -> Tensor:
+        """The output of the kernels under `schedule` for `small`."""
+        return self._call(schedule, self.small)()
+
     def error(self, schedule: Schedule) -> float:
         """Relative Frobenius error of the kernels under `schedule`; inf where anything is not finite."""
-        found = self._call(schedule, self.small)()
+        found = self.launch_small(schedule)
         error = ((found.double() - self.expected).norm() / self.expected.norm()).item()
         return error if math.isfinite(error) else math.inf
 
@@ -160,6 +165,37 @@ def _searched(search: Search, seconds: float) -> Schedule:
             if ms is not None and ms < best_ms:
                 best, best_ms = candidate, ms
     return best
+
+
+class Task(NamedTuple):
+    """What one call of `compile_ahead` compiles."""
+
+    problem: Problem
+    sizes: Sizes
+    schedule: Schedule
+    capability: tuple[int, int] | None
+    device: str
+
+
+def tasks(problem: Problem, sizes: Sizes, capability: tuple[int, int] | None, device: str) -> list[Task]:
+    """The shipped schedule and all that differ from it in one stage: most of what a search compiles."""
+    ir = problem.ir(problem.blocks_key(sizes.seq_len) * problem.block_size)
+    shipped = choose_schedule(ir, capability)
+    near = (schedule for stage in stages(ir) for schedule in candidates(shipped, stage, ir, capability))
+    return [Task(problem, sizes, schedule, capability, device) for schedule in (shipped, *near)]
+
+
+def compile_ahead(task: Task) -> None:
+    """Compile kernels into Triton's disk cache, as they are inspected and as they are launched; for a worker process.
+
+    What does not compile is met again, and rejected, by the search.
+    """
+    device = torch.device(task.device)
+    search = Search(task.problem, task.sizes, device, task.capability, lambda call: 0.0, compile_report)
+    with contextlib.suppress(Exception):
+        _spilled(search, task.schedule)
+    with contextlib.suppress(Exception):
+        search.launch_small(task.schedule)
 
 
 def stages(ir: MonarchAttention) -> tuple[str, ...]:

@@ -6,7 +6,11 @@ import functools
 import hashlib
 import itertools
 import logging
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 LAZY_SECONDS = 60.0
 """What `options={"autotune": True}` spends on a problem that was not tuned before."""
-TIMER_REP_MS = 20
+TIMER_REP_MS = 10
+IDLE_CORES = 2
+"""Cores that compiling ahead leaves alone."""
 
 
 @dataclass(frozen=True)
@@ -198,15 +204,26 @@ def problems(
 
 
 def run(
-    irs: Sequence[MonarchAttention], machine: Machine, *, seconds: float, fresh: bool = False, tune: Tune | None = None
+    irs: Sequence[MonarchAttention],
+    machine: Machine,
+    *,
+    seconds: float,
+    fresh: bool = False,
+    jobs: int | None = 0,
+    tune: Tune | None = None,
 ) -> None:
-    """Tune each of `irs` that the cache does not hold (all of them if `fresh`), and print what was found."""
+    """Tune each of `irs` that the cache does not hold (all of them if `fresh`), and print what was found.
+
+    jobs: processes that compile ahead; None: as many as there are cores to spare.
+    """
     from monarch_compile.codegen.tuned import read, tuned_path
 
     held = {} if fresh else read()
+    missing = [ir for ir in irs if key(ir, machine) not in held]
+    _compile_ahead(missing, machine, max(1, (os.cpu_count() or 1) - IDLE_CORES) if jobs is None else jobs)
     for place, ir in enumerate(irs, 1):
         print(f"[{place}/{len(irs)}] {ir}", flush=True)
-        if key(ir, machine) in held:
+        if ir not in missing:
             print(f"    tuned already: {held[key(ir, machine)].schedule}", flush=True)
             continue
         try:
@@ -218,3 +235,26 @@ def run(
         print(f"    {result.tried} timed, {len(rejected)} rejected; {result.schedule}")
         print(f"    to put into codegen/schedule.py: {result.schedule!r}", flush=True)
     print(f'{tuned_path()}: used by options={{"autotune": True}}')
+
+
+def _compile_ahead(irs: Sequence[MonarchAttention], machine: Machine, jobs: int) -> None:
+    """Fill Triton's disk cache from `jobs` processes; a search without it is only slower."""
+    from monarch_compile.codegen.launch import Problem
+    from monarch_compile.codegen.tune import compile_ahead, tasks
+
+    if jobs < 1 or not irs:
+        return
+    found = [
+        task
+        for ir in tunable(irs)
+        for task in tasks(Problem.of(ir), sizes_of(ir), machine.capability, str(machine.device))
+    ]
+    print(f"compiling {len(found)} schedules in {jobs} processes ", end="", flush=True)
+    started = time.monotonic()
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for place, _ in enumerate(pool.map(compile_ahead, found, chunksize=4), 1):
+                print("." if place % 25 == 0 else "", end="", flush=True)
+    except Exception as error:
+        print(f" stopped: {error!r}", end="")
+    print(f" {time.monotonic() - started:.0f} s", flush=True)

@@ -97,7 +97,8 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--iters", type=int, default=1)
     parser.add_argument("--masked", action="store_true", help="with key padding")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time to spend on each problem")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each problem")
+    parser.add_argument("--jobs", type=int, metavar="P", help="processes that compile ahead (default: cores - 2)")
     parser.add_argument("--fresh", action="store_true", help="also tune what the cache holds already")
 
 
@@ -195,7 +196,7 @@ def _tune(args: argparse.Namespace) -> int:
     irs = problems(
         args.lengths, args.windows, machine, dtype=args.dtype, block_size=args.block_size, masked=args.masked, **sizes
     )
-    run(irs, machine, seconds=args.seconds, fresh=args.fresh)
+    run(irs, machine, seconds=args.seconds, fresh=args.fresh, jobs=args.jobs)
     return 0
 
 

@@ -382,6 +382,59 @@ def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     assert "tuned already" not in capsys.readouterr().out
 
 
+class InThisProcess:
+    """A pool of none."""
+
+    def __init__(self, jobs: int, mp_context: object) -> None:
+        self.map = lambda function, tasks, chunksize: map(function, tasks)
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_kernels_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = []
+    monkeypatch.setattr(autotune, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(tuning, "compile_ahead", compiled.append)
+    result = Tuned(shipped(), 1.0, 2.0, 0.0, 3)
+    autotune.run([IR], HERE, seconds=1.0, jobs=2, tune=lambda *_, **options: (result, {}))
+    printed = capsys.readouterr().out
+    assert f"compiling {len(compiled)} schedules in 2 processes" in printed
+    assert {task[:2] for task in compiled} == {(PROBLEM, SIZES)}
+    schedules = [task.schedule for task in compiled]
+    assert schedules[0] == shipped()
+    assert set(candidates_after(shipped())) < set(schedules)
+    autotune.run([IR], HERE, seconds=1.0, jobs=2, tune=lambda *_, **options: (result, {}))
+    assert "compiling" not in capsys.readouterr().out, "nothing is missing"
+
+
+def test_a_pool_that_breaks_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **options: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(autotune, "ProcessPoolExecutor", broken)
+    result = Tuned(shipped(), 1.0, 2.0, 0.0, 3)
+    autotune.run([IR], HERE, seconds=1.0, jobs=2, tune=lambda *_, **options: (result, {}))
+    assert "stopped: OSError('no more processes')" in capsys.readouterr().out
+    assert len(read()) == 1
+
+
+def test_compiling_ahead_launches_and_passes_over_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    class Noted(launching.Launcher):
+        def __call__(self, *arguments: object) -> Tensor:
+            launched.append(self.schedule)
+            raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(tuning, "Launcher", Noted)
+    tuning.compile_ahead(tuning.tasks(PROBLEM, SIZES, None, "cpu")[0])
+    assert launched == [shipped()]
+
+
 @pytest.mark.parametrize(("name", "hinted"), [("NVIDIA H200", False), ("NVIDIA A100-SXM4-40GB", True)])
 def test_an_unknown_gpu_is_hinted_at_once(
     name: str, hinted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

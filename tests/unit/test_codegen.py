@@ -373,3 +373,24 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
             and "16" in report["dtype"]
         ):
             assert report["has_wgmma"], f"64 rows and 4 warps fill Hopper's own instructions: {report}"
+
+
+AHEAD = """
+import sys, torch
+from monarch_compile.codegen.launch import Problem
+from monarch_compile.codegen.tune import Sizes, compile_ahead, tasks
+problem = Problem(64, 64, torch.float16, 64, 0.125, 1, "identity", "post", False)
+first = tasks(problem, Sizes(256), (9, 0), "cpu")[0]
+compile_ahead(first)
+"""
+
+
+@pytest.mark.slow
+def test_compiling_ahead_fills_the_disk_cache_of_triton(tmp_path: Path) -> None:
+    """Even where nothing can be launched; in a process of its own, as workers are."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    subprocess.run([sys.executable, "-c", AHEAD], check=True, env=environment)
+    compiled = {path.stem for path in (tmp_path / "triton").rglob("*.cubin")}
+    assert compiled == {"monarch_summarize", "monarch_attend"}
