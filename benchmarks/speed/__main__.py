@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -41,13 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     clocks = cuda_clocks(args.rep) if preset.device == "cuda" else cpu_clocks(args.rep / 50)
     bench = Bench(preset.device, installed(preset.device), clocks, peers([(name, load(name)) for name in args.peer]))
     with one_thread():
-        content = run(bench, preset, args.output, fresh=args.fresh)
+        content = run(bench, preset, args.output, fresh=args.fresh, minutes=args.minutes)
     _present(content, args.output)
     return 0
 
 
-def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Measure the problems of `preset` that `path` does not hold yet; its content after the last of them."""
+def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False, minutes: float = math.inf) -> dict[str, Any]:
+    """Measure the problems of `preset` that `path` does not hold yet; its content after the last of them.
+
+    After `minutes` no further problem is begun; a later run goes on from there.
+    """
     content = _opened(bench, path, fresh)
     names = [subject.name for subject in bench.subjects()]
     total, started = len(preset.problems), time.monotonic()
@@ -56,6 +60,9 @@ def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False) -> dic
         if all(x in held for x in [*((name, None) for name in names), *(("monarch", asdict(f)) for f in preset.forms)]):
             print(f"[{place}/{total}] {problem}: measured already", flush=True)
             continue
+        if time.monotonic() - started > 60 * minutes:
+            print(f"[{place}/{total}] {minutes:g} minutes are over; the same command goes on from here", flush=True)
+            break
         print(f"[{place}/{total}] {problem} ({time.monotonic() - started:.0f} s)", flush=True)
         measured = []
         for row in rows(bench, problem, preset.forms):
@@ -170,6 +177,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shapes", dest="batch_and_length", nargs="+", metavar="BATCHxN", help="only these shapes of the preset"
     )
     parser.add_argument("--rep", type=int, default=50, metavar="MS", help="ms a timing takes (CPU: 20 times that)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no problem later; run again to go on")
     parser.add_argument("--fresh", action="store_true", help="forget what the results file holds")
     args = parser.parse_args(argv)
     args.output = args.output or Path(f"speed_{args.preset}.json")

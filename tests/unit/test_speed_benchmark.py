@@ -183,6 +183,26 @@ def test_results_are_resumed_extended_and_shown(tmp_path: Path, capsys: pytest.C
     assert "measured already" not in capsys.readouterr().out
 
 
+def test_a_run_that_is_out_of_time_goes_on_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "speed.json"
+    assert driver.run(bench(), TINY, path, minutes=-1)["rows"] == []
+    assert "the same command goes on from here" in capsys.readouterr().out
+    assert markdown(driver.run(bench(), replace(TINY, problems=TINY.problems[:1]), path)).count("2 x 24") == 3
+    assert len(driver.run(bench(), TINY, path)["rows"]) == 2 * 3
+    assert capsys.readouterr().out.count("measured already") == 1
+
+
+def test_a_fault_on_the_device_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", faulty)
+    monkeypatch.setattr(torch.cuda, "synchronize", faulty)
+    times, failures = measure._timed(replace(bench(), place="cuda"), lambda: lambda: torch.zeros(1))
+    assert times == {}
+    assert failures == {"call": "RuntimeError: CUDA error: an illegal memory access was encountered"}
+
+
 def test_results_of_other_versions_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "speed.json"
     content = driver.run(bench(), TINY, path)
