@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
-    if args.rest and args.run not in (_quality, _speed):  # whose arguments are the benchmark's own
+    if args.rest and args.run not in (_quality, _speed, _compile):  # whose arguments are the benchmark's own
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "speed", help="time every form of attention side by side, peers included (needs a checkout)", add_help=False
     )
     speed.set_defaults(run=_speed)
+    compiling = kinds.add_parser(
+        "compile", help="time compiling BERT-base, cold and warm, beside Inductor (needs a checkout)", add_help=False
+    )
+    compiling.set_defaults(run=_compile)
 
     tune = commands.add_parser("tune", help="look for better schedules on this GPU, for options={'autotune': True}")
     _add_tune_arguments(tune)
@@ -161,6 +165,10 @@ def _demo(_: argparse.Namespace) -> int:
 
 def _quality(args: argparse.Namespace) -> int:
     return _run_in_checkout("benchmarks.quality", *args.rest)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    return _run_in_checkout("benchmarks.compile_time", *args.rest)
 
 
 def _speed(args: argparse.Namespace) -> int:
