@@ -16,6 +16,7 @@ from monarch_compile.errors import (
     PlanError,
 )
 from monarch_compile.explainer import explain
+from monarch_compile.export import lower_exported
 from monarch_compile.functional import monarch_attention
 from monarch_compile.plan import Plan
 from monarch_compile.report import Report
@@ -35,5 +36,6 @@ __all__ = [
     "__version__",
     "calibrate",
     "explain",
+    "lower_exported",
     "monarch_attention",
 ]

@@ -59,7 +59,7 @@ def monarch(
     from torch._inductor.compile_fx import compile_fx
 
     config, patches = parse_options(options, mode)
-    result = _rewrite(gm, example_inputs, config)
+    result = rewritten(gm, example_inputs, config)
     lowered = gm
     if result is not None:
         lowered = result.after
@@ -85,7 +85,7 @@ def _autotune(decisions: Sequence[Decision]) -> str:
     return f"-{ensure(tunable(irs), machine)}"
 
 
-def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite | None:
+def rewritten(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite | None:
     """The graph with attention lowered, or None where Dynamo's own graph is to be compiled as it is."""
     from monarch_compile.passes.pipeline import rewrite
 
