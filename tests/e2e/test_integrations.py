@@ -179,3 +179,24 @@ def test_a_causal_transformer_is_plain_sdpa(bert):
             exact = model(tokens, attention_mask=given)[0]
             model.set_attn_implementation("monarch")
             assert torch.equal(model(tokens, attention_mask=given)[0], exact)
+
+
+def test_traced_code_is_left_to_the_backend(bert):
+    """Under torch.compile the door is transparent: the backend's graph has plain SDPA, and is lowered as ever."""
+    tokens = torch.arange(82).view(2, 41)
+    bert.set_attn_implementation("monarch")
+    with torch.no_grad():
+        expected = bert(tokens)[0]
+        found, (rewrite,) = run_passes(lambda t: bert(t)[0], tokens, **OPTIONS)
+        _, (exact,) = run_passes(lambda t: bert(t)[0], tokens, **OPTIONS | {"policy": "never"})
+    assert (rewrite.num_lowered, exact.num_lowered) == (2, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_function_inside_the_context():
+    q, k, v = _qkv()
+    with replace_sdpa(**OPTIONS) as replaced:
+        found, (rewrite,) = run_passes(F.scaled_dot_product_attention, q, k, v, **OPTIONS | {"policy": "never"})
+    assert rewrite.num_lowered == 0
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
+    assert replaced.lowered == 0
