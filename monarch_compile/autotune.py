@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from monarch_compile.benchmark import cuda_graph_times
-from monarch_compile.cost import choose_block_size
-from monarch_compile.devices import device_for
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.lengths import auto_block_size
 
 if TYPE_CHECKING:
     from monarch_compile.codegen.schedule import Schedule
@@ -187,15 +186,7 @@ def problems(
     kind, found = getattr(torch, dtype), []
     for seq_len, window in itertools.product(lengths, windows):
         groups = ExactGroups(window)
-        block = block_size or choose_block_size(
-            seq_len=seq_len,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            dtype=kind,
-            device=device_for(machine.device.type, machine.gpu),
-            num_iters=num_iters,
-            exact=groups,
-        )
+        block = block_size or auto_block_size(seq_len, machine.device.type, window)
         shape = (batch, num_heads, num_heads, seq_len, seq_len, head_dim, head_dim)
         mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
         scale = head_dim**-0.5

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monarch_compile.cost import choose_block_size, predict
+from monarch_compile.cost import predict
 from monarch_compile.devices import DEVICES
 from monarch_compile.functional import monarch_attention
 from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.lengths import auto_block_size
 from monarch_compile.version import __version__
 
 SEQ_LENS = (128, 256, 512, 1024, 1500, 2048, 4096)
@@ -174,9 +175,7 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     # As a projection leaves them: (batch, seq, heads, dim) in memory.
     q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
     cpu, groups = DEVICES["cpu"], ExactGroups(window)
-    block = block_size or choose_block_size(
-        seq_len=seq_len, head_dim=dim, value_dim=dim, dtype=q.dtype, device=cpu, exact=groups
-    )
+    block = block_size or auto_block_size(seq_len, cpu.kind, window)
     ir = MonarchAttention(
         batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim), exact=groups
     )

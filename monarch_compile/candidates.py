@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from monarch_compile.cost import MARGIN, choose_block_size, predict
+from monarch_compile.cost import MARGIN, predict
 from monarch_compile.devices import Device
 from monarch_compile.ir import MonarchAttention
+from monarch_compile.lengths import auto_block_size
 from monarch_compile.plan import FORM_OPTIONS, SiteForm
 
 SEARCH: dict[str, tuple[Any, ...]] = {
-    "block_size": (0.5, 1, 2, 4),  # times the cost model's choice
+    "block_size": (0.5, 1, 2, 4),  # times what "auto" is
     "num_iters": (1, 2),
     "init": ("identity",),
     "pad": ("post",),
@@ -71,14 +72,5 @@ def _block_sizes(occurrence: Occurrence, device: Device, form: SiteForm, fixed: 
         return [int(fixed["block_size"])]
     ir = occurrence.ir
     seq_len = ir.seq_len_k if isinstance(ir.seq_len_k, int) else dict(occurrence.hints)[ir.seq_len_k]
-    best = choose_block_size(
-        seq_len=seq_len,
-        head_dim=ir.head_dim,
-        value_dim=ir.value_dim,
-        dtype=ir.dtype,
-        device=device,
-        num_iters=form.num_iters,
-        init=form.init,
-        exact=form.exact,
-    )
+    best = auto_block_size(seq_len, device.kind, form.window)
     return [max(1, min(seq_len, int(best * factor))) for factor in SEARCH["block_size"]]

@@ -52,7 +52,7 @@ OPTION_RULES: dict[str, OptionRule] = {
 class MonarchConfig:
     """Options of ``torch.compile(model, backend="monarch", options={...})``.
 
-    block_size: keys in a block, or "auto" (the cost model chooses).
+    block_size: keys in a block, or "auto" (a table of the length, `lengths.BLOCK_SIZES`).
     num_iters: pairs of updates of the Monarch factors.
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").

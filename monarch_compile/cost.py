@@ -18,15 +18,13 @@ import torch
 
 from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
-from monarch_compile.ir import PAPER, Dim, ExactGroups, MonarchAttention
+from monarch_compile.ir import Dim, ExactGroups, MonarchAttention
 
 Quantity = Any
 """An int, or a sympy expression in the symbolic sizes of an IR."""
 
 MARGIN = 1.1
 """The Monarch form is worth lowering to only where it is predicted to be this many times faster."""
-BLOCK_MARGIN = 1.05
-""""auto" takes the largest block whose predicted time is within this factor of the best: larger blocks do better."""
 
 E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = sympy.symbols(
     "E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True
@@ -167,42 +165,6 @@ def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | Non
     """
     sizes = _numbers(ir, hints or {})
     return Prediction(*(launch + work for launch, work in _times(sizes, device, ir.dtype)))
-
-
-@lru_cache(maxsize=1024)
-def choose_block_size(
-    *,
-    seq_len: int,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    device: Device,
-    num_iters: int = 1,
-    init: str = "identity",
-    exact: ExactGroups = PAPER,
-) -> int:
-    """The largest block size whose predicted time, for `seq_len` keys and as many queries, is near the least.
-
-    Candidates lie between half and twice sqrt(seq_len): every size on a CPU; 16, 32 and multiples of 64 on CUDA.
-    "Near" is within `BLOCK_MARGIN`. A pure function; 1 <= result <= seq_len.
-    """
-    if seq_len < 1:
-        raise InputError(f"seq_len must be at least 1; found {seq_len}")
-    times = {}
-    for block in _candidates(seq_len, device.kind):
-        blocks = -(-seq_len // block)
-        sizes = (1, 1, 1, seq_len, seq_len, blocks, block, block, head_dim, value_dim, dtype.itemsize, num_iters)
-        one_head = (*sizes, *_group_sizes(exact, num_iters, init, seq_len, seq_len, block))
-        times[block] = _times(one_head, device, dtype)[1][1]
-    fastest = min(times.values())
-    return max(block for block, seconds in times.items() if seconds <= fastest * BLOCK_MARGIN)
-
-
-def _candidates(seq_len: int, kind: str) -> list[int]:
-    root = math.isqrt(seq_len - 1) + 1
-    low, high = -(-root // 2), 2 * root
-    sizes = (16, 32, *range(64, high + 1, 64)) if kind == "cuda" else range(low, high + 1)
-    return [size for size in sizes if low <= size <= min(high, seq_len)] or [min(root, seq_len)]
 
 
 def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Quantity:

@@ -22,11 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from monarch_compile.config import MonarchConfig, parse_options
-from monarch_compile.cost import choose_block_size, predict
 from monarch_compile.devices import installed
 from monarch_compile.errors import ConfigError, LoweringError
 from monarch_compile.functional import monarch_attention
 from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.legality import DTYPES, MAX_HEAD_DIM
 
@@ -225,19 +225,12 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig)
     if config.policy == "never":
         raise Stays("policy_never", "policy is 'never'")
     start: dict[str, Any] = {"num_iters": config.num_iters, "init": config.init}
-    block_size = config.block_size
-    if not isinstance(block_size, int):
-        block_size = choose_block_size(
-            seq_len=seq_len,
-            head_dim=problem.head_dim,
-            value_dim=problem.value_dim,
-            dtype=problem.dtype,
-            device=device,
-            exact=exact,
-            **start,
-        )
+    size = config.block_size
+    block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.window)
     ir = replace(problem, block_size=block_size, pad=config.pad, exact=exact, **start)
-    if config.policy == "auto" and not predict(ir, device).pays:
-        raise Stays("cost_exact_wins", f"exact attention is predicted to win at seq_len {seq_len}")
+    if config.policy == "auto":
+        reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len)
+        if reason is not None:
+            raise Stays("cost_exact_wins", f"{reason}; found {seq_len}")
     groups = {"window": config.window, "prefix": config.prefix}
     return {"block_size": block_size, "pad": config.pad, **start, **groups}

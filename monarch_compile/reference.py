@@ -95,10 +95,20 @@ def _bmm(x: Tensor, y: Tensor, *, transposed: bool = False) -> Tensor:
     return torch.unflatten(torch.bmm(x3, y3.mT if transposed else y3), 0, x.shape[:3])
 
 
+def _may_pad(missing: int) -> bool:
+    """Whether whole blocks may hold more than the sequence: always so for a symbolic length, which takes no guard."""
+    return not isinstance(missing, int) or missing > 0
+
+
+def _padded(x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """`x` with zeros (False) around it, contiguous: padding by a symbolic number that is 0 would keep x's strides."""
+    return F.pad(x if all(isinstance(n, int) for n in padding) else x.contiguous(), padding)
+
+
 def _to_blocks(x: Tensor, num_blocks: int, size: int, pad: str) -> Tensor:
     missing = num_blocks * size - x.shape[2]
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing) if pad == "post" else (0, 0, missing, 0))
+    if _may_pad(missing):
+        x = _padded(x, (0, 0, 0, missing) if pad == "post" else (0, 0, missing, 0))
     return x.reshape(x.shape[0], x.shape[1], num_blocks, size, x.shape[3])
 
 
@@ -112,8 +122,12 @@ def _from_blocks(z: Tensor, seq_len: int, pad: str, group: int) -> Tensor:
     size = offsets // group
     rows = torch.unflatten(z, 2, (group, size)).permute(0, 4, 3, 1, 2, 5)
     rows = rows.reshape(batch, num_blocks * size, kv_heads * group, dim)
-    start = 0 if pad == "post" else num_blocks * size - seq_len
-    return rows[:, start : start + seq_len].transpose(1, 2)
+    missing = num_blocks * size - seq_len
+    if isinstance(missing, int):
+        start = 0 if pad == "post" else missing
+        return rows[:, start : start + seq_len].transpose(1, 2)
+    cut = (0, -missing) if pad == "post" else (-missing, 0)  # a slice would be guarded on, for its layout
+    return F.pad(rows, (0, 0, 0, 0, *cut)).transpose(1, 2)
 
 
 def _positions(num_blocks: int, size: int, seq_len: int, pad: str, prefix: int, device: torch.device) -> Tensor:
@@ -130,9 +144,9 @@ def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None, pre
     if key_mask is not None:
         if prefix:
             key_mask = key_mask & (torch.arange(seq_len, device=keys.device) >= prefix)
-        padded = F.pad(key_mask, (0, missing) if pad == "post" else (missing, 0), value=False)
+        padded = _padded(key_mask, (0, missing) if pad == "post" else (missing, 0))
         return padded.view(key_mask.shape[0], 1, num_blocks, 1, size)
-    if not missing and not prefix:
+    if not _may_pad(missing) and not prefix:
         return None
     return _positions(num_blocks, size, seq_len, pad, prefix, keys.device).view(1, 1, num_blocks, 1, size)
 
@@ -150,7 +164,7 @@ def _rows(q: Tensor, seq_len: int, pad: str, prefix: int, group: int) -> Tensor 
     """(1, 1, j, l, 1) bool: rows that are neither padding nor before `prefix`; None where all are such."""
     num_blocks, offsets = q.shape[2], q.shape[3]
     size = offsets // group
-    if num_blocks * size == seq_len and not prefix:
+    if not _may_pad(num_blocks * size - seq_len) and not prefix:
         return None
     real = _positions(num_blocks, size, seq_len, pad, prefix, q.device).t()
     return real.expand(group, -1, -1).reshape(1, 1, offsets, num_blocks, 1)

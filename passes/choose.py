@@ -9,10 +9,11 @@ import torch
 from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
-from monarch_compile.cost import MARGIN, Prediction, choose_block_size, predict
+from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import Device, installed
-from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.ir import MonarchAttention
+from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of
 from monarch_compile.passes.legality import Context, first_refusal
@@ -68,22 +69,29 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
     if plan is not None and plan.form is None:
         reason = f"the plan keeps it exact: {plan.reason}"
         return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=site.output.name))
-    device = installed(site.output.meta["val"].device)
-    form = plan.form if plan is not None and plan.form is not None else _form(site, config, device)
-    ir = to_ir(site, context.facts, form)
-    decision = _weigh(replace(base, ir=ir, stage="cost"), predict(ir, device, _hints(site)), config)
-    return Choice(decision, site, context.facts, ir)
+    form = _form(config) if plan is None or plan.form is None else plan.form
+    return _weigh(site, context, form, base)
 
 
-def _weigh(decision: Decision, prediction: Prediction, config: MonarchConfig) -> Decision:
-    gain = f"{prediction.speedup:.2f}x"
+def _weigh(site: AttentionRegion, context: Context, form: SiteForm | None, base: Decision) -> Choice:
+    """Whether a legal site pays in `form`; None: the options' own, at the block size that "auto" is for its length.
+
+    Symbolic sizes are guarded on only as far as the outcome hangs on them.
+    """
+    config, facts, device = context.config, context.facts, installed(site.output.meta["val"].device)
+    batch, seq_len = site.lead[0], site.k_shape[2]
+    seen = to_ir(site, facts, form or _auto_form(config, device, _hint(seq_len)))
+    exact = replace(base, ir=seen, stage="cost")
     if config.policy == "never":
-        return replace(decision, code="policy_never", reason="policy is 'never'")
-    if config.policy == "auto" and not prediction.pays:
-        reason = f"exact attention wins: predicted gain {gain}, below the margin of {MARGIN:g}x"
-        return replace(decision, code="cost_exact_wins", reason=reason)
+        return Choice(replace(exact, code="policy_never", reason="policy is 'never'"))
+    gain = f"{predict(seen, device, _hints(site)).speedup:.2f}x"
+    if config.policy == "auto":
+        reason = exact_wins(seen, device, auto=form is None, batch=batch, seq_len=seq_len)
+        if reason is not None:
+            return Choice(replace(exact, code="cost_exact_wins", reason=f"{reason}; predicted gain {gain} here"))
+    ir = to_ir(site, facts, form or _auto_form(config, device, seq_len))
     reason = f"predicted {gain} against exact attention"
-    return replace(decision, status=LOWERED, stage="lowered", code="lowered", reason=reason)
+    return Choice(replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason), site, facts, ir)
 
 
 def _planned(name: str, shape: tuple[int, ...], config: MonarchConfig) -> SitePlan | None:
@@ -117,24 +125,26 @@ def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decisio
     return replace(decision, q_shape=q, k_shape=k, v_shape=v, mask=mask, dtype=dtype_of(region.q.node))
 
 
-def _form(region: AttentionRegion, config: MonarchConfig, device: Device) -> SiteForm:
-    """The options' form; "auto" is the cost model's block for a static length (legality refuses it on a symbolic)."""
-    block_size = config.block_size
-    if not isinstance(block_size, int):
-        block_size = choose_block_size(
-            seq_len=region.k_shape[2],
-            head_dim=region.q_shape[3],
-            value_dim=region.v_shape[3],
-            dtype=region.q.node.meta["val"].dtype,
-            device=device,
-            num_iters=config.num_iters,
-            init=config.init,
-            exact=ExactGroups(config.window, config.prefix),
-        )
+def _form(config: MonarchConfig) -> SiteForm | None:
+    """The options' form; None where its block size is "auto"."""
+    size = config.block_size
+    return _form_of(config, size) if isinstance(size, int) else None
+
+
+def _auto_form(config: MonarchConfig, device: Device, seq_len: Any) -> SiteForm:
+    return _form_of(config, auto_block_size(seq_len, device.kind, config.window))
+
+
+def _form_of(config: MonarchConfig, block_size: int) -> SiteForm:
     return SiteForm(block_size, config.num_iters, config.init, config.pad, config.window, config.prefix)
+
+
+def _hint(size: Any) -> int:
+    """A size as it was in the call that was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _hints(region: AttentionRegion) -> dict[str, int]:
     """The sizes that symbolic dims had in the call that was captured."""
-    sizes: list[Any] = [*region.q_shape, *region.k_shape, *region.v_shape]
-    return {str(n): int(n.node.hint) for n in sizes if isinstance(n, torch.SymInt)}
+    sizes: list[Any] = [*region.lead, *region.q_shape, *region.k_shape, *region.v_shape]
+    return {str(n): _hint(n) for n in sizes if isinstance(n, torch.SymInt)}

@@ -135,8 +135,9 @@ def _check_dims(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_dynamic(region: AttentionRegion, context: Context) -> str | None:
-    if not _is_static(region.k_shape[2]) and context.config.block_size == "auto":
-        return "seq_len is symbolic and block_size is 'auto'; give block_size a number, or mark the length static"
+    for name, size in (("batch", region.lead[0]), ("seq_len", region.k_shape[2])):
+        if isinstance(size, torch.SymInt) and not size.node.has_hint():
+            return f"{name} ({size}) is known only when the model runs"
     return None
 
 
@@ -207,7 +208,7 @@ def _mask_ancestors(region: AttentionRegion) -> Iterator[Node]:
 
 def _check_length(region: AttentionRegion, context: Context) -> str | None:
     n_k = region.k_shape[2]
-    if _is_static(n_k) and n_k < context.config.min_seq_len:
+    if n_k < context.config.min_seq_len:
         return f"seq_len {n_k} is below min_seq_len {context.config.min_seq_len}"
     return None
 
@@ -218,7 +219,7 @@ CHECKS: tuple[Check, ...] = (
     Check("cross_attention", _check_cross),
     Check("head_dim", _check_head_dim),
     Check("symbolic_dims", _check_dims),
-    Check("dynamic_seq_len", _check_dynamic),
+    Check("data_dependent", _check_dynamic),
     Check("device", _check_device),
     Check("dtype", _check_dtype),
     Check("scale", _check_scale),

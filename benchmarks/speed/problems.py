@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monarch_compile.cost import choose_block_size
 from monarch_compile.devices import Device
 from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.lengths import auto_block_size
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Form:
     def ir(self, problem: Problem, device: Device) -> MonarchAttention:
         """The IR of `problem` in this form on `device`."""
         dim, dtype, groups = problem.head_dim, problem.torch_dtype, ExactGroups(self.window)
-        sizes = {"seq_len": problem.seq_len, "head_dim": dim, "value_dim": dim, "dtype": dtype}
-        block = choose_block_size(**sizes, device=device, num_iters=self.num_iters, exact=groups)
+        block = auto_block_size(problem.seq_len, device.kind, self.window)
         return MonarchAttention(
             *(problem.batch, problem.num_heads, problem.num_heads, problem.seq_len, problem.seq_len, dim, dim),
             dtype=dtype,

@@ -1,6 +1,4 @@
-"""Counts against the closed forms of the mathematics, predictions against measurements, and the block-size choice."""
-
-import math
+"""Counts against the closed forms of the mathematics, and predictions against measurements."""
 
 import pytest
 import sympy
@@ -9,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monarch_compile import cost
-from monarch_compile.cost import choose_block_size, exact_cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.cost import exact_cost, exact_cost_of_shapes, monarch_cost, predict
 from monarch_compile.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
 from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.lengths import auto_block_size
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
@@ -40,8 +39,7 @@ def attention(seq_len=4096, block_size=64, batch=1, dtype=torch.float32, **more)
 
 
 def auto(seq_len, device, dtype, batch=1):
-    block = choose_block_size(seq_len=seq_len, head_dim=64, value_dim=64, dtype=dtype, device=device)
-    return attention(seq_len, block, batch, dtype)
+    return attention(seq_len, auto_block_size(seq_len, device.kind, None), batch, dtype)
 
 
 def is_equal(found, expected):
@@ -139,46 +137,6 @@ def test_cost_and_time_grow_with_the_sequence_and_the_iterations(seq_len, more, 
     for device in DEVICES.values():
         assert predict(small, device).exact_s <= predict(long, device).exact_s
         assert predict(small, device).monarch_s < predict(deep, device).monarch_s
-
-
-@settings(deadline=None)
-@given(
-    seq_len=st.integers(1, 200_000),
-    head_dim=st.integers(1, 256),
-    value_dim=st.integers(1, 256),
-    dtype=st.sampled_from(DTYPES),
-    device=st.sampled_from(sorted(DEVICES)),
-    num_iters=st.integers(1, 4),
-)
-def test_block_size_is_in_range_deterministic_and_near_the_root(seq_len, head_dim, value_dim, dtype, device, num_iters):
-    arguments = {
-        "seq_len": seq_len,
-        "head_dim": head_dim,
-        "value_dim": value_dim,
-        "dtype": dtype,
-        "device": DEVICES[device],
-        "num_iters": num_iters,
-    }
-    block = choose_block_size(**arguments)
-    assert 1 <= block <= seq_len
-    assert block <= 2 * math.isqrt(seq_len) + 2
-    choose_block_size.cache_clear()
-    assert choose_block_size(**arguments) == block
-
-
-def test_chosen_block_is_nearly_the_fastest_of_all():
-    cpu, n = DEVICES["cpu"], 1500
-    chosen = predict(auto(n, cpu, torch.float32), cpu).monarch_s
-    assert chosen <= 1.06 * min(predict(attention(n, block), cpu).monarch_s for block in range(1, n + 1))
-
-
-def test_whole_blocks_are_preferred_on_cpu():
-    assert 1500 % auto(1500, DEVICES["cpu"], torch.float32).block_size == 0
-
-
-def test_bad_seq_len_is_refused():
-    with pytest.raises(InputError, match="seq_len must be at least 1; found 0"):
-        choose_block_size(seq_len=0, head_dim=64, value_dim=64, dtype=torch.float32, device=DEVICES["cpu"])
 
 
 @pytest.mark.parametrize(("batch", "seq_len"), H200_MS)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.speed.problems import Form, Problem
-from monarch_compile.cost import choose_block_size, predict
+from monarch_compile.cost import predict
 from monarch_compile.devices import Device, device_for
 from monarch_compile.ir import PAPER, ExactGroups, MonarchAttention
+from monarch_compile.lengths import auto_block_size, exact_wins
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLOSE = 1.1
@@ -61,8 +62,7 @@ def _first_table() -> list[Measured]:
     for row in content["rows"]:
         batch, seq_len = row["batch"], row["seq_len"]
         for name, groups in FORMS.items():
-            sizes = {"seq_len": seq_len, "head_dim": dim, "value_dim": dim, "dtype": dtype, "exact": groups}
-            block = choose_block_size(**sizes, device=device_for("cuda", gpu))
+            block = auto_block_size(seq_len, "cuda", groups.window)
             ir = MonarchAttention(batch, 12, 12, seq_len, seq_len, dim, dim, dtype, block, dim**-0.5, exact=groups)
             found.append(Measured(gpu, ir, min(row[exact][1] for exact in EXACT), row[name][1]))
     return found
@@ -70,7 +70,8 @@ def _first_table() -> list[Measured]:
 
 def chooses_well(measured: Measured, device: Device) -> bool:
     chosen, other = measured.exact_ms, measured.monarch_ms
-    if predict(measured.ir, device).pays:
+    ir = measured.ir
+    if exact_wins(ir, device, auto=True, batch=ir.batch, seq_len=ir.seq_len_k) is None:
         chosen, other = other, chosen
     return chosen <= CLOSE * other
 

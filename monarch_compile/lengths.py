@@ -1,0 +1,97 @@
+"""What of a site hangs on its sequence length: the block size that "auto" stands for, and from where on lowering pays.
+
+Both are functions of the length and the batch alone, made of steps. A symbolic size is compared with the steps' edges,
+so that Dynamo guards on a range of it: one compilation serves the range, and no answer depends on which length or batch
+came first.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from monarch_compile.cost import predict
+from monarch_compile.devices import Device
+from monarch_compile.errors import InputError
+from monarch_compile.ir import MonarchAttention
+
+Size = Any
+"""An int, or a torch.SymInt, which is guarded on where it is compared."""
+
+BLOCK_SIZES: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
+    ("cpu", False): ((1, 16), (1024, 32), (2048, 64), (16384, 128)),
+    ("cpu", True): ((1, 16), (1280, 32), (6144, 64), (24576, 128)),
+    ("cuda", False): ((1, 16), (320, 32), (1024, 64), (8192, 128), (65536, 256)),
+    ("cuda", True): ((1, 16), (256, 32), (1024, 64), (24576, 128)),
+}
+"""(kind of device, whether there is a window) -> (first length, block size) of each step."""
+
+BATCHES = (1, 4, 16, 64, 256, 1024)
+"""A batch between two of these is weighed as the one that pays later; beyond the last, as the last."""
+
+LENGTHS = (*range(16, 1024, 16), *range(1024, 4096, 64), *range(4096, 16384, 256), *range(16384, 65537, 1024))
+"""Lengths at which lowering may begin to pay."""
+
+NEVER = sys.maxsize
+"""The crossover of a site that does not pay even at the last of `LENGTHS`."""
+
+
+def auto_block_size(seq_len: Size, kind: str, window: int | None) -> int:
+    """The block size that "auto" stands for at `seq_len` keys on a device of `kind`: a row of `BLOCK_SIZES`.
+
+    Raises:
+        InputError: seq_len is below 1.
+    """
+    for start, block_size in reversed(BLOCK_SIZES[kind, window is not None]):
+        if seq_len >= start:
+            return block_size
+    raise InputError(f"seq_len must be at least 1; found {seq_len}")
+
+
+def exact_wins(ir: MonarchAttention, device: Device, *, auto: bool, batch: Size, seq_len: Size) -> str | None:
+    """Why exact attention is kept at this batch and length; None where the Monarch form pays.
+
+    ir: the site; its own batch, lengths and, with `auto`, block size do not count.
+    """
+    starts = crossovers(replace(ir, batch=1, seq_len_q=1, seq_len_k=1), device, auto)
+    first, last = min(starts), max(starts)
+    if first == NEVER:
+        return "exact attention wins at every length"
+    if seq_len < first:
+        return f"exact attention wins below {first} keys"
+    if last != NEVER and seq_len >= last:
+        return None
+    counted = max(size for size in BATCHES if batch >= size)
+    start = starts[BATCHES.index(counted)]
+    if start != NEVER and seq_len >= start:
+        return None
+    return "exact attention wins" + (f" below {start} keys" if start != NEVER else "") + " at this batch"
+
+
+@lru_cache(maxsize=256)
+def crossovers(ir: MonarchAttention, device: Device, auto: bool) -> tuple[int, ...]:
+    """For each batch of `BATCHES`, the length from which on it and all up to the next pay."""
+    alone = [crossover(replace(ir, batch=batch), device, auto) for batch in BATCHES]
+    return tuple(max(pair) for pair in zip(alone, [*alone[1:], 0], strict=True))
+
+
+@lru_cache(maxsize=1024)
+def crossover(ir: MonarchAttention, device: Device, auto: bool) -> int:
+    """The least of `LENGTHS` from which on lowering is predicted to pay at the batch of `ir`; else `NEVER`.
+
+    With `auto`, the block size is that of each length. Between two of `LENGTHS`, the last block that a length begins
+    may take a part of the margin.
+    """
+
+    def pays(length: int) -> bool:
+        block_size = auto_block_size(length, device.kind, ir.exact.window) if auto else ir.block_size
+        return predict(replace(ir, seq_len_q=length, seq_len_k=length, block_size=block_size), device).pays
+
+    start = NEVER
+    for length in reversed(LENGTHS):
+        if not pays(length):
+            break
+        start = length
+    return start
