@@ -44,6 +44,8 @@ class Walk:
         """A mask, applied to the scores `node`."""
         if self.factors:
             raise Miss("mask_scaled", "a mask is applied before a scale that is known at run time only", node)
+        if role != "times" and any(later.role == "times" for later in self.masks):
+            raise Miss("mask_scaled", "a mask is applied before the scores are multiplied by another", node)
         self.masks.append(MaskTerm(mask, role, shape_of(node)[:-2], gain, self.swapped))
 
     @property

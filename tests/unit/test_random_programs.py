@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from support.capture import run_passes
 from support.random_programs import MISCHIEF, PROBS, PRODUCTS, SCORES, SOFTMAXES, VALUES, RandomProgram
@@ -36,6 +36,7 @@ PROGRAMS = st.builds(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 @given(PROGRAMS)
+@example(RandomProgram("einsum", ("added", "times"), "softmax", (), "matmul", "none", 0))
 @pytest.mark.filterwarnings("ignore")
 def test_random_programs(program: RandomProgram) -> None:
     expected = program(*make_inputs())

@@ -88,6 +88,18 @@ def factor_masked_above(q, k, v, m):
     return attend(scored(q, k).masked_fill(~m[:, None, None], -1e9) * (q.mean()), v)
 
 
+@expect("mask_scaled")
+def times_after_a_mask(q, k, v, m):
+    masked = scored(q, k) + (1 - m[:, None, None].float()) * -1e9  # -1e9 * 0 is 0: not hidden any more
+    return attend(masked * m[:, None, None].float(), v)
+
+
+@expect("lowered")
+def times_before_a_mask(q, k, v, m):
+    times = scored(q, k) * m[:, None, None].float()
+    return attend(times + (1 - m[:, None, None].float()) * -1e9, v)
+
+
 @expect("lowered")
 def factor_masked_below(q, k, v, m):
     return attend((scored(q, k) * q.mean()).masked_fill(~m[:, None, None], -1e9), v)
