@@ -14,6 +14,7 @@ REMEDIES: dict[str, str] = {
     "device": "put queries, keys and values on one device that has kernels",
     "dropout_active": "model.eval(), or an attention dropout of 0",
     "dtype": "give queries, keys and values one dtype that has kernels",
+    "dynamic_seq_len": "a number for block_size, or a static length",
     "flex_attention": NEVER + "; scaled_dot_product_attention is looked at, FlexAttention is the user's choice",
     "fused_layer": "torch.backends.mha.set_fastpath_enabled(False), or need_weights=False",
     "gqa": "tensors of (batch, num_heads, seq_len, dim), with one static number of heads for keys and values",

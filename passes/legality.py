@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._guards import TracingContext
 from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
@@ -141,6 +142,14 @@ def _check_dynamic(region: AttentionRegion, context: Context) -> str | None:
     return None
 
 
+def _check_unguarded(region: AttentionRegion, context: Context) -> str | None:
+    """An exported program serves every length as it is: a table of the length needs Dynamo, which guards on ranges."""
+    symbolic = isinstance(region.k_shape[2], torch.SymInt)
+    if symbolic and context.config.block_size == "auto" and TracingContext.try_get() is None:
+        return "seq_len is symbolic, block_size is 'auto', and an exported program takes no guards"
+    return None
+
+
 def _check_device(region: AttentionRegion, context: Context) -> str | None:
     kinds = {x.node.meta["val"].device.type for x in _operands(region)}
     if len(kinds) > 1 or not kinds <= set(DTYPES):
@@ -220,6 +229,7 @@ CHECKS: tuple[Check, ...] = (
     Check("head_dim", _check_head_dim),
     Check("symbolic_dims", _check_dims),
     Check("data_dependent", _check_dynamic),
+    Check("dynamic_seq_len", _check_unguarded),
     Check("device", _check_device),
     Check("dtype", _check_dtype),
     Check("scale", _check_scale),

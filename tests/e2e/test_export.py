@@ -111,6 +111,14 @@ def test_a_dynamic_length() -> None:
             torch.testing.assert_close(found.module()(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_dynamic_length_needs_a_number_for_block_size() -> None:
+    """A block size of the example's own length would be silently that of every other."""
+    shapes = {"x": {1: Dim("n", min=8, max=4096)}, "visible": {1: Dim("n", min=8, max=4096)}}
+    program = export(Block().eval(), _inputs(), dynamic_shapes=shapes)
+    with pytest.raises(LoweringError, match="dynamic_seq_len"):
+        lower_exported(program, {"policy": "always", "strict": True})
+
+
 def test_it_travels(lowered: ExportedProgram) -> None:
     expected, file = _run(lowered), io.BytesIO()
     torch.export.save(lowered, file)
