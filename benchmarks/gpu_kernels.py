@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.__main__ import machine
+from benchmarks.resumable import machine
 from benchmarks.speed.problems import Problem as Attention
 from benchmarks.speed.problems import inputs
 from monarch_compile.codegen import launch as launching

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
-    if args.rest and args.run not in (_quality, _speed, _compile):  # whose arguments are the benchmark's own
+    if args.rest and args.run not in (_quality, _speed, _compile, _models):  # whose arguments are the benchmark's own
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "compile", help="time compiling BERT-base, cold and warm, beside Inductor (needs a checkout)", add_help=False
     )
     compiling.set_defaults(run=_compile)
+
+    models = kinds.add_parser(
+        "models", help="time whole models beside plain torch.compile (needs a checkout)", add_help=False
+    )
+    models.set_defaults(run=_models)
 
     tune = commands.add_parser("tune", help="look for better schedules on this GPU, for options={'autotune': True}")
     _add_tune_arguments(tune)
@@ -171,10 +176,18 @@ def _compile(args: argparse.Namespace) -> int:
     return _run_in_checkout("benchmarks.compile_time", *args.rest)
 
 
+def _models(args: argparse.Namespace) -> int:
+    return _in_this_process("benchmarks.models", args)
+
+
 def _speed(args: argparse.Namespace) -> int:
-    root = _checkout("benchmarks.speed")
-    sys.path.insert(0, str(root))  # in this process, whose folder is where peers are found and results go
-    return int(importlib.import_module("benchmarks.speed.__main__").main(args.rest))
+    return _in_this_process("benchmarks.speed", args)
+
+
+def _in_this_process(package: str, args: argparse.Namespace) -> int:
+    """Run a benchmark here, so that its results (and what it loads) are in the user's own folder."""
+    sys.path.insert(0, str(_checkout(package)))
+    return int(importlib.import_module(f"{package}.__main__").main(args.rest))
 
 
 def _checkout(module: str) -> Path:

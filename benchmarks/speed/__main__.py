@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import os
 import sys
@@ -22,11 +21,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.resumable import machine, opened, write
 from benchmarks.speed.measure import Bench, Row, cpu_clocks, cuda_clocks, rows, verdicts
 from benchmarks.speed.present import draw, markdown
 from benchmarks.speed.problems import PRESETS, Preset, Problem
 from benchmarks.speed.subjects import Peer, peers
-from monarch_compile.benchmark import environment, one_thread
+from monarch_compile.benchmark import one_thread
 from monarch_compile.devices import installed
 
 
@@ -52,7 +52,8 @@ def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False, minute
 
     After `minutes` no further problem is begun; a later run goes on from there.
     """
-    content = _opened(bench, path, fresh)
+    empty = {"environment": machine(bench.place), "clocks": list(bench.clocks), "rows": [], "verdicts": []}
+    content = opened(path, empty, fresh=fresh)
     names = [subject.name for subject in bench.subjects()]
     total, started = len(preset.problems), time.monotonic()
     for place, problem in enumerate(preset.problems, 1):
@@ -69,7 +70,7 @@ def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False, minute
             measured.append(row)
             print(f"    {_line(row)}", flush=True)
         _keep(content, bench, problem, measured)
-        _write(path, content)
+        write(path, content)
     return content
 
 
@@ -90,34 +91,6 @@ def load(target: str) -> Peer:
     return function
 
 
-def machine(place: str) -> dict[str, str]:
-    """Device, versions and date; everything but the date decides whether rows can stand side by side."""
-    found = {name: str(value) for name, value in environment().items()}
-    if place == "cpu":
-        return found
-    import triton
-
-    gpu = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
-    gpu["cudnn"] = str(torch.backends.cudnn.version())
-    return gpu | {name: found[name] for name in ("date", "python", "torch", "monarch_compile")}
-
-
-def _opened(bench: Bench, path: Path, fresh: bool) -> dict[str, Any]:
-    """The file's content where it can be gone on with, else an empty one."""
-    now = machine(bench.place)
-    empty = {"environment": now, "clocks": list(bench.clocks), "rows": [], "verdicts": []}
-    if fresh or not path.is_file():
-        return empty
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = {**content["environment"], "date": now["date"]} == now and content["clocks"] == empty["clocks"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path} holds no results of this benchmark ({error!r}); name another file") from error
-    if not same:
-        print(f"{path} was measured elsewhere or with other versions: it is made anew", flush=True)
-    return content if same else empty
-
-
 def _keep(content: dict[str, Any], bench: Bench, problem: Problem, measured: Sequence[Row]) -> None:
     mine = asdict(problem)
     for name, found in (
@@ -125,13 +98,6 @@ def _keep(content: dict[str, Any], bench: Bench, problem: Problem, measured: Seq
         ("verdicts", [verdict.to_dict() for verdict in verdicts(bench, measured)]),
     ):
         content[name] = [entry for entry in content[name] if entry["problem"] != mine] + found
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _present(content: dict[str, Any], path: Path) -> None:

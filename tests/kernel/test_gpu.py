@@ -19,7 +19,7 @@ pytestmark = [
 
 PLAIN = Case(1001, 39, 64, 64, num_heads=3)
 SIZES = tuple(
-    Case(777, 45, dim, dim, num_iters, num_heads=2) for dim in (25, 32, 64, 80, 128, 256) for num_iters in (1, 2, 3)
+    Case(777, 45, dim, dim, num_iters, num_heads=2) for dim in (25, 32, 64, 72, 80, 128, 256) for num_iters in (1, 2, 3)
 )
 ITERATED = tuple(
     Case(997, block_size, 64, 64, num_iters, init, pad, mask, num_heads=2)

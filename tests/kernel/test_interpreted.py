@@ -32,6 +32,7 @@ SIZES = (
     Case(9, 4, 25, 80, 2),
     Case(9, 4, 80, 25, 2, "mean"),
     Case(9, 5, 64, 64),
+    Case(9, 5, 72, 72),  # a DiT's heads
     Case(9, 5, 128, 128),
     Case(7, 3, 256, 16),
     Case(5, 1, 16, 16),  # blocks of one key: exact softmax

@@ -1,0 +1,1 @@
+"""The benchmark of whole models: attention and everything around it."""
