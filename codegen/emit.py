@@ -24,6 +24,9 @@ MAX_WINDOW_KEYS = 2**30
 """Sizes and positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 
 SIZES = ("num_heads", "seq_len", "num_blocks")
+CROSS_SIZES = ("num_heads", "seq_len_q", "seq_len_k", "num_blocks", "block_q")
+"""Sizes where queries and keys are of different lengths; a kernel takes those that it reads. block_q: queries in a
+block."""
 STRIDES = {
     "q": ("q_batch", "q_head", "q_row", "q_dim"),
     "k": ("k_batch", "k_head", "k_row", "k_dim"),
@@ -86,7 +89,8 @@ def has_near(ir: MonarchAttention) -> bool:
 def canonical(ir: MonarchAttention) -> MonarchAttention:
     """`ir` with the sizes that kernels take at run time replaced by their names."""
     heads = "H" if ir.group == 1 else f"{ir.group}*H"
-    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q="N", seq_len_k="N")
+    rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
+    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys)
 
 
 def emit(ir: MonarchAttention, schedule: Schedule) -> tuple[KernelSource, ...]:
@@ -125,6 +129,8 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
         window=ir.exact.window,
         prefix=ir.exact.prefix,
         group=ir.group,
+        cross=ir.is_cross,
+        **_names(ir),
         whole=schedule.whole,
         **_masks(role, ir, tiling),
     )
@@ -132,6 +138,13 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
     constants = {name: value for name, value in _constants(role, ir, schedule).items() if name in used}
     text = render(constants=constants)
     return KernelSource(role.name, text, tuple(name for group in groups for name in group))
+
+
+def _names(ir: MonarchAttention) -> dict[str, str]:
+    """How the text calls the lengths, the queries in a block, and the tiles of these."""
+    if ir.is_cross:
+        return {"q_len": "seq_len_q", "k_len": "seq_len_k", "q_block": "block_q", "tiles": "tiles"}
+    return {"q_len": "seq_len", "k_len": "seq_len", "q_block": "BLOCK", "tiles": "TILES_J"}
 
 
 def role_tiling(role: Role, schedule: Schedule) -> Tiling:
@@ -161,7 +174,14 @@ def _parameter_groups(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, .
     for tensor in tensors:
         if tensor in STRIDES and not (tensor == "qhat" and role.from_sequence):
             yield STRIDES[tensor]
-    yield SIZES
+    yield _sizes(role, ir)
+
+
+def _sizes(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
+    if not ir.is_cross:
+        return SIZES
+    unread = "seq_len_k" if role.template != "summarize" else "" if role.from_sequence else "seq_len_q"
+    return tuple(size for size in CROSS_SIZES if size != unread)
 
 
 def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
@@ -199,7 +219,7 @@ def _masks(role: Role, ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value = ir.head_dim, ir.value_dim
     masked, stores = ir.mask is MaskKind.KEY_PADDING, role.template != "exact"
-    ragged_j = ir.block_size % tiling.rows != 0
+    ragged_j = ir.is_cross or ir.block_size % tiling.rows != 0
     return {
         "masked": masked,
         "may_hide": masked or ir.exact.prefix > 0,

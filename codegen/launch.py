@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.codegen.emit import MEAN, STRIDES, WEIGH, Role, emit, pitch, role_tiling, steps
-from monarch_compile.codegen.schedule import TUNED_ON, Schedule, Tiling, choose_schedule
+from monarch_compile.codegen.schedule import TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 MIN_CAPABILITY = (8, 0)
 MAX_BLOCKS_KEY = 1024
 """Schedules look no further than this number of blocks, so that few launchers serve all long sequences."""
+
+MAX_ROWS_KEY = 128
+"""Nor further than this number of queries in a block: no tile has more rows. Also what an unknown number is."""
 
 
 def launch(
@@ -48,14 +51,12 @@ def launch(
     Raises:
         CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
-    if q.shape[2] != k.shape[2]:
-        raise CodegenError(f"no kernel for seq_len_q != seq_len_k; found {q.shape[2]} and {k.shape[2]}")
-    seq_len = q.shape[2]
-    num_blocks = (seq_len + block_size - 1) // block_size
+    num_blocks = (k.shape[2] + block_size - 1) // block_size
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
+    rows_key = 0 if q.shape[2] == k.shape[2] else _rows_key(_rows(q, num_blocks))
     dims, masked, exact = (int(q.shape[3]), int(v.shape[3])), key_mask is not None, ExactGroups(window, prefix)
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
-    problem = Problem(*dims, q.dtype, block_size, scale, num_iters, init, pad, masked, exact, group)
+    problem = Problem(*dims, q.dtype, block_size, scale, num_iters, init, pad, masked, exact, group, rows_key)
     launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
     with _on_device(q):
         return launcher(q, k, v, key_mask, num_blocks)
@@ -63,7 +64,11 @@ def launch(
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that the text of the kernels depends on, but for the schedule."""
+    """Everything that the text of the kernels depends on, but for the schedule.
+
+    rows_key: 0 where queries and keys have one length, and blocks of one size; else the bucket of the number of queries
+    in a block, whose largest number its schedule is made for.
+    """
 
     head_dim: int
     value_dim: int
@@ -76,13 +81,15 @@ class Problem:
     masked: bool
     exact: ExactGroups = PAPER
     group: int = 1
+    rows_key: int = 0
 
     @staticmethod
     def of(ir: MonarchAttention) -> Problem:
         """The problem of an IR."""
         masked = ir.mask is MaskKind.KEY_PADDING
         form = (ir.block_size, ir.scale, ir.num_iters, ir.init, ir.pad, masked, ir.exact, ir.group)
-        return Problem(ir.head_dim, ir.value_dim, ir.dtype, *form)
+        rows_key = _rows_key(ir.block_size_q) if ir.is_cross else 0
+        return Problem(ir.head_dim, ir.value_dim, ir.dtype, *form, rows_key)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `launch` and of `reference.reference`."""
@@ -95,12 +102,15 @@ class Problem:
         return _blocks_key(-(-seq_len // self.block_size))
 
     def ir(self, seq_len: Dim) -> MonarchAttention:
-        """The IR of this problem at one sequence length."""
+        """The IR of this problem at one number of keys, with queries as many, or as their blocks are to hold."""
+        seq_len_q = seq_len
+        if self.rows_key:
+            seq_len_q = self.rows_key * -(-seq_len // self.block_size) if isinstance(seq_len, int) else f"{seq_len}_q"
         return MonarchAttention(
             batch="B",
             num_heads="H" if self.group == 1 else f"{self.group}*H",
             num_kv_heads="H",
-            seq_len_q=seq_len,
+            seq_len_q=seq_len_q,
             seq_len_k=seq_len,
             head_dim=self.head_dim,
             value_dim=self.value_dim,
@@ -175,14 +185,19 @@ class Launcher:
         self._steps = tuple((role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(ir, schedule))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, num_blocks: Dim) -> Tensor:
-        """Run every kernel in turn: q (E, H, N, D), k (E, H_kv, N, D), v (E, H_kv, N, D_v) -> (E, H, N, D_v).
+        """Run every kernel in turn: q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v).
 
-        The output is laid out (E, N, H, D_v).
+        The output is laid out (E, N_q, H, D_v).
         """
         if self.schedule.whole and not (isinstance(num_blocks, int) and num_blocks <= self.schedule.attend.step):
             raise CodegenError(f"these kernels are for at most {self.schedule.attend.step} blocks; found {num_blocks}")
         heads = q.shape[0] * q.shape[1]
-        values: dict[str, Any] = {"num_heads": q.shape[1], "seq_len": q.shape[2], "num_blocks": num_blocks}
+        values: dict[str, Any] = {
+            "num_heads": q.shape[1],
+            "num_blocks": num_blocks,
+            "block_q": self._rows(q, num_blocks),
+        }
+        values |= {"seq_len": q.shape[2], "seq_len_q": q.shape[2], "seq_len_k": k.shape[2]}
         rows = self._exact_rows(q, k, v, key_mask) if self.problem.exact.prefix else None
         for name, tensor in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask), ("rows", rows)):
             if tensor is not None:
@@ -190,7 +205,7 @@ class Launcher:
                 values.update(zip(STRIDES[name], tensor.stride(), strict=True))
         for role, kernel, parameters, tiling in self._steps:
             self._allocate_outputs(role, values, heads)
-            grid = (heads * self._programs_per_head(role, tiling, num_blocks),)
+            grid = (heads * _programs_per_head(role, tiling, num_blocks, values["block_q"]),)
             arguments = [values[name] for name in parameters]
             self._wrap(kernel)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
         output: Tensor = values["z"]
@@ -210,9 +225,9 @@ class Launcher:
         return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:
-        problem, q, num_blocks = self.problem, values["q"], values["num_blocks"]
+        problem, q, num_blocks, rows = self.problem, values["q"], values["num_blocks"], values["block_q"]
         head_pitch, value_pitch = pitch(problem.head_dim), pitch(problem.value_dim)
-        per_block = (heads, problem.block_size, num_blocks)
+        per_block = (heads, rows, num_blocks)
         if role.near:
             values["near"] = _allocate(q, per_block, torch.float32)
         if "z" in role.tensors and "z" not in values:
@@ -227,17 +242,25 @@ class Launcher:
         elif "qhat" in role.tensors:
             representatives = 1 if role is MEAN else num_blocks
             row = representatives * head_pitch
-            values["qhat"] = _allocate(q, (heads, problem.block_size, representatives, head_pitch), q.dtype)
-            strides = (problem.block_size * row, 0 if role is MEAN else head_pitch, row)
+            values["qhat"] = _allocate(q, (heads, rows, representatives, head_pitch), q.dtype)
+            strides = (rows * row, 0 if role is MEAN else head_pitch, row)
             values.update(zip(STRIDES["qhat"], strides, strict=True))
 
-    def _programs_per_head(self, role: Role, tiling: Tiling, num_blocks: Any) -> Any:
-        block_size = self.problem.block_size
-        if role.template in ("summarize", "exact"):
-            return num_blocks * -(-block_size // tiling.rows)
-        if role is MEAN:
-            return block_size
-        return block_size * ((num_blocks + tiling.rows - 1) // tiling.rows)
+    def _rows(self, q: Tensor, num_blocks: Any) -> Any:
+        return _rows(q, num_blocks) if self.problem.rows_key else self.problem.block_size
+
+
+def _programs_per_head(role: Role, tiling: Tiling, num_blocks: Any, rows: Any) -> Any:
+    if role.template in ("summarize", "exact"):
+        return num_blocks * ((rows + tiling.rows - 1) // tiling.rows)
+    if role is MEAN:
+        return rows
+    return rows * ((num_blocks + tiling.rows - 1) // tiling.rows)
+
+
+def _rows(q: Tensor, num_blocks: Any) -> Any:
+    """Queries in a block, where they are another number than the keys in one."""
+    return (q.shape[2] + num_blocks - 1) // num_blocks
 
 
 def _wrapper() -> Callable[[Any], Any]:
@@ -252,6 +275,10 @@ def _allocate(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
 
 def _blocks_key(num_blocks: int) -> int:
     return min(MAX_BLOCKS_KEY, 1 << (num_blocks - 1).bit_length())
+
+
+def _rows_key(rows: Any) -> int:
+    return min(MAX_ROWS_KEY, padded(rows)) if isinstance(rows, int) else MAX_ROWS_KEY
 
 
 @functools.cache

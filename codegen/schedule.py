@@ -152,9 +152,9 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
         best = replace(best, attend=Tiling(WHOLE_ROWS, padded(blocks), best.attend.num_warps, 1))
     limit = shared_limit(capability)
     fitted = Schedule(
-        _fit(best.summarize, ir, ir.block_size),
-        _fit(best.attend, ir, blocks),
-        _fit(best.represent, ir, blocks),
+        _fit(best.summarize, ir, ir.block_size_q, ir.block_size),
+        _fit(best.attend, ir, blocks, blocks),
+        _fit(best.represent, ir, blocks, blocks),
         best.dot_precision,
     )
     within: dict[str, Any] = {name: _within(tiling, ir, limit) for name, tiling in fitted.tilings()}
@@ -195,19 +195,21 @@ def check_supported(ir: MonarchAttention) -> None:
     for name, size in (("head_dim", ir.head_dim), ("value_dim", ir.value_dim)):
         if size > MAX_HEAD_DIM:
             raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
-    if ir.seq_len_q != ir.seq_len_k:
-        raise CodegenError(f"no kernel for seq_len_q != seq_len_k; found {ir}")
+    if ir.is_cross and ir.exact != PAPER:
+        raise CodegenError(f"no kernel for a window or a prefix where seq_len_q != seq_len_k; found {ir}")
     if ir.is_causal:
         raise CodegenError(f"no kernel for causal attention; found {ir}")
 
 
-def _fit(tiling: Tiling, ir: MonarchAttention, extent: int | None) -> Tiling:
-    """Tiles no larger than the `extent` that both sides cover (None: unknown), and warps that still have work."""
+def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: int | None) -> Tiling:
+    """Tiles no larger than what their two sides cover (None: unknown), and warps that still have work."""
     rows, step = tiling.rows, tiling.step
-    if extent is not None:
+    if num_rows is not None:
+        rows = min(rows, padded(num_rows))
+    if num_steps is not None:
         sizes = [size for size in (step, step // 2) if size >= MIN_TILE]
-        least_waste = min(sizes, key=lambda size: (-(-extent // size) * size, -size))
-        rows, step = min(rows, padded(extent)), min(least_waste, padded(extent))
+        least_waste = min(sizes, key=lambda size: (-(-num_steps // size) * size, -size))
+        step = min(least_waste, padded(num_steps))
     accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
     useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
@@ -216,7 +218,7 @@ def _fit(tiling: Tiling, ir: MonarchAttention, extent: int | None) -> Tiling:
 def _near(summarize: Tiling, best: Schedule, ir: MonarchAttention, limit: int) -> Tiling:
     """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
     keys = ir.exact.prefix if ir.exact.window is None else 2 * max(ir.exact.window, 1) * ir.block_size
-    near = replace(summarize, step=min(NEAR_STEP, _fit(best.summarize, ir, keys).step))
+    near = replace(summarize, step=min(NEAR_STEP, _fit(best.summarize, ir, keys, keys).step))
     while shared_bytes(near, ir) > limit:
         near = replace(near, step=near.step // 2)
     return near

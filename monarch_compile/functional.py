@@ -43,7 +43,7 @@ def monarch_attention(
         init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
         pad: on which side a sequence is padded to whole blocks, "post" or "pre".
         window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
-            only); None: none, the paper's form.
+            only); None: none, the paper's form. Between unequal lengths it means little, and CUDA takes None only.
         prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
 
     Returns:
@@ -51,6 +51,7 @@ def monarch_attention(
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or a parameter is out of range.
+        CodegenError: no CUDA kernel exists for the dtype, the head size, or a window or prefix between unequal lengths.
     """
     _check_tensors(q, k, v, key_padding_mask)
     _check_parameters(block_size, num_iters, init, pad, window, prefix)

@@ -88,6 +88,11 @@ class MonarchAttention:
         return int(times) if times and name == str(self.num_kv_heads) else 1
 
     @property
+    def is_cross(self) -> bool:
+        """Whether queries and keys are sequences of different lengths: a query has no block of its own."""
+        return self.seq_len_q != self.seq_len_k
+
+    @property
     def num_blocks(self) -> int | None:
         """Number of blocks M, or None while seq_len_k is symbolic."""
         return -(-self.seq_len_k // self.block_size) if isinstance(self.seq_len_k, int) and self.block_size else None
@@ -95,19 +100,20 @@ class MonarchAttention:
     @property
     def block_size_q(self) -> int | None:
         """Rows in a query block, or None while a length is symbolic and differs from seq_len_k."""
-        if self.seq_len_q == self.seq_len_k:
+        if not self.is_cross:
             return self.block_size
-        if isinstance(self.seq_len_q, int) and self.num_blocks is not None:
+        if isinstance(self.seq_len_q, int) and self.num_blocks:
             return -(-self.seq_len_q // self.num_blocks)
         return None
 
     def __str__(self) -> str:
         b, hq, hk, nq, nk = self.batch, self.num_heads, self.num_kv_heads, self.seq_len_q, self.seq_len_k
         blocks = "?" if self.num_blocks is None else self.num_blocks
+        rows = f" rows={'?' if self.block_size_q is None else self.block_size_q}" if self.is_cross else ""
         parts = [
             f"monarch.attention<{DTYPE_NAMES.get(self.dtype, str(self.dtype))}>",
             f"q[{b},{hq},{nq},{self.head_dim}] k[{b},{hk},{nk},{self.head_dim}] v[{b},{hk},{nk},{self.value_dim}]",
-            f"blocks={blocks}x{self.block_size} iters={self.num_iters} init={self.init} pad={self.pad}",
+            f"blocks={blocks}x{self.block_size}{rows} iters={self.num_iters} init={self.init} pad={self.pad}",
             f"mask={self.mask.value} causal={str(self.is_causal).lower()} {self.exact} scale={self.scale:.6g}",
         ]
         return " ".join(parts)

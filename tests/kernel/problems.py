@@ -33,9 +33,11 @@ class Case:
     window: int | None = None
     prefix: int = 0
     group: int = 1  # query heads that share a key head
+    queries: int | None = None  # how many, where not as many as keys (seq_len)
 
     def __str__(self) -> str:
-        size = f"n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
+        rows = "" if self.queries is None else f"q{self.queries}"
+        size = f"{rows}n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
         groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
         shared = "" if self.group == 1 else f"-g{self.group}"
         return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}"
@@ -59,11 +61,12 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(case.seq_len)
     heads = (case.num_heads, case.num_heads // case.group)
 
-    def random(heads: int, dim: int) -> Tensor:
-        values = torch.randn(case.batch, heads, case.seq_len, dim, generator=generator)
+    def random(heads: int, dim: int, seq_len: int = case.seq_len) -> Tensor:
+        values = torch.randn(case.batch, heads, seq_len, dim, generator=generator)
         return layout(values.to(device, dtype), case.layout)
 
-    q, k, v = (random(*x) for x in ((heads[0], case.head_dim), (heads[1], case.head_dim), (heads[1], case.value_dim)))
+    q = random(heads[0], case.head_dim, case.queries or case.seq_len)
+    k, v = (random(heads[1], dim) for dim in (case.head_dim, case.value_dim))
     return q, k, v, key_mask(case, device)
 
 

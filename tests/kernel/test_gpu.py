@@ -67,6 +67,16 @@ WINDOWS = (
     Case(1, 1, 64, 64, window=1, prefix=1),
     Case(4999, 300, 64, 64, 2, "mean", num_heads=2, window=1),
 )
+CROSS = (  # queries of another number than keys
+    Case(1001, 39, 64, 64, 1, "mean", num_heads=3, queries=100),
+    Case(1001, 39, 64, 64, 2, "mean", "pre", "some", num_heads=3, queries=2500, layout="packed"),
+    Case(4097, 64, 64, 64, 1, "mean", "post", "blocks", num_heads=2, queries=7),
+    Case(777, 45, 25, 80, 2, "mean", "post", "blocks", num_heads=2, queries=778),
+    Case(777, 45, 128, 128, 1, "identity", "pre", "some", num_heads=2, queries=300),
+    Case(500, 150, 256, 256, 3, "mean", num_heads=2, queries=4999),
+    Case(4999, 7, 64, 64, 2, "mean", num_heads=6, group=3, queries=1500, mask="some"),
+    Case(1001, 1001, 64, 64, 1, "mean", num_heads=2, queries=513),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,6 +99,12 @@ def test_exact_groups(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_windows(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CROSS, ids=str)
+def test_unequal_lengths(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "cuda")
 
 
@@ -122,9 +138,14 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("case", [replace(WINDOWS[1], layout="packed"), replace(WINDOWS[0], prefix=5)], ids=str)
-def test_exact_groups_compiled(case: Case, dynamic: bool) -> None:
-    """Inductor traces through the operator, exact rows of a prefix included, with known and with symbolic lengths."""
+@pytest.mark.parametrize(
+    "case", [replace(WINDOWS[1], layout="packed"), replace(WINDOWS[0], prefix=5), *CROSS[:2]], ids=str
+)
+def test_compiled(case: Case, dynamic: bool) -> None:
+    """Inductor traces through the operator, with known and with symbolic lengths.
+
+    Exact rows of a prefix and unequal lengths included.
+    """
     q, k, v, mask = tensors(case, torch.float16, "cuda")
     compiled = torch.compile(lambda *x: attention(*x, **case.options), fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(compiled(q, k, v, mask), run(case, q, k, v, mask), rtol=2e-3, atol=2e-3)

@@ -78,6 +78,19 @@ SHARED = (  # fewer key heads than query heads
     Case(23, 5, 25, 16, num_heads=4, group=2, layout="packed", window=1, prefix=2, mask="blocks"),
     Case(45, 20, 16, 16, 2, num_heads=6, group=3, batch=1, window=1, prefix=3, layout="transposed"),
 )
+CROSS = (  # queries of another number than keys: fewer than blocks, fewer than keys, more
+    Case(23, 5, 16, 16, 1, "mean", queries=3),
+    Case(23, 5, 16, 16, 1, "mean", "pre", "blocks", queries=17),
+    Case(23, 5, 25, 20, 1, "identity", "pre", "some", queries=40, num_heads=2),
+    Case(23, 5, 16, 16, 1, "identity", queries=11, layout="packed"),
+    Case(23, 5, 16, 25, 2, "mean", "post", "blocks", queries=9, layout="transposed"),
+    Case(23, 5, 16, 16, 2, "identity", "pre", "some", queries=31),
+    Case(24, 4, 16, 16, 3, "mean", "pre", queries=50, num_heads=4, group=2, mask="some"),
+    Case(45, 20, 16, 16, 2, "mean", queries=130, batch=1),  # blocks of several tiles of queries
+    Case(45, 2, 16, 16, 2, "mean", "post", "some", queries=5, batch=1),  # mostly blocks without a query
+    Case(13, 1, 16, 16, 2, "identity", "post", "blocks", queries=30),
+    Case(12, 30, 16, 16, 1, "mean", "pre", "some", queries=5),  # one block, mostly padding
+)
 LAYOUTS = tuple(replace(PLAIN, layout=kind, mask="some") for kind in ("packed", "transposed", "unaligned"))
 
 
@@ -176,8 +189,34 @@ def test_kernels_for_few_blocks_refuse_more() -> None:
         build(problem, 16, None, True)(q, q, q, None, 17)
 
 
-def test_unequal_lengths_have_no_kernel() -> None:
-    q = torch.randn(1, 1, 4, 16)
-    k = torch.randn(1, 1, 6, 16)
-    with pytest.raises(CodegenError, match="seq_len_q != seq_len_k"):
-        launch(q, k, k, None, scale=1.0, block_size=2, num_iters=1, init="identity", pad="post")
+@pytest.mark.parametrize("case", CROSS, ids=str)
+def test_unequal_lengths(case: Case) -> None:
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("queries", [1, 4, 40])
+@pytest.mark.parametrize("init", ["identity", "mean"])
+def test_unequal_lengths_at_the_extremes_are_exact(queries: int, init: str) -> None:
+    """One block, and one key a block: softmax attention, for any number of queries."""
+    q, k, v = torch.randn(2, 1, queries, 16), torch.randn(2, 1, 23, 16), torch.randn(2, 1, 23, 20)
+    mask = torch.rand(2, 23) > 0.4
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=0.3)
+    for block_size in (1, 23, 30):
+        found = launch(q, k, v, mask, scale=0.3, block_size=block_size, num_iters=1, init=init, pad="post")
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_of_unequal_lengths_serve_every_number_of_queries_of_a_bucket() -> None:
+    """How many queries a block holds is a parameter of the kernels, not a part of their text."""
+    build.cache_clear()
+    k = torch.randn(1, 1, 30, 16)
+    for queries in (7, 31, 100, 190):
+        launch(k[:, :, :1].expand(-1, -1, queries, -1), k, k, None, **CROSS[0].options)
+    assert build.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("groups", [{"window": 1}, {"prefix": 2}], ids=str)
+def test_exact_groups_between_unequal_lengths_have_no_kernel(groups: dict[str, int]) -> None:
+    q, k = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 6, 16)
+    with pytest.raises(CodegenError, match="window or a prefix where seq_len_q != seq_len_k"):
+        launch(q, k, k, None, scale=1.0, block_size=2, num_iters=1, init="identity", pad="post", **groups)

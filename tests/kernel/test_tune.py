@@ -286,12 +286,12 @@ def test_tuning_that_fails_leaves_the_shipped_schedule(caplog: pytest.LogCapture
     assert build(PROBLEM, 2, None, True).schedule == shipped()
 
 
-def test_a_symbolic_length_is_not_tuned() -> None:
+@pytest.mark.parametrize("lengths", [{"seq_len_q": "n", "seq_len_k": "n"}, {"seq_len_q": 7}], ids=str)
+def test_symbolic_and_unequal_lengths_are_not_tuned(lengths: dict[str, int | str]) -> None:
     def never(*_: object, **options: object) -> None:
         raise AssertionError
 
-    symbolic = replace(IR, seq_len_q="n", seq_len_k="n")
-    assert ensure([symbolic], HERE, never) == ensure([], HERE, never)
+    assert ensure([replace(IR, **lengths)], HERE, never) == ensure([], HERE, never)
 
 
 def test_tuning_while_dynamo_traces_uses_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

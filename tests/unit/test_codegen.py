@@ -57,6 +57,10 @@ GOLDENS = {
     "prefix": dataclasses.replace(BASE, exact=ExactGroups(None, 5)),
     "shared_keys": dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(1)),
     "t2_window": dataclasses.replace(BASE, num_iters=2, exact=ExactGroups(2)),
+    "cross": dataclasses.replace(BASE, seq_len_q=700, init="mean"),
+    "t2_cross_pre_masked": dataclasses.replace(
+        BASE, seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
+    ),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -76,11 +80,12 @@ groups = st.builds(
 def irs(draw: st.DrawFn) -> MonarchAttention:
     kv_heads, group = draw(st.integers(1, 64)), draw(st.sampled_from((1, 1, 2, 5)))
     seq_len = draw(st.one_of(st.just("s0"), st.integers(1, 1 << 20)))
+    seq_len_q = draw(st.one_of(st.just(seq_len), st.just("s1"), st.integers(1, 1 << 20)))
     return MonarchAttention(
         batch=draw(st.integers(1, 1024)),
         num_heads=kv_heads * group,
         num_kv_heads=kv_heads,
-        seq_len_q=seq_len,
+        seq_len_q=seq_len_q,
         seq_len_k=seq_len,
         head_dim=draw(st.integers(1, 256)),
         value_dim=draw(st.integers(1, 256)),
@@ -91,7 +96,7 @@ def irs(draw: st.DrawFn) -> MonarchAttention:
         init=draw(st.sampled_from(INITS)),
         pad=draw(st.sampled_from(PADS)),
         mask=draw(st.sampled_from(MaskKind)),
-        exact=draw(groups),
+        exact=draw(groups) if seq_len_q == seq_len else ExactGroups(),
     )
 
 
@@ -123,7 +128,7 @@ def test_whole_means_that_every_block_is_in_one_step(ir: MonarchAttention) -> No
 @given(irs())
 def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
     schedule = choose_schedule(ir, (9, 0))
-    assert schedule.summarize.rows < 2 * max(16, ir.block_size)
+    assert ir.block_size_q is None or schedule.summarize.rows < 2 * max(16, ir.block_size_q)
     assert schedule.summarize.step < 2 * max(16, ir.block_size)
     assert (schedule.near is None) == (ir.exact == ExactGroups())
     if ir.num_blocks is not None:
@@ -136,7 +141,7 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
         ({"dtype": torch.float64}, "falls back to the reference"),
         ({"head_dim": 257}, "head_dim=257"),
         ({"value_dim": 512}, "value_dim=512"),
-        ({"seq_len_k": 900}, "seq_len_q != seq_len_k"),
+        ({"seq_len_k": 900, "exact": ExactGroups(1)}, "window or a prefix where seq_len_q != seq_len_k"),
         ({"is_causal": True}, "causal"),
     ],
 )
@@ -199,6 +204,8 @@ def _check_names(function: ast.FunctionDef) -> None:
 def test_text_does_not_depend_on_run_time_sizes(ir: MonarchAttention, schedule: Schedule, count: int, n: int) -> None:
     heads = {"num_heads": count * ir.group, "num_kv_heads": count}
     other = with_length(dataclasses.replace(ir, batch=count, **heads), n)
+    if ir.is_cross:
+        other = dataclasses.replace(other, seq_len_q=n + count)
     assert emit(ir, schedule) == emit(other, schedule)
     assert canonical(ir) == canonical(other)
 

@@ -37,6 +37,16 @@ def test_prints_on_one_line() -> None:
     assert "mask=key_padding" in str(symbolic)
 
 
+def test_unequal_lengths_print_both_and_the_rows_of_a_block() -> None:
+    cross = dataclasses.replace(BASE, seq_len_q=700)
+    assert cross.is_cross
+    assert not BASE.is_cross
+    assert "q[2,8,700,64] k[2,8,1500,64]" in str(cross)
+    assert "blocks=30x50 rows=24 " in str(cross)
+    assert "blocks=30x50 rows=? " in str(dataclasses.replace(BASE, seq_len_q="s0"))
+    assert "rows" not in str(BASE)
+
+
 def test_is_a_value() -> None:
     twin = dataclasses.replace(BASE)
     assert twin == BASE
