@@ -19,6 +19,7 @@ from benchmarks.models.problems import Preset, Problem, words
 from benchmarks.speed.measure import Clock
 from benchmarks.speed.problems import Inputs, inputs
 from benchmarks.speed.subjects import EXACT, Call, monarch
+from monarch_compile.backend import monarch as backend  # by name it would have to be installed
 from monarch_compile.benchmark import Timing
 from monarch_compile.devices import Device
 from monarch_compile.metrics import relative_error
@@ -173,7 +174,7 @@ def _compiled(model: Prepared, subject: Subject) -> Call:
     if subject.exact:
         compiled = torch.compile(model.model, dynamic=False)
     else:
-        compiled = torch.compile(model.model, backend="monarch", options=dict(subject.options or {}), dynamic=False)
+        compiled = torch.compile(model.model, backend=backend, options=dict(subject.options or {}), dynamic=False)
     return functools.partial(compiled, *model.inputs)
 
 
