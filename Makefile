@@ -1,6 +1,7 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv on the first call.
 #   make demo    transcribe speech with Whisper compiled by backend="monarch" and by Inductor, side by side
 #   make test    the whole CPU test suite          make test-gpu  the tests that need a CUDA device
+#   make test-nightly    2000 random attention programs, new ones each time
 #   make lint    ruff and mypy                     make format    let ruff rewrite the sources
 #   make bench   attention alone, timed            make clean     remove .venv and caches
 # PYTHON=python3.12 make ... chooses the interpreter; ARGS="..." is handed to the command.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-gpu lint format bench clean
+.PHONY: setup demo test test-gpu test-nightly lint format bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -27,6 +28,9 @@ test: $(STAMPS)/test
 
 test-gpu: $(STAMPS)/test
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-nightly: $(STAMPS)/test
+	$(BIN)/python -m pytest --hypothesis-profile=nightly tests/unit/test_random_programs.py $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

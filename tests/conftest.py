@@ -26,6 +26,7 @@ def pytest_configure() -> None:
     How fast examples are drawn says something of the machine, nothing of the code, so no test fails by it.
     """
     settings.register_profile("patient", parent=settings(), suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("nightly", parent=settings.get_profile("patient"), max_examples=2000, derandomize=False)
     settings.load_profile("patient")
     if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or not importlib.util.find_spec("triton"):
         return

@@ -1,12 +1,12 @@
 """Never silently wrong: random programs, most of them no attention that can be lowered, give eager's numbers.
 
-With block_size=1 Monarch attention is exact. MONARCH_RANDOM_PROGRAMS sets how many are tried. A row that sees no key is
-NaN or a mixture in eager, by its spelling, and 0 when lowered: programs with NaN in them are not compared.
+With block_size=1 Monarch attention is exact. CI compares 200 programs; `--hypothesis-profile=nightly`, 2000 new ones. A
+row that sees no key is NaN or a mixture in eager, by its spelling, and 0 when lowered: programs with NaN in them are
+not compared, and not counted.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -30,19 +30,24 @@ PROGRAMS = st.builds(
 )
 
 
-@settings(
-    max_examples=int(os.environ.get("MONARCH_RANDOM_PROGRAMS", "200")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
-@given(PROGRAMS)
-@example(RandomProgram("einsum", ("added", "times"), "softmax", (), "matmul", "none", 0))
+@pytest.mark.timeout(0)
 @pytest.mark.filterwarnings("ignore")
-def test_random_programs(program: RandomProgram) -> None:
-    expected = program(*make_inputs())
-    unmended = replace(program, probs=tuple(name for name in program.probs if name != "nan_to_num"))
-    assume(all(t.isfinite().all() and t.abs().max() < 1e4 for t in (*expected, *unmended(*make_inputs()))))
-    output, results = run_passes(program, *make_inputs())
-    for found, wanted in zip(output, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert all(d.code for result in results for d in result.decisions)
+def test_random_programs() -> None:
+    wanted = max(200, settings().max_examples)
+    compared: set[RandomProgram] = set()
+
+    @settings(max_examples=wanted + wanted // 10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(PROGRAMS)
+    @example(RandomProgram("einsum", ("added", "times"), "softmax", (), "matmul", "none", 0))
+    def check(program: RandomProgram) -> None:
+        expected = program(*make_inputs())
+        unmended = replace(program, probs=tuple(name for name in program.probs if name != "nan_to_num"))
+        assume(all(t.isfinite().all() and t.abs().max() < 1e4 for t in (*expected, *unmended(*make_inputs()))))
+        output, results = run_passes(program, *make_inputs())
+        for found, right in zip(output, expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+        assert all(d.code for result in results for d in result.decisions)
+        compared.add(program)
+
+    check()
+    assert len(compared) >= wanted
