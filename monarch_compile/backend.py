@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,14 @@ CHOSEN = ("cost_exact_wins", "plan_exact", "policy_never", "min_seq_len")
 
 
 class CacheKey(CustomGraphPass):  # type: ignore[misc]
-    """A pass that does nothing but put our sources and options into the key of every compile cache."""
+    """A pass that does nothing but put our sources and options into the key of every compile cache.
 
-    def __init__(self, config: MonarchConfig, schedules: str = "") -> None:
+    more: what else the compiled code hangs on and Inductor's own key does not hold.
+    """
+
+    def __init__(self, config: MonarchConfig, more: str = "") -> None:
         self._config = config
-        self._schedules = schedules
+        self._more = more
 
     def __call__(self, graph: Graph) -> None:
         """Leave the graph as it is."""
@@ -37,7 +41,7 @@ class CacheKey(CustomGraphPass):  # type: ignore[misc]
         """The hash that goes into the key."""
         from monarch_compile.passes.pipeline import source_digest
 
-        return f"monarch_compile-{source_digest()}-{self._config.digest()}{self._schedules}"
+        return f"monarch_compile-{source_digest()}-{self._config.digest()}{self._more}"
 
 
 def monarch(
@@ -65,9 +69,19 @@ def monarch(
         lowered = result.after
         schedules = _autotune(result.decisions) if config.autotune else ""
         _dump_kernels(result)
-        patches.setdefault("joint_custom_pre_pass", CacheKey(config, schedules))
+        patches.setdefault("joint_custom_pre_pass", CacheKey(config, schedules + _checkpoints(lowered)))
     compiled: Callable[..., Any] = compile_fx(lowered, example_inputs, config_patches=patches or None)
     return compiled
+
+
+def _checkpoints(gm: GraphModule) -> str:
+    """Which nodes belong to which activation checkpoint: AOTAutograd reads it off them, its cache does not."""
+    from monarch_compile.passes.graph import REGION
+
+    marks = [tuple(node.meta.get(key) for key in REGION) for node in gm.graph.nodes]
+    order = list(dict.fromkeys(marks))  # the numbers of regions differ from run to run
+    places = [order.index(mark) for mark in marks]
+    return f"-{hashlib.sha256(bytes(str(places), 'ascii')).hexdigest()[:16]}" if len(order) > 1 else ""
 
 
 def _autotune(decisions: Sequence[Decision]) -> str:

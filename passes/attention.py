@@ -14,7 +14,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.bodies import bodies_of
+from monarch_compile.passes.bodies import WHY, bodies_of
 from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
@@ -56,11 +56,11 @@ def find_sites(gm: GraphModule) -> list[Site]:
 
 
 def _inside(node: Node) -> list[Site]:
-    """The attention in the bodies of a higher-order op, none of which is lowered yet."""
+    """The attention in the bodies of a higher-order op that is kept as it is."""
     name = str(getattr(node.target, "__name__", node.target))
     if name == "flex_attention":
         return [Missed(node, "flex_attention", "FlexAttention stays the exact attention it is", node)]
-    why = f"it stands in the body of {name}, which is kept as it is"
+    why = f"it stands in the body of {WHY.get(name, name)}, which is kept as it is"
     sites = [site for body in bodies_of(node, to_aten) for site in find_sites(body)]
     return [Missed(site.anchor, "in_body", why, site.anchor) for site in sites]
 

@@ -1,28 +1,62 @@
-"""Higher-order ops: kept as they are, body and all, and the attention inside their bodies reported."""
+"""Higher-order ops: an activation checkpoint is opened, so that passes see its body; others are kept, body and all."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._higher_order_ops.wrap import uid
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
 
 from monarch_compile.errors import LoweringError
-from monarch_compile.passes.graph import inputs, placeholders, value_of
+from monarch_compile.passes.graph import REGION, inputs, placeholders, value_of
+
+CHECKPOINT = "tag_activation_checkpoint"
+OWN_POLICY = "_checkpoint_context_fn"
+"""Where Dynamo notes, on a checkpoint's body, a function that chooses op by op what to save."""
 
 Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 KEPT: dict[str, Run] = {
-    "tag_activation_checkpoint": lambda op, args, kwargs: args[0](*args[1:]),
+    CHECKPOINT: lambda op, args, kwargs: args[0](*args[1:]),
     "autograd_function_apply": lambda op, args, kwargs: args[0](*args[2:])[0],
     "invoke_subgraph": lambda op, args, kwargs: args[0](*args[2:]),
     "flex_attention": lambda op, args, kwargs: op(*args, **kwargs),
 }
 """Ops whose meaning tracing would lose (what to recompute, a backward of one's own), and how to get their outputs."""
+
+
+WHY: dict[str, str] = {
+    CHECKPOINT: "a checkpoint with a context_fn, which chooses what to save by the names of the exact ops",
+    "autograd_function_apply": "an autograd function, whose backward is its own",
+    "invoke_subgraph": "a region compiled once for all of its calls",
+    "cond": "a branch of cond",
+    "scan": "a step of scan",
+    "while_loop": "a step of while_loop",
+}
+"""What a body that is not looked into is: the reason why attention in it stays exact."""
+
+
+def opened(target: object, args: tuple[Any, ...]) -> GraphModule | None:
+    """The body of an activation checkpoint that may run as part of the graph around it; None for any other call.
+
+    All that a checkpoint is to AOTAutograd are marks on its nodes, which the body's copy has here: what is marked is
+    computed anew for the backward pass, region by region.
+    """
+    if not isinstance(target, HigherOrderOperator) or target.__name__ != CHECKPOINT or OWN_POLICY in args[0].meta:
+        return None
+    body = GraphModule(args[0], copy.deepcopy(args[0].graph))
+    region = next(uid)
+    for node in body.graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            node.meta.update(dict(zip(REGION, (CheckpointPolicy.PREFER_RECOMPUTE, region), strict=True)))
+    return body
 
 
 def is_kept(target: object) -> bool:

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from monarch_compile.errors import LoweringError
-from monarch_compile.passes.bodies import is_kept, keep
+from monarch_compile.passes import bodies
 from monarch_compile.passes.fastpath import opened
 from monarch_compile.passes.graph import placeholders
 from monarch_compile.passes.memory import must_be_kept
@@ -63,8 +63,11 @@ class _Retrace(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a node; entering and leaving autocast also happens for real, unrecorded."""
-        if is_kept(target):
-            return keep(self._node, target, args, kwargs)
+        body = bodies.opened(target, args)
+        if body is not None:
+            return _Retrace(body).run(*args[1:])
+        if bodies.is_kept(target):
+            return bodies.keep(self._node, target, args, kwargs)
         result = super().call_function(opened(target, args) or target, args, kwargs)
         if target is autocast_mode._enter_autocast:
             with torch._C.DisableTorchFunction():

@@ -62,7 +62,9 @@ def call_like(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return node
 
 
-ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
+REGION = ("recompute", "ac_graph_id")
+"""AOTAutograd's marks on the nodes of an activation checkpoint: whether to compute anew, and whose they are."""
+ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr", *REGION)
 """Metadata that says where a node comes from."""
 
 

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes.graph import aten, dim_of, dtype_of, shape_of
+from monarch_compile.passes.graph import ORIGIN, REGION, aten, dim_of, dtype_of, shape_of
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.memory import strides_are_seen
 from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
@@ -64,7 +64,9 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         if keeps_strides:
             result = _with_strides_of(graph, result, output)
     for node in _new_nodes(op, result):
-        node.meta = {key: output.meta[key] for key in CARRIED if key in output.meta}
+        node.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
+    for node in _made_for(op):
+        node.meta = {key: output.meta[key] for key in REGION if key in output.meta}
     result.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(result)
     output.meta[REPLACED_BY] = result
@@ -98,14 +100,21 @@ def _with_strides_of(graph: Graph, result: Node, output: Node) -> Node:
     return back
 
 
-CARRIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
-
-
 def _new_nodes(op: Node, result: Node) -> list[Node]:
     nodes = [op]
     while nodes[-1] is not result:
         nodes.append(next(iter(nodes[-1].users)))
     return nodes
+
+
+def _made_for(op: Node) -> list[Node]:
+    """What was made to feed the op: nodes that say nothing of themselves yet."""
+    found, pending = [], [op]
+    while pending:
+        made = [node for node in pending.pop().all_input_nodes if node.op == "call_function" and not node.meta]
+        found += made
+        pending += made
+    return found
 
 
 def _sizes(graph: Graph, sizes: Iterable[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
+from torch.utils.checkpoint import checkpoint
 
 from monarch_compile.backend import CacheKey, monarch
 from monarch_compile.config import MonarchConfig
@@ -203,3 +204,40 @@ def test_the_function_can_be_given_in_place_of_its_name() -> None:
     with torch.no_grad():
         output = torch.compile(model, backend=monarch, options=ALWAYS | {"block_size": 1})(x)
     torch.testing.assert_close(output, model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_a_lowered_site_is_computed_anew_with_the_same_dropout() -> None:
+    """The gradient of a factor is what it multiplied, which the backward pass computes a second time."""
+
+    def body(q: Tensor, factor: Tensor) -> Tensor:
+        return F.dropout(F.scaled_dot_product_attention(q, q, q), 0.5, training=True) * factor
+
+    q, factor = torch.randn(1, 2, 40, 8, requires_grad=True), torch.ones(1, 2, 40, 8, requires_grad=True)
+    compiled = _compile(lambda q, factor: checkpoint(body, q, factor, use_reentrant=False), block_size=8)
+    output = compiled(q, factor)
+    (gradient,) = torch.autograd.grad(output.sum(), factor)
+    assert counters["monarch"] == {"lowered": 1, "exact": 0}
+    assert 0.3 < (output == 0).float().mean() < 0.7
+    torch.testing.assert_close(gradient, output)
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_transformers_gradient_checkpointing_is_lowered() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = transformers.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, vocab_size=50)
+    model = transformers.BertModel(config, add_pooling_layer=False).train()
+    tokens, visible = torch.randint(0, 50, (2, 24)), torch.ones(2, 24, dtype=torch.long)
+    visible[1, 17:] = 0
+
+    def gradient(run: Callable[..., object]) -> Tensor:
+        model.zero_grad()
+        run(tokens, attention_mask=visible, use_cache=False).last_hidden_state[:, :17].square().sum().backward()
+        return model.embeddings.word_embeddings.weight.grad.clone()
+
+    expected = gradient(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradient(_compile(model, block_size=1))
+    assert counters["monarch"] == {"lowered": 2, "exact": 0}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
