@@ -26,7 +26,7 @@ from monarch_compile.passes.element_values import (
     number,
 )
 from monarch_compile.passes.element_views import VIEW_RULES
-from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs
+from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of
 
 MAX_PIECES = 32
 """A bound on the cases that arithmetic may give rise to."""
@@ -235,6 +235,34 @@ def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
     return sympy.Not(as_bool(e.operand(n, 0, i))) if dtype_of(n) == torch.bool else None
 
 
+def _rule_cumsum(e: Evaluator, n: Node, i: Index) -> Any:
+    """A sum over the places up to one's own, of an integer that is the same at every place."""
+    dim = normal_dim(inputs(n)[1], len(i))
+    term = as_number(
+        e.value(inputs(n)[0], (*i[:dim], sympy.Symbol("j", integer=True, nonnegative=True), *i[dim + 1 :]))
+    )
+    total = term * (i[dim] + 1)
+    return total if term.is_integer and term.is_number and _is_exact(total, dtype_of(n)) else None
+
+
+def _rule_diff(e: Evaluator, n: Node, i: Index) -> Any:
+    """Differences of neighbours, and of the first from a number put before it."""
+    times, dim, first = arg(n, 1, "n", 1), normal_dim(arg(n, 2, "dim", -1), len(i)), arg(n, 3, "prepend")
+    if times != 1 or arg(n, 4, "append") is not None or (first is not None and shape_of(first)[dim] != 1):
+        return None
+
+    def at(node: Node, place: Any) -> Any:
+        return as_number(e.value(node, (*i[:dim], place, *i[dim + 1 :])))
+
+    source, place = inputs(n)[0], i[dim] if first is not None else i[dim] + 1
+    before, own = at(source, place - 1), at(source, place)
+    result = own - before
+    if first is not None:
+        top, zero = at(source, sympy.Integer(0)), at(first, sympy.Integer(0))
+        result = sympy.Piecewise((top - zero, sympy.Eq(place, 0)), (result, True))
+    return result if dtype_of(n) == torch.int64 and _is_exact(result, dtype_of(n)) else None
+
+
 RULES: dict[object, Rule] = {
     **VIEW_RULES,
     **dict.fromkeys(
@@ -260,6 +288,8 @@ RULES: dict[object, Rule] = {
     aten.new_full.default: _rule_full(2),
     aten.neg.default: _rule_negative,
     aten.log.default: _rule_log,
+    aten.cumsum.default: _rule_cumsum,
+    aten.diff.default: _rule_diff,
     aten.abs.default: _rule_abs,
     **dict.fromkeys((aten.floor_divide.default, aten.div.Tensor_mode, aten.div.Scalar_mode), _rule_floor_divide),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _rule_divide),

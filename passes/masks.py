@@ -38,7 +38,7 @@ KINDS = {
     "causal": "a causal mask, which is not lowered yet",
     "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
     "prefix_causal": "a causal mask with a prefix that every query sees, which is not lowered yet",
-    "packed": "a mask that keeps packed sequences apart (block-diagonal by sequence), which is not lowered yet",
+    "packed": "a query sees the keys of its own group alone (packed sequences), which is not lowered yet",
     "key_bias": "a bias that depends on the key alone is added to the scores, which is not lowered yet; "
     "if it only hides keys, pass it as a bool mask",
     "general": "the mask depends on the query, and not only through a causal triangle or a window",

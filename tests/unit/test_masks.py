@@ -9,9 +9,12 @@ import sympy
 import torch
 import torch.nn.functional as F
 from support.capture import run_passes
+from sympy.core.function import AppliedUndef
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from monarch_compile.passes.element_views import _regroup
+from monarch_compile.passes.elements import Evaluator
 
 N = 6
 SLOPES = torch.tensor([0.5, 0.25, 0.125])[:, None, None]
@@ -71,6 +74,10 @@ def test_key_padding_is_proved_and_lowered(name: str) -> None:
 NOTHING_HIDDEN = {
     "all_true": lambda m, t: torch.ones(1, 1, N, N, dtype=torch.bool),
     "all_zero": lambda m, t: torch.zeros(2, 1, N, N),
+    "one_group": lambda m, t: (lambda ids: (ids[:, :, None] == ids[:, None])[:, None])(
+        _groups(torch.arange(3, 3 + N).expand(2, N))
+    ),
+    "equal_steps": lambda m, t: (torch.arange(0, 2 * N + 2, 2).diff() == 2)[None, None, None],
     "non_negative": lambda m, t: (torch.arange(N) >= 0)[None, None, None, :],
 }
 
@@ -109,6 +116,18 @@ def test_what_is_not_key_padding_stays_exact(name: str) -> None:
     torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def _groups(positions: Tensor) -> Tensor:
+    """A number for each packed sequence: one more wherever the positions do not go up by one."""
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1)
+
+
+def _apart(t: Tensor, positions: Tensor) -> Tensor:
+    """Causal, and packed sequences apart."""
+    groups, (q, k) = _groups(positions), _places(t)
+    return ((groups[:, :, None] == groups[:, None, :]) & (k <= q))[:, None]
+
+
 def _places(t: Tensor) -> tuple[Tensor, Tensor]:
     """Places of queries and keys, made in the graph from the tokens' length."""
     place = torch.arange(t.shape[1])
@@ -119,6 +138,8 @@ CLASSES = {
     "causal": {
         "strict": lambda m, t: _places(t)[1] < _places(t)[0],
         "added": lambda m, t: torch.where(_places(t)[1] > _places(t)[0], -INF, 0.0),
+        "nothing_is_packed": lambda m, t: _apart(t, torch.arange(N).expand(2, N)),
+        "counted_places": lambda m, t: (lambda c: c[None] <= c[:, None])(torch.ones(N, dtype=torch.long).cumsum(0)),
         "and_padding": lambda m, t: (_places(t)[1] <= _places(t)[0]) & m[:, None, None, :],
         "scaled_bool": lambda m, t: (_places(t)[1] > _places(t)[0]).float() * LOW,
     },
@@ -138,6 +159,11 @@ CLASSES = {
     "packed": {
         "ids": lambda m, t: (t[:, :, None] == t[:, None, :])[:, None],
         "counted": lambda m, t: (lambda ids: (ids[:, :, None] == ids[:, None, :])[:, None])(t.cumsum(1)),
+        "by_positions": lambda m, t: _apart(t, t),
+        "by_positions_two_a_place": lambda m, t: _apart(t, (torch.arange(N) // 2).expand(2, N)),
+        "by_second_steps": lambda m, t: (lambda ids: (ids[:, None] == ids[None]) & (_places(t)[1] <= _places(t)[0]))(
+            (torch.arange(N).diff(n=2, prepend=torch.tensor([0, 5])) != 0).cumsum(0)
+        ),
         "not_equal": lambda m, t: ~(t[:, :, None] != t[:, None, :])[:, None],
         "every_third": lambda m, t: _places(t)[0] // 3 == _places(t)[1] // 3,
         "and_causal": lambda m, t: (
@@ -201,3 +227,40 @@ def test_reshapes_count_alike(before: list[int], after: list[int]) -> None:
     sources = torch.stack(torch.unravel_index(count, before), 1).tolist()
     for place, source in zip(places, sources, strict=True):
         assert [int(e.subs(dict(zip(symbols, place, strict=True)))) for e in found] == source
+
+
+SUMS = {
+    "differences": lambda x: x.diff(),
+    "from_before": lambda x: x.diff(prepend=x[:1] - 1),
+    "from_a_number": lambda x: x.diff(prepend=torch.full((1,), 7)),
+    "of_products": lambda x: (x * 3 + 2).diff(dim=0, prepend=x[:1]),
+    "sums": lambda x: (x * 0 + 4).cumsum(0),
+    "sums_of_differences": lambda x: (x * 5).diff().cumsum(-1),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_and_differences_are_known_at_every_place(name: str) -> None:
+    traced = make_fx(lambda: SUMS[name](torch.arange(N)), pre_dispatch=True)()
+    (node,) = next(iter(traced.graph.find_nodes(op="output"))).all_input_nodes
+    place = sympy.Symbol("q", integer=True, nonnegative=True)
+    element = Evaluator().value(node, (place,))
+    assert [int(element.subs(place, i)) for i in range(len(traced()))] == traced().tolist()
+
+
+UNKNOWN_SUMS = {
+    "of_places": lambda x: x.cumsum(0),
+    "of_a_first": lambda x: (x == 0).cumsum(0),
+    "twice": lambda x: x.diff(n=2),
+    "two_before": lambda x: x.diff(prepend=x[:2]),
+    "one_after": lambda x: x.diff(append=x[:1]),
+    "of_bools": lambda x: (x > 2).diff(),
+    "in_bytes": lambda x: (x * 0 + 4).cumsum(0, dtype=torch.int8),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_SUMS)
+def test_other_sums_and_differences_are_unknown(name: str) -> None:
+    traced = make_fx(lambda: UNKNOWN_SUMS[name](torch.arange(N)), pre_dispatch=True)()
+    (node,) = next(iter(traced.graph.find_nodes(op="output"))).all_input_nodes
+    assert Evaluator().value(node, (sympy.Symbol("q", integer=True, nonnegative=True),)).has(AppliedUndef)
