@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHOSEN = ("cost_exact_wins", "plan_exact", "policy_never", "min_seq_len")
+CHOSEN = ("cost_exact_wins", "plan_exact", "policy_never", "min_seq_len", "single_query")
 """Codes of sites kept exact because the user, a plan or the cost model wanted so; strict mode accepts them."""
 
 

@@ -41,6 +41,7 @@ OPTION_RULES: dict[str, OptionRule] = {
     "prefix": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
     "policy": _one_of(POLICIES),
     "min_seq_len": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
+    "cross_attention": OptionRule(lambda v: isinstance(v, bool), "True or False"),
     "autotune": OptionRule(lambda v: isinstance(v, bool), "True or False"),
     "strict": OptionRule(lambda v: isinstance(v, bool), "True or False"),
     "plan": OptionRule(lambda v: v is None or isinstance(v, Plan), "a Plan, or the path of a saved one"),
@@ -61,6 +62,8 @@ class MonarchConfig:
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
     min_seq_len: sites with fewer keys stay exact, under any policy.
+    cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
+        block_size and num_iters: the mean start, no window, no prefix. A site that a plan lowers needs no leave.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
         window and prefix, and which sites may be lowered at all.
     autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
@@ -77,6 +80,7 @@ class MonarchConfig:
     prefix: int = 0
     policy: str = "auto"
     min_seq_len: int = 0
+    cross_attention: bool = False
     plan: Plan | None = None
     autotune: bool = False
     strict: bool = False

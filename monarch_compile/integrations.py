@@ -29,10 +29,11 @@ from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
 from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.legality import DTYPES, MAX_HEAD_DIM
+from monarch_compile.plan import ACROSS
 
 logger = logging.getLogger(__name__)
 
-CHOSEN = ("cost_exact_wins", "policy_never", "min_seq_len")
+CHOSEN = ("cost_exact_wins", "policy_never", "min_seq_len", "single_query")
 """Codes of calls kept exact by choice; strict accepts them."""
 
 
@@ -104,8 +105,9 @@ def replace_sdpa(**options: Any) -> ReplaceSdpa:
     """A context in which scaled_dot_product_attention is Monarch attention, in this thread, wherever that is legal.
 
     It holds however the function was imported, and ends with the context. Shapes (batch, num_heads, seq_len, head_dim);
-    lowered are bidirectional calls of equal lengths without active dropout, unmasked or with a mask whose values, read
-    at run time, depend on the key alone. torch.nn's fused encoder layers do not call the function and stay exact.
+    lowered are bidirectional calls without active dropout, of equal lengths (with cross_attention=True of others too),
+    unmasked or with a mask whose values, read at run time, depend on the key alone. torch.nn's fused encoder layers do
+    not call the function and stay exact.
 
     Args:
         options: as for torch.compile's options, those of `MonarchConfig`, but for `plan` and `mode`.
@@ -155,19 +157,19 @@ def _config(options: Mapping[str, Any]) -> MonarchConfig:
 
 def _judge(call: Call, config: MonarchConfig) -> tuple[Tensor | None, dict[str, Any]]:
     """(key mask, True where visible; keyword arguments of monarch_attention). Raises Stays."""
-    _check(call)
+    _check(call, config)
     key_mask = _key_mask(call)
     return key_mask, _form(_problem(call, key_mask is not None), call.query.device, config)
 
 
-def _check(call: Call) -> None:
+def _check(call: Call, config: MonarchConfig) -> None:
     q, k, v = tensors = (call.query, call.key, call.value)
     if any(x.is_nested or x.ndim != 4 for x in tensors) or len({x.shape[0] for x in tensors}) > 1:
         raise Stays("rank", "queries, keys and values must be (batch, num_heads, seq_len, dim) of one batch")
     if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1] or (q.shape[1] != k.shape[1] and not call.enable_gqa):
         raise Stays("gqa", f"{q.shape[1]} query heads, {k.shape[1]} of keys and {v.shape[1]} of values")
-    if q.shape[2] != k.shape[2]:
-        raise Stays("cross_attention", f"seq_len_q {q.shape[2]}, seq_len_k {k.shape[2]}")
+    if q.shape[2] != k.shape[2] and not config.cross_attention:
+        raise Stays("cross_attention", f"seq_len_q {q.shape[2]}, seq_len_k {k.shape[2]}; cross_attention is False")
     if call.is_causal:
         raise Stays("mask_causal", "causal attention is not lowered yet")
     if call.dropout_p > 0:
@@ -218,18 +220,22 @@ def _problem(call: Call, masked: bool) -> MonarchAttention:
 @lru_cache(maxsize=1024)
 def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig) -> dict[str, Any]:
     """The options' form, chosen as the backend chooses it. Raises Stays where exact attention is wanted."""
-    device, exact = installed(place), ExactGroups(config.window, config.prefix)
-    seq_len = int(problem.seq_len_k)
+    device, seq_len, queries = installed(place), int(problem.seq_len_k), None
+    if problem.is_cross:
+        config, queries = replace(config, **ACROSS), problem.seq_len_q
+    exact = ExactGroups(config.window, config.prefix)
     if seq_len < config.min_seq_len:
         raise Stays("min_seq_len", f"seq_len {seq_len} is below min_seq_len {config.min_seq_len}")
     if config.policy == "never":
         raise Stays("policy_never", "policy is 'never'")
+    if queries == 1:
+        raise Stays("single_query", "exact attention of one query reads each key once")
     start: dict[str, Any] = {"num_iters": config.num_iters, "init": config.init}
     size = config.block_size
     block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.window)
     ir = replace(problem, block_size=block_size, pad=config.pad, exact=exact, **start)
     if config.policy == "auto":
-        reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len)
+        reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len, queries=queries)
         if reason is not None:
             raise Stays("cost_exact_wins", f"{reason}; found {seq_len}")
     groups = {"window": config.window, "prefix": config.prefix}

@@ -15,7 +15,7 @@ from typing import Any
 from monarch_compile.cost import predict
 from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.ir import Dim, MonarchAttention
 
 Size = Any
 """An int, or a torch.SymInt, which is guarded on where it is compared."""
@@ -30,6 +30,9 @@ BLOCK_SIZES: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 """A batch between two of these is weighed as the one that pays later; beyond the last, as the last."""
+
+ROWS = (1, 64, 128, 256, 512, 1024)
+"""Queries of another number than keys are weighed as the largest of these that is not above it."""
 
 LENGTHS = (*range(16, 1024, 16), *range(1024, 4096, 64), *range(4096, 16384, 256), *range(16384, 65537, 1024))
 """Lengths at which lowering may begin to pay."""
@@ -50,24 +53,29 @@ def auto_block_size(seq_len: Size, kind: str, window: int | None) -> int:
     raise InputError(f"seq_len must be at least 1; found {seq_len}")
 
 
-def exact_wins(ir: MonarchAttention, device: Device, *, auto: bool, batch: Size, seq_len: Size) -> str | None:
+def exact_wins(
+    ir: MonarchAttention, device: Device, *, auto: bool, batch: Size, seq_len: Size, queries: Size | None = None
+) -> str | None:
     """Why exact attention is kept at this batch and length; None where the Monarch form pays.
 
     ir: the site; its own batch, lengths and, with `auto`, block size do not count.
+    seq_len: the number of keys. queries: that of queries, where it is another one.
     """
-    starts = crossovers(replace(ir, batch=1, seq_len_q=1, seq_len_k=1), device, auto)
+    rows: Dim = "N" if queries is None else next(n for n in reversed(ROWS) if queries >= n)
+    starts = crossovers(replace(ir, batch=1, seq_len_q=rows, seq_len_k="N"), device, auto)
+    wins = "exact attention wins" if queries is None else f"with {rows} or a few more queries exact attention wins"
     first, last = min(starts), max(starts)
     if first == NEVER:
-        return "exact attention wins at every length"
+        return f"{wins} at every length"
     if seq_len < first:
-        return f"exact attention wins below {first} keys"
+        return f"{wins} below {first} keys"
     if last != NEVER and seq_len >= last:
         return None
     counted = max(size for size in BATCHES if batch >= size)
     start = starts[BATCHES.index(counted)]
     if start != NEVER and seq_len >= start:
         return None
-    return "exact attention wins" + (f" below {start} keys" if start != NEVER else "") + " at this batch"
+    return wins + (f" below {start} keys" if start != NEVER else "") + " at this batch"
 
 
 @lru_cache(maxsize=256)
@@ -81,13 +89,14 @@ def crossovers(ir: MonarchAttention, device: Device, auto: bool) -> tuple[int, .
 def crossover(ir: MonarchAttention, device: Device, auto: bool) -> int:
     """The least of `LENGTHS` from which on lowering is predicted to pay at the batch of `ir`; else `NEVER`.
 
-    With `auto`, the block size is that of each length. Between two of `LENGTHS`, the last block that a length begins
-    may take a part of the margin.
+    Queries are as many as keys, unless the IR is one of cross-attention. With `auto`, the block size is that of each
+    length. Between two of `LENGTHS`, the last block that a length begins may take a part of the margin.
     """
 
     def pays(length: int) -> bool:
         block_size = auto_block_size(length, device.kind, ir.exact.window) if auto else ir.block_size
-        return predict(replace(ir, seq_len_q=length, seq_len_k=length, block_size=block_size), device).pays
+        rows = ir.seq_len_q if ir.is_cross else length
+        return predict(replace(ir, seq_len_q=rows, seq_len_k=length, block_size=block_size), device).pays
 
     start = NEVER
     for length in reversed(LENGTHS):

@@ -38,6 +38,9 @@ class SiteForm:
         return ExactGroups(self.window, self.prefix)
 
 
+ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0}
+"""What settles a form between sequences of different lengths: no position of the one means a place in the other."""
+
 FORM_OPTIONS = tuple(f.name for f in fields(SiteForm))
 
 

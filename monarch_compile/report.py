@@ -275,5 +275,7 @@ def _cells(site: Site) -> tuple[str, ...]:
     blocks = "-" if ir is None else f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.block_size}"
     gain = "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
     shape = "x".join(map(str, site.q_shape)) or "-"
+    if site.k_shape and site.k_shape[2] != site.q_shape[2]:
+        shape += f" on {site.k_shape[2]}"
     error = "-" if site.error is None else f"{site.error:.3f}"
     return (site.name, site.status, shape, dtype_name(site.dtype) or "-", blocks, gain, error, site.code)

@@ -20,7 +20,7 @@ from monarch_compile.passes.legality import Context, first_refusal
 from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.region import AttentionRegion, Missed, Site
-from monarch_compile.plan import SiteForm, SitePlan, site_shape
+from monarch_compile.plan import ACROSS, SiteForm, SitePlan, site_shape
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
+    if plan is not None and plan.form is not None:
+        context = replace(context, config=replace(config, cross_attention=True))  # the plan's maker gave leave
     refusal = first_refusal(site, context)
     if refusal is not None:
         stage = "mask" if refusal.code.startswith("mask_") else "legality"
@@ -69,24 +71,29 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
     if plan is not None and plan.form is None:
         reason = f"the plan keeps it exact: {plan.reason}"
         return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=site.output.name))
-    form = _form(config) if plan is None or plan.form is None else plan.form
-    return _weigh(site, context, form, base)
+    return _weigh(site, context, None if plan is None else plan.form, base)
 
 
-def _weigh(site: AttentionRegion, context: Context, form: SiteForm | None, base: Decision) -> Choice:
-    """Whether a legal site pays in `form`; None: the options' own, at the block size that "auto" is for its length.
+def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, base: Decision) -> Choice:
+    """Whether a legal site pays in the form of its plan, or in that of the options.
 
     Symbolic sizes are guarded on only as far as the outcome hangs on them.
     """
     config, facts, device = context.config, context.facts, installed(site.output.meta["val"].device)
-    batch, seq_len = site.lead[0], site.k_shape[2]
+    batch, seq_len, queries = site.lead[0], site.k_shape[2], None
+    if site.is_cross and site.q_shape[2] != seq_len:  # which is guarded on: the lengths stay different
+        config, queries = replace(config, **ACROSS), site.q_shape[2]
+        planned = planned and replace(planned, **ACROSS)
+    form = planned or _form(config)
     seen = to_ir(site, facts, form or _auto_form(config, device, _hint(seq_len)))
     exact = replace(base, ir=seen, stage="cost")
     if config.policy == "never":
         return Choice(replace(exact, code="policy_never", reason="policy is 'never'"))
+    if isinstance(queries, int) and queries == 1:
+        return Choice(replace(exact, code="single_query", reason="exact attention of one query reads each key once"))
     gain = f"{predict(seen, device, _hints(site)).speedup:.2f}x"
     if config.policy == "auto":
-        reason = exact_wins(seen, device, auto=form is None, batch=batch, seq_len=seq_len)
+        reason = exact_wins(seen, device, auto=form is None, batch=batch, seq_len=seq_len, queries=queries)
         if reason is not None:
             return Choice(replace(exact, code="cost_exact_wins", reason=f"{reason}; predicted gain {gain} here"))
     ir = to_ir(site, facts, form or _auto_form(config, device, seq_len))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._guards import TracingContext
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.graph import dtype_of, switches_mode
@@ -107,9 +108,9 @@ def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node
 
 
 def _check_cross(region: AttentionRegion, context: Context) -> str | None:
-    n_q, n_k = region.q_shape[2], region.k_shape[2]
-    if str(n_q) != str(n_k):
-        return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}) is not lowered yet"
+    if region.is_cross and not context.config.cross_attention:
+        n_q, n_k = region.q_shape[2], region.k_shape[2]
+        return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}), and option cross_attention is False"
     return None
 
 
@@ -136,7 +137,7 @@ def _check_dims(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_dynamic(region: AttentionRegion, context: Context) -> str | None:
-    for name, size in (("batch", region.lead[0]), ("seq_len", region.k_shape[2])):
+    for name, size in (("batch", region.lead[0]), ("seq_len", region.k_shape[2]), ("seq_len_q", region.q_shape[2])):
         if isinstance(size, torch.SymInt) and not size.node.has_hint():
             return f"{name} ({size}) is known only when the model runs"
     return None
@@ -144,9 +145,13 @@ def _check_dynamic(region: AttentionRegion, context: Context) -> str | None:
 
 def _check_unguarded(region: AttentionRegion, context: Context) -> str | None:
     """An exported program serves every length as it is: a table of the length needs Dynamo, which guards on ranges."""
-    symbolic = isinstance(region.k_shape[2], torch.SymInt)
-    if symbolic and context.config.block_size == "auto" and TracingContext.try_get() is None:
+    if TracingContext.try_get() is not None:
+        return None
+    n_q, n_k = region.q_shape[2], region.k_shape[2]
+    if isinstance(n_k, torch.SymInt) and context.config.block_size == "auto":
         return "seq_len is symbolic, block_size is 'auto', and an exported program takes no guards"
+    if region.is_cross and not statically_known_true(n_q != n_k):
+        return f"seq_len_q {n_q} may become seq_len_k {n_k}, and an exported program takes no guards"
     return None
 
 

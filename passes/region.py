@@ -94,6 +94,11 @@ class AttentionRegion:
         """Leading dims of q as those of k and v."""
         return lead if self.group == 1 else (*lead[:-1], lead[-1] // self.group)
 
+    @property
+    def is_cross(self) -> bool:
+        """Whether queries and keys are of different lengths, as far as the graph tells."""
+        return str(self.q_shape[2]) != str(self.k_shape[2])
+
     def _size(self, operand: Operand, place: int) -> Any:
         dim = operand.dims[place]
         return 1 if dim is None else operand.node.meta["val"].shape[dim]

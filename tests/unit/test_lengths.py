@@ -103,6 +103,26 @@ def test_a_batch_is_weighed_as_the_later_to_pay_of_its_neighbours():
         assert f"below {start} keys" in exact_wins(ir, DEVICES["cuda"], seq_len=start - 1, **ask)
 
 
+@pytest.mark.parametrize("device", sorted(DEVICES))
+@pytest.mark.parametrize("queries", [2, 63, 64, 100, 700, 5000])
+def test_queries_of_another_number_are_weighed_by_both(device, queries):
+    """From one length of keys on it pays, as the model says; and no later with more queries."""
+    ir, ask = replace(site(device, None), init="mean"), {"auto": True, "batch": 1}
+    pays = [exact_wins(ir, DEVICES[device], seq_len=n, queries=queries, **ask) is None for n in LENGTHS]
+    assert pays == sorted(pays)
+    for length in (n for n, pay in zip(LENGTHS, pays, strict=True) if pay and n != queries):
+        assert predict(replace(at(ir, device, length), seq_len_q=queries), DEVICES[device]).pays
+    more = [exact_wins(ir, DEVICES[device], seq_len=n, queries=4 * queries, **ask) is None for n in LENGTHS]
+    assert sum(more) >= sum(pays)
+
+
+def test_few_queries_stay_exact_and_say_how_many():
+    ir = replace(site("cpu", None), init="mean")
+    reason = exact_wins(ir, DEVICES["cpu"], auto=True, batch=1, seq_len=10**6, queries=40)
+    assert reason == "with 1 or a few more queries exact attention wins at every length"
+    assert exact_wins(ir, DEVICES["cpu"], auto=True, batch=1, seq_len=4096, queries=400) is None
+
+
 def test_where_lowering_never_pays_exact_attention_wins_at_every_length():
     blocks = site("cpu", 1, block_size=LENGTHS[-1])
     assert crossover(blocks, DEVICES["cpu"], False) == NEVER
