@@ -15,6 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from monarch_compile.passes.bodies import WHY, bodies_of
+from monarch_compile.passes.canonicalize import DROPOUTS
 from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
@@ -208,7 +209,7 @@ def _peel_down(anchor: Node, swapped: bool) -> Down:
         (user,) = users
         if user.target in MIXED:
             return down
-        if user.target is aten.dropout.default:
+        if user.target in DROPOUTS:
             raise Miss("dropout_active", f"attention dropout is active (p={arg(user, 1, 'p')})", user)
         step = DOWN.get(user.target)
         if step is None or not step(user, down):

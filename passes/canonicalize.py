@@ -61,7 +61,7 @@ def drop_inactive_dropout(gm: GraphModule) -> int:
     """Remove dropout that does nothing (eval, or p = 0)."""
     changed = 0
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target is not aten.dropout.default:
+        if node.op != "call_function" or node.target not in DROPOUTS:
             continue
         source = inputs(node)[0]
         if (arg(node, 2, "train") and arg(node, 1, "p") != 0) or not isinstance(source, Node):
@@ -70,6 +70,10 @@ def drop_inactive_dropout(gm: GraphModule) -> int:
         gm.graph.erase_node(node)
         changed += 1
     return changed
+
+
+DROPOUTS = frozenset({aten.dropout.default, aten.dropout_.default})
+"""Dropout, also in place: where it does nothing, it writes nothing."""
 
 
 def fill_by_shape(gm: GraphModule) -> int:

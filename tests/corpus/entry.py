@@ -29,15 +29,14 @@ class Entry:
 
     make: gives the program and its inputs; raises Absent where a library, or a model in it, is missing.
     train: captured under grad mode (and, for a module, in training mode), else under no_grad.
-    want: "lowered" for bidirectional attention without a bias; "exact" for what must not be touched.
-    why_not: for an exception to `want`, the reason.
+    want: "lowered" for bidirectional attention without a bias (coverage.py names exceptions); "exact" for what must not
+        be touched; "" where both occur.
     """
 
     name: str
     make: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
     want: str = LOWERED
     train: bool = False
-    why_not: str = ""
 
 
 @dataclass

@@ -54,7 +54,6 @@ class Architecture:
     given: str = "tokens"
     options: dict[str, Any] = field(default_factory=dict)
     implementations: tuple[str, ...] = BOTH
-    why_not: str = ""
 
 
 def _with(base: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -79,9 +78,7 @@ ENCODERS: dict[str, Architecture] = {
     "esm": A("EsmModel", "EsmConfig", options={"mask_token_id": 3, "position_embedding_type": "rotary"}),
     "eurobert": A("EuroBertModel", "EuroBertConfig"),
     "fnet": A("FNetModel", "FNetConfig", "exact", implementations=EAGER),
-    "layoutlm": A(
-        "LayoutLMModel", "LayoutLMConfig", why_not="its mask is computed from int64, not proved to be 0 or 1"
-    ),
+    "layoutlm": A("LayoutLMModel", "LayoutLMConfig"),
     "modernbert": A("ModernBertModel", "ModernBertConfig", "", options={"global_attn_every_n_layers": 1}),
     "mpnet": A("MPNetModel", "MPNetConfig", "exact", implementations=EAGER),
     "nomic_bert": A("NomicBertModel", "NomicBertConfig"),
@@ -202,5 +199,5 @@ def entries() -> list[Entry]:
             for implementation, padded in _pairings(name, architecture):
                 full = f"{family}/{name}/{implementation}" + ("/padded" if padded else "")
                 make = lambda a=architecture, i=implementation, p=padded: _make(a, i, p)  # noqa: E731
-                found.append(Entry(full, make, architecture.want, why_not=architecture.why_not))
+                found.append(Entry(full, make, architecture.want))
     return found

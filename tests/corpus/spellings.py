@@ -399,6 +399,7 @@ MASKS: dict[str, Program] = {
 
 AFTER: dict[str, Program] = {
     "dropout_eval": lambda q, k, v, m: F.dropout(torch.softmax(scored(q, k), -1), 0.1, training=False) @ v,
+    "dropout_inplace": lambda q, k, v, m: F.dropout(torch.softmax(scored(q, k), -1), 0.1, False, inplace=True) @ v,
     "dropout_zero": lambda q, k, v, m: F.dropout(torch.softmax(scored(q, k), -1), 0.0, training=True) @ v,
     "contiguous": lambda q, k, v, m: torch.softmax(scored(q, k), -1).contiguous() @ v,
     "float": lambda q, k, v, m: torch.softmax(scored(q, k), -1).float() @ v,

@@ -95,6 +95,7 @@ SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
 AFTER: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda p: p,
     "dropout_eval": lambda p: F.dropout(p, 0.1, training=False),
+    "dropout_inplace": lambda p: F.dropout(p, 0.1, training=False, inplace=True),
     "dropout_zero": lambda p: F.dropout(p, 0.0, training=True),
     "contiguous": lambda p: p.contiguous(),
 }

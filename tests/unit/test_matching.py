@@ -163,6 +163,10 @@ def _active_dropout(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return F.dropout(torch.softmax(q @ k.mT, -1), 0.5, training=True) @ v
 
 
+def _active_dropout_in_place(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    return F.dropout(torch.softmax(q @ k.mT, -1), 0.5, training=True, inplace=True) @ v
+
+
 def _active_sdpa_dropout(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
 
@@ -285,6 +289,7 @@ NEAR_MISSES = {
     _softmax_over_queries: "softmax_dim",
     _softmax_over_heads: "softmax_dim",
     _active_dropout: "dropout_active",
+    _active_dropout_in_place: "dropout_active",
     _active_sdpa_dropout: "dropout_active",
     _probs_returned: "probs_reused",
     _scores_returned: "scores_reused",
