@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
@@ -67,6 +69,8 @@ def monarch(
     lowered = gm
     if result is not None:
         lowered = result.after
+        if _may_share(example_inputs, patches):
+            _share(result)
         schedules = _autotune(result.decisions) if config.autotune else ""
         _dump_kernels(result)
         patches.setdefault("joint_custom_pre_pass", CacheKey(config, schedules + _checkpoints(lowered)))
@@ -82,6 +86,24 @@ def _checkpoints(gm: GraphModule) -> str:
     order = list(dict.fromkeys(marks))  # the numbers of regions differ from run to run
     places = [order.index(mark) for mark in marks]
     return f"-{hashlib.sha256(bytes(str(places), 'ascii')).hexdigest()[:16]}" if len(order) > 1 else ""
+
+
+def _may_share(example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> bool:
+    """Whether sites may share a body: not where a backward is traced, nor in a C++ wrapper, which can call none."""
+    from torch._inductor import config
+
+    trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    return not trains and not patches.get("cpp_wrapper", config.cpp_wrapper)
+
+
+def _share(result: Rewrite) -> None:
+    """Let equal sites have one body, which Inductor compiles once."""
+    from monarch_compile.passes.sharing import share_bodies
+
+    bodies = share_bodies(result.after)
+    if bodies:
+        logger.debug("share_bodies: %d bodies for %d lowered sites", bodies, result.num_lowered)
+        result.dump.graph("share_bodies", result.after)
 
 
 def _autotune(decisions: Sequence[Decision]) -> str:

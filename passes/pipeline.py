@@ -177,6 +177,7 @@ def _copy_graph(gm: GraphModule) -> GraphModule:
     graph.graph.output(result)
     new_output = next(iter(graph.graph.find_nodes(op="output")))
     new_output.meta = dict(output.meta)
+    gm.graph.owning_module = gm  # copying a module makes its graph the copy's
     return graph
 
 

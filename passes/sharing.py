@@ -1,0 +1,98 @@
+"""Equal attention sites call one body, so that Inductor compiles what is behind the op once, not once a site."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.passes.graph import ORIGIN, SITE_NAME, aten, inputs
+
+TENSORS = 4
+"""The operator's first arguments are tensors: q, k, v and, or None, the key mask."""
+
+BODY = "monarch_attention_"
+"""How the names of bodies begin; a number follows."""
+
+
+def share_bodies(gm: GraphModule) -> int:
+    """Replace calls of the Monarch attention op that compute the same by calls of one body; how many bodies there are.
+
+    The same are the options and the tensors' sizes, strides, dtypes and devices. Sites on a GPU are left alone: there
+    the op stands for two kernels that are not Inductor's; so is a site without an equal. `gm` is changed in place.
+    """
+    share = _invoke_subgraph()
+    fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
+    if share is None or fake_mode is None:
+        return 0
+    alike: dict[str, list[Node]] = defaultdict(list)
+    for node in gm.graph.find_nodes(op="call_function", target=ATTENTION_OP):
+        if _value(node, fake_mode).device.type == "cpu":
+            alike[_key(node, fake_mode)].append(node)
+    groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
+    for number, (key, nodes) in enumerate(groups):
+        name = f"{BODY}{number}"
+        gm.add_submodule(name, _body(nodes[0]))
+        for node in nodes:
+            _call(gm.graph, share, name, key, node)
+    if groups:
+        gm.graph.lint()
+        gm.recompile()
+    return len(groups)
+
+
+def _invoke_subgraph() -> Any:
+    """The higher-order op that calls a body, or None where torch has none."""
+    return getattr(torch.ops.higher_order, "invoke_subgraph", None)
+
+
+def _key(node: Node, fake_mode: FakeTensorMode) -> str:
+    """All that the body of a site depends on: it also names the body in the keys of compile caches."""
+    tensors = [None if x is None else _value(x, fake_mode) for x in inputs(node)[:TENSORS]]
+    facts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors]
+    return f"{ATTENTION_OP} {facts} {inputs(node)[TENSORS:]}"
+
+
+def _value(node: Node, fake_mode: FakeTensorMode) -> Any:
+    """A node's fake value, computed where lowering made the node."""
+    if "val" not in node.meta:
+        target: Any = node.target
+        with fake_mode:
+            node.meta["val"] = target(*map_arg(inputs(node), lambda x: _value(x, fake_mode)))
+    return node.meta["val"]
+
+
+def _body(site: Node) -> GraphModule:
+    """The op with a site's options, as a graph of its tensors."""
+    graph = Graph()
+    tensors: list[Node | None] = []
+    for place, given in enumerate(inputs(site)[:TENSORS]):
+        tensors.append(None if given is None else graph.placeholder(f"tensor_{place}"))
+        if tensors[-1] is not None:
+            tensors[-1].meta["val"] = given.meta["val"]
+    op = graph.call_function(ATTENTION_OP, (*tensors, *inputs(site)[TENSORS:]))
+    # Without a hole after each sequence, where its last block is not whole: merging the heads stays a view.
+    rows = graph.call_function(aten.transpose.int, (op, 1, 2))
+    rows = graph.call_function(aten.contiguous.default, (rows,))
+    graph.output((graph.call_function(aten.transpose.int, (rows, 1, 2)),))
+    return GraphModule({}, graph)
+
+
+def _call(graph: Graph, share: Any, name: str, key: str, site: Node) -> None:
+    """Put a call of the body `name` in the place of a site."""
+    with graph.inserting_before(site):
+        body = graph.get_attr(name)
+        call = graph.call_function(share, (body, key, *(x for x in inputs(site)[:TENSORS] if x is not None)))
+        result = graph.call_function(operator.getitem, (call, 0))
+    for node in (call, result):
+        node.meta = {key: site.meta[key] for key in (*ORIGIN, SITE_NAME) if key in site.meta}
+    result.meta["val"] = site.meta["val"]
+    site.replace_all_uses_with(result)
+    graph.erase_node(site)
