@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.capture import run_passes
 
-from monarch_compile import ConfigError, LoweringError
+from monarch_compile import ConfigError, LoweringError, integrations
 from monarch_compile.integrations import register_transformers, replace_sdpa
 
 OPTIONS = {"policy": "always", "block_size": 8}
@@ -120,9 +120,121 @@ def test_the_choice_is_not_a_lack_of_support():
         assert list(replaced.reasons) == [code]
 
 
-def replaced_by_nothing(q, k, v):
+@pytest.mark.parametrize(
+    ("options", "arguments", "lowered"),
+    [(OPTIONS, {}, 5), ({}, {}, 0), (OPTIONS, {"is_causal": True}, 0)],
+    ids=["lowered", "cost", "illegal"],
+)
+def test_equal_calls_are_decided_on_once(options, arguments, lowered, monkeypatch):
+    q, k, v = _qkv(seq_len=43)
+    asked = []
+    refusal = integrations._refusal
+    monkeypatch.setattr(integrations, "_refusal", lambda *given: asked.append(given) or refusal(*given))
+    integrations._decider.cache_clear()
+    for _ in range(5):
+        with replace_sdpa(**options) as replaced:
+            F.scaled_dot_product_attention(q.clone(), k, v, **arguments)
+    assert len(asked) == 1
+    assert replaced.lowered == (lowered > 0)
+
+
+def _changed_calls():
+    """(code, or None where lowered; tensors; arguments): each like the first but for one fact."""
+    q, k, v = _qkv(4, 2)
+    visible = _visible()[:, None, None, :].repeat(1, 1, 41, 1)
+    other = visible.clone()
+    other[1, 0, 40, 40] = True
+    gqa = {"enable_gqa": True}
+    return [
+        (None, (q, k, v), gqa),
+        (None, (q, k, v), gqa | {"attn_mask": visible}),
+        ("mask_general", (q, k, v), gqa | {"attn_mask": other}),
+        (None, (q, k, v), gqa | {"attn_mask": visible.float().log()}),
+        ("rank", (q, k, v), gqa | {"attn_mask": visible[None]}),
+        ("gqa", (q, k, v), {}),
+        ("gqa", (q[:, :3], k, v), gqa),
+        (None, (q[:, :, :19], k[:, :, :19], v[:, :, :19]), gqa),
+        ("cross_attention", (q[:, :, :19], k, v), gqa),
+        ("dropout_active", (q, k, v), gqa | {"dropout_p": 0.5}),
+        ("mask_causal", (q, k, v), gqa | {"is_causal": True}),
+        (None, (q, k, v), gqa | {"scale": 0.7}),
+        (None, tuple(x.double() for x in (q, k, v)), gqa),
+        ("rank", tuple(x[0] for x in (q, k, v)), gqa),
+        ("symbolic_dims", (q[..., :0], k[..., :0], v), gqa),
+    ]
+
+
+def test_a_decision_serves_no_other_call():
+    """Two rounds of calls that differ in one fact: each is judged as itself, however the others were."""
+    alone = []
+    for code, tensors, arguments in _changed_calls():
+        integrations._decider.cache_clear()
+        with replace_sdpa(**OPTIONS) as replaced:
+            alone.append(_outcome(tensors, arguments))
+        assert [*replaced.reasons] == ([code] if code else [])
+        assert replaced.lowered == (code is None)
+    with replace_sdpa(**OPTIONS) as replaced:
+        for _ in range(2):
+            for (code, tensors, arguments), expected in zip(_changed_calls(), alone, strict=True):
+                before = replaced.lowered
+                found = _outcome(tensors, arguments)
+                assert replaced.lowered - before == (code is None)
+                if arguments.get("dropout_p") is None:
+                    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _outcome(tensors, arguments):
+    """The output, or the type of the error that plain SDPA raises."""
+    try:
+        return F.scaled_dot_product_attention(*tensors, **arguments)
+    except (RuntimeError, ValueError):
+        return torch.tensor(float("nan"))
+
+
+def test_a_mask_is_read_at_every_call():
+    q, k, v = _qkv()
+    mask = _visible()[:, None, None, :].repeat(1, 1, 41, 1)
+    with replace_sdpa(**OPTIONS) as replaced:
+        first = F.scaled_dot_product_attention(q, k, v, mask)
+        mask[0, :, :, 30:] = False  # in place: the same tensor, other keys
+        second = F.scaled_dot_product_attention(q, k, v, mask)
+        mask[0, :, 7, 35] = True  # no key mask any more
+        third = F.scaled_dot_product_attention(q, k, v, mask)
+    assert (replaced.lowered, replaced.exact) == (2, 1)
+    assert not torch.allclose(first[0], second[0])
+    torch.testing.assert_close(first[1], second[1])
+    torch.testing.assert_close(third, replaced_by_nothing(q, k, v, mask))
+
+
+def test_options_and_gradients_take_no_decision_of_others():
+    q, k, v = _qkv()
+    for _ in range(2):
+        with replace_sdpa(**OPTIONS), torch.no_grad():
+            eights = F.scaled_dot_product_attention(q, k, v)
+        with replace_sdpa(**OPTIONS | {"block_size": 41}):
+            whole = F.scaled_dot_product_attention(q, k, v)
+        with replace_sdpa(policy="never"):
+            assert torch.equal(F.scaled_dot_product_attention(q, k, v), replaced_by_nothing(q, k, v))
+        with replace_sdpa(**OPTIONS):
+            trained = [x.clone().requires_grad_() for x in (q, k, v)]
+            F.scaled_dot_product_attention(*trained).sum().backward()
+        assert all(x.grad.abs().sum() > 0 for x in trained)
+        torch.testing.assert_close(whole, replaced_by_nothing(q, k, v), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(eights, whole, atol=1e-3)
+
+
+def test_strict_looks_at_masks_of_calls_too_short_to_pay():
+    q, k, v = _qkv()
+    with replace_sdpa() as replaced:
+        F.scaled_dot_product_attention(q, k, v, _causal_mask())
+    assert list(replaced.reasons) == ["cost_exact_wins"]
+    with pytest.raises(LoweringError, match="mask_general"), replace_sdpa(strict=True):
+        F.scaled_dot_product_attention(q, k, v, _causal_mask())
+
+
+def replaced_by_nothing(*given):
     with torch._C.DisableTorchFunction():
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(*given)
 
 
 def test_gradients_flow():
