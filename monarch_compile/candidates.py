@@ -11,7 +11,7 @@ from monarch_compile.cost import MARGIN, predict
 from monarch_compile.devices import Device
 from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size
-from monarch_compile.plan import FORM_OPTIONS, SiteForm
+from monarch_compile.plan import ACROSS, FORM_OPTIONS, SiteForm
 
 SEARCH: dict[str, tuple[Any, ...]] = {
     "block_size": (0.5, 1, 2, 4),  # times what "auto" is
@@ -53,6 +53,8 @@ def total_seconds(occurrences: Sequence[Occurrence], device: Device, form: SiteF
 
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[SiteForm]:
     """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention."""
+    if any(occurrence.ir.is_cross for occurrence in occurrences):
+        fixed = {**fixed, **ACROSS}
     timed = ((form, total_seconds(occurrences, device, form)) for form in _grid(occurrences[0], device, fixed))
     return [form for form, (exact_s, monarch_s) in timed if monarch_s * MARGIN <= exact_s]
 

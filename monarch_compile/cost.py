@@ -164,7 +164,9 @@ def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | Non
         InputError: a size is symbolic and has no hint.
     """
     sizes = _numbers(ir, hints or {})
-    return Prediction(*(launch + work for launch, work in _times(sizes, device, ir.dtype)))
+    exact_s, monarch_s = (launch + work for launch, work in _times(sizes, device, ir.dtype))
+    start_s = device.monarch.launch_s if ir.init == "mean" else 0.0  # the mean queries are a kernel of their own
+    return Prediction(exact_s, start_s + monarch_s)
 
 
 def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Quantity:
@@ -185,7 +187,7 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
     """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
     blocks = _ceil_div(keys, ir.block_size)
-    block_rows = ir.block_size if ir.seq_len_q == ir.seq_len_k else _ceil_div(rows, blocks)
+    block_rows = _ceil_div(rows, blocks) if ir.is_cross else ir.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.num_iters)
     groups = _group_sizes(ir.exact, ir.num_iters, ir.init, rows, keys, ir.block_size)

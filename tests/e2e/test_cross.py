@@ -15,7 +15,7 @@ from torch._inductor import compile_fx
 from torch.export import Dim, export
 
 import monarch_compile
-from monarch_compile import lower_exported
+from monarch_compile import candidates, lower_exported
 from monarch_compile.integrations import replace_sdpa
 from monarch_compile.plan import ACROSS
 from tests.support.block import key_padding
@@ -225,6 +225,22 @@ def test_the_report_shows_both_lengths() -> None:
     names = [kernel.text.split(":")[0] for kernel in site.kernels]
     assert names == [f"# monarch_{name}" for name in ("mean_query", "summarize_last", "attend")]
     assert "init=mean" in str(site.ir)
+
+
+def test_calibrate_measures_the_form_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan needs no option: who calibrated with cross_attention gave leave."""
+    monkeypatch.setattr(candidates.Occurrence, "seconds", lambda self, device, form: (9.0, float(form.num_iters)))
+    given = inputs(30, 41)
+    options = {"cross_attention": True, "block_size": 8}
+    plan = monarch_compile.calibrate(MODEL, [given], budget=10.0, options=options, progress=False)
+    (site,) = plan.sites
+    assert site.form is not None
+    assert {name: getattr(site.form, name) for name in ACROSS} == ACROSS
+    assert outcome(30, 41, plan=plan)[0] == "lowered"
+    found, expected = outcome(30, 41, plan=plan)[1], MODEL.by_reference(*given, block_size=8)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    closed = monarch_compile.calibrate(MODEL, [given], budget=10.0, options={"block_size": 8}, progress=False)
+    assert closed.num_lowered == 0
 
 
 def test_eager_calls_are_lowered_when_asked() -> None:

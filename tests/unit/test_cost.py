@@ -32,10 +32,10 @@ H200_MS = {
 }
 
 
-def attention(seq_len=4096, block_size=64, batch=1, dtype=torch.float32, **more):
+def attention(seq_len=4096, block_size=64, batch=1, dtype=torch.float32, init="identity", **more):
     sizes = {"num_heads": 12, "num_kv_heads": 12, "seq_len_q": seq_len, "seq_len_k": seq_len} | more
     head = {"head_dim": 64, "value_dim": 64} | {k: sizes.pop(k) for k in ("head_dim", "value_dim") if k in sizes}
-    return MonarchAttention(batch=batch, **sizes, **head, dtype=dtype, block_size=block_size, scale=0.125)
+    return MonarchAttention(batch=batch, **sizes, **head, dtype=dtype, block_size=block_size, scale=0.125, init=init)
 
 
 def auto(seq_len, device, dtype, batch=1):
@@ -177,6 +177,14 @@ def test_exact_rows_of_a_prefix_take_time_that_grows_with_the_keys():
             for groups in (ExactGroups(1, 1), ExactGroups(1))
         )
         assert with_rows - without >= h200.exact.launch_s + seq_len * h200.row_key_s
+
+
+@pytest.mark.parametrize("device", sorted(DEVICES))
+def test_the_mean_start_is_one_more_kernel(device):
+    described = DEVICES[device]
+    mean, identity = (predict(attention(init=init), described) for init in ("mean", "identity"))
+    assert mean.monarch_s - identity.monarch_s == pytest.approx(described.monarch.launch_s)
+    assert mean.exact_s == identity.exact_s
 
 
 def test_prediction_needs_hints_for_symbolic_sizes():
