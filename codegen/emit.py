@@ -14,6 +14,7 @@ import jinja2
 
 from monarch_compile.codegen.schedule import DTYPE_BYTES, Schedule, Tiling, can_fuse, check_supported, padded
 from monarch_compile.codegen.source import KernelSource
+from monarch_compile.groups import HIDDEN
 from monarch_compile.ir import PAPER, MaskKind, MonarchAttention
 from monarch_compile.version import __version__
 
@@ -190,7 +191,7 @@ def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
     if role.template == "attend" and has_near(ir):
         added = ("near", "rows") if ir.exact.prefix and role.values else ("near",)
         place = len(role.tensors) - 1
-    elif role.template != "represent" and "k" in role.tensors and ir.mask is MaskKind.KEY_PADDING:
+    elif role.template != "represent" and "k" in role.tensors and ir.mask is not MaskKind.NONE:
         added = ("key_mask",)
         place = role.tensors.index("near" if role is EXACT else "a")
     return (*role.tensors[:place], *added, *role.tensors[place:]) if added else role.tensors
@@ -212,16 +213,17 @@ def _constants(role: Role, ir: MonarchAttention, schedule: Schedule) -> dict[str
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
     elif role.template == "attend":
         tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step}
-    return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e))}
+    return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}
 
 
 def _masks(role: Role, ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value = ir.head_dim, ir.value_dim
-    masked, stores = ir.mask is MaskKind.KEY_PADDING, role.template != "exact"
+    masked, stores = ir.mask is not MaskKind.NONE, role.template != "exact"
     ragged_j = ir.is_cross or ir.block_size % tiling.rows != 0
     return {
         "masked": masked,
+        "biased": ir.mask is MaskKind.KEY_BIAS,
         "may_hide": masked or ir.exact.prefix > 0,
         "pre": ir.pad == "pre",
         "ragged_j": ragged_j,

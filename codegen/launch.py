@@ -17,6 +17,7 @@ from monarch_compile.codegen.emit import MEAN, STRIDES, WEIGH, Role, emit, pitch
 from monarch_compile.codegen.schedule import TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
+from monarch_compile.groups import centred, split_mask
 from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,12 @@ def launch(
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
     rows_key = 0 if q.shape[2] == k.shape[2] else _rows_key(_rows(q, num_blocks))
     dims, masked, exact = (int(q.shape[3]), int(v.shape[3])), key_mask is not None, ExactGroups(window, prefix)
+    biased = key_mask is not None and key_mask.is_floating_point()
+    if key_mask is not None and biased:
+        key_mask = centred(key_mask)
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
-    problem = Problem(*dims, q.dtype, block_size, scale, num_iters, init, pad, masked, exact, group, rows_key)
+    form = (*dims, q.dtype, block_size, scale, num_iters, init, pad)
+    problem = Problem(*form, masked, exact, group, rows_key, biased)
     launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
     with _on_device(q):
         return launcher(q, k, v, key_mask, num_blocks)
@@ -67,7 +72,8 @@ class Problem:
     """Everything that the text of the kernels depends on, but for the schedule.
 
     rows_key: 0 where queries and keys have one length, and blocks of one size; else the bucket of the number of queries
-    in a block, whose largest number its schedule is made for.
+    in a block, whose largest number its schedule is made for. masked, biased: whether there is a key mask, and whether
+    it is added to the scores.
     """
 
     head_dim: int
@@ -82,14 +88,15 @@ class Problem:
     exact: ExactGroups = PAPER
     group: int = 1
     rows_key: int = 0
+    biased: bool = False
 
     @staticmethod
     def of(ir: MonarchAttention) -> Problem:
         """The problem of an IR."""
-        masked = ir.mask is MaskKind.KEY_PADDING
+        masked, biased = ir.mask is not MaskKind.NONE, ir.mask is MaskKind.KEY_BIAS
         form = (ir.block_size, ir.scale, ir.num_iters, ir.init, ir.pad, masked, ir.exact, ir.group)
         rows_key = _rows_key(ir.block_size_q) if ir.is_cross else 0
-        return Problem(ir.head_dim, ir.value_dim, ir.dtype, *form, rows_key)
+        return Problem(ir.head_dim, ir.value_dim, ir.dtype, *form, rows_key, biased)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `launch` and of `reference.reference`."""
@@ -103,6 +110,7 @@ class Problem:
 
     def ir(self, seq_len: Dim) -> MonarchAttention:
         """The IR of this problem at one number of keys, with queries as many, or as their blocks are to hold."""
+        mask = MaskKind.KEY_BIAS if self.biased else MaskKind.KEY_PADDING if self.masked else MaskKind.NONE
         seq_len_q = seq_len
         if self.rows_key:
             seq_len_q = self.rows_key * -(-seq_len // self.block_size) if isinstance(seq_len, int) else f"{seq_len}_q"
@@ -120,7 +128,7 @@ class Problem:
             num_iters=self.num_iters,
             init=self.init,
             pad=self.pad,
-            mask=MaskKind.KEY_PADDING if self.masked else MaskKind.NONE,
+            mask=mask,
             exact=self.exact,
         )
 
@@ -220,8 +228,10 @@ class Launcher:
         grouped = self.problem.group > 1
         if key_mask is None:
             return scaled_dot_product_attention(rows, k, v, scale=scale, enable_gqa=grouped)
-        seen = key_mask.unsqueeze(1).unsqueeze(1)
-        found = scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+        key_mask = key_mask.unsqueeze(1).unsqueeze(1)
+        seen, bias = split_mask(key_mask, q.dtype)
+        mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
+        found = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:

@@ -69,16 +69,16 @@ Tune = Callable[..., "tuple[Tuned, dict[str, str]]"]
 def ensure(irs: Iterable[MonarchAttention], machine: Machine, tune: Tune | None = None) -> str:
     """Put a tuned schedule to use for each of `irs`; what the cache does not hold is tuned now, and kept.
 
-    A symbolic length keeps the shipped schedule, so do unequal ones, and so does a problem whose tuning fails, with a
-    warning.
+    A symbolic length keeps the shipped schedule, so do unequal ones and a bias of keys, and so does a problem whose
+    tuning fails, with a warning.
     The result is a digest of the schedules in use, for the keys of compile caches.
     """
     from monarch_compile.codegen.launch import Problem, use
 
     used = []
     for ir in dict.fromkeys(irs):
-        if ir.is_cross or not isinstance(ir.seq_len_k, int):
-            logger.info("unequal and symbolic lengths are not tuned: %s runs the shipped schedule", ir)
+        if ir.is_cross or ir.mask is MaskKind.KEY_BIAS or not isinstance(ir.seq_len_k, int):
+            logger.info("this is not tuned and runs the shipped schedule: %s", ir)
             continue
         problem = Problem.of(ir)
         blocks_key = problem.blocks_key(ir.seq_len_k)

@@ -20,6 +20,7 @@ def monarch_attention(
     num_iters: int = 1,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     init: str = "identity",
     pad: str = "post",
     window: int | None = 1,
@@ -40,6 +41,7 @@ def monarch_attention(
         scale: multiplies q k^T; 1 / sqrt(head_dim) when None.
         key_padding_mask: (batch, seq_len_k) bool, **True where a key is padding and is ignored**, as in
             torch.nn.MultiheadAttention. A row that sees no key outputs 0.
+        key_bias: (batch, seq_len_k), floating, added to the scores of every row; -inf (or at most -1e30) hides the key.
         init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
         pad: on which side a sequence is padded to whole blocks, "post" or "pre".
         window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
@@ -54,10 +56,11 @@ def monarch_attention(
         CodegenError: no CUDA kernel exists for the dtype, the head size, or a window or prefix between unequal lengths.
     """
     _check_tensors(q, k, v, key_padding_mask)
+    _check_bias(k, key_padding_mask, key_bias)
     _check_parameters(block_size, num_iters, init, pad, window, prefix)
     from monarch_compile.ops import attention
 
-    key_mask = None if key_padding_mask is None else ~key_padding_mask
+    key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     output: Tensor = attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad, window, prefix)
@@ -88,6 +91,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None
             f"key_padding_mask must be bool {expected} on {k.device}, True where a key is ignored; "
             f"found {mask.dtype} {tuple(mask.shape)} on {mask.device}"
         )
+
+
+def _check_bias(k: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    if mask is not None:
+        raise InputError("key_bias and key_padding_mask were both given; a key with a bias of -inf is hidden")
+    expected = (k.shape[0], k.shape[2])
+    if tuple(bias.shape) != expected or not bias.dtype.is_floating_point or bias.device != k.device:
+        found = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        raise InputError(f"key_bias must be floating {expected} on {k.device}; found {found}")
 
 
 def _check_parameters(block_size: int, num_iters: int, init: str, pad: str, window: int | None, prefix: int) -> None:

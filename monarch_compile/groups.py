@@ -14,6 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HIDDEN = -1e30
+"""A bias of a key at or below this hides the key: nothing finite in 16 bits is, the lowest float32 is."""
+
+
+def centred(bias: Tensor) -> Tensor:
+    """A bias (E, N_k) in at least float32, with 0 for the largest of a row: softmax ignores such a shift."""
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return bias - bias.detach().amax(-1, keepdim=True).clamp(min=HIDDEN)
+
+
+def split_mask(key_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Which keys are visible, and what is added to their scores, as `dtype` (None: nothing)."""
+    if key_mask.dtype == torch.bool:
+        return key_mask, None
+    visible = ~(key_mask <= HIDDEN)  # NaN must stay NaN
+    return visible, key_mask.to(dtype).masked_fill(~visible, 0.0)
+
+
+def biased(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """The scores and a bias that is broadcast to them."""
+    return scores if bias is None else scores + bias
+
 
 def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Softmax over `dim` and its logsumexp; a row that sees nothing gives zeros and a finite, unused lse."""
@@ -30,12 +52,19 @@ def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[
 
 
 def window_group(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, window: int, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    window: int,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of each block of rows to the `window` blocks on each side of its own, and its own.
 
-    q (E, H, l, j, D), contiguous keys (E, H, b, i, D) and values (E, H, b, i, D_v); `visible` broadcasts to
-    (E, H, b, 1, i). Returns values (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no key.
+    q (E, H, l, j, D), contiguous keys (E, H, b, i, D) and values (E, H, b, i, D_v); `visible` and `bias`
+    broadcast to (E, H, b, 1, i). Returns values (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no
+    key.
     """
     num_blocks = keys.shape[2]
     if isinstance(num_blocks, int):
@@ -43,13 +72,19 @@ def window_group(
     keys_near, values_near = (_neighbours(x, window) for x in (keys, values))
     seen = _visible_neighbours(keys, visible, window)
     scores = scale * torch.unflatten(torch.bmm(q.flatten(0, 2), keys_near.mT), 0, q.shape[:3])
-    weights, lse = softmax_lse(scores, seen)
+    weights, lse = softmax_lse(biased(scores, None if bias is None else _row_neighbours(bias, window)), seen)
     value = torch.unflatten(torch.bmm(weights.flatten(0, 2), values_near), 0, q.shape[:3])
     return value, lse.masked_fill(~seen.any(-1), float("-inf"))
 
 
 def prefix_group(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, prefix: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    prefix: int,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of q (E, H, l, j, D) to the first `prefix` of the keys k (E, H, N_k, D), v (E, H, N_k, D_v).
 
@@ -57,19 +92,23 @@ def prefix_group(
     """
     keys, values = k[:, :, :prefix], v[:, :, :prefix]
     seen = None if key_mask is None else key_mask[:, None, None, :prefix]
-    weights, lse = softmax_lse(scale * q.flatten(2, 3) @ keys.mT, seen)
+    added = None if bias is None else bias[:, None, None, :prefix]
+    weights, lse = softmax_lse(biased(scale * q.flatten(2, 3) @ keys.mT, added), seen)
     if seen is not None:
         lse = lse.masked_fill(~seen.any(-1), float("-inf"))
     shape = q.shape[2:4]
     return torch.unflatten(weights @ values, 2, shape), torch.unflatten(lse, 2, shape)
 
 
-def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def exact_rows(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """Softmax attention of a few rows q (E, H, P, D) to every key of their key head; 0 where a row sees no key."""
     seen = None if key_mask is None else key_mask[:, None, None, :]
     group = q.shape[1] // k.shape[1]
     rows = torch.unflatten(q, 1, (-1, group)).flatten(2, 3)  # (E, H_kv, group * P, D)
-    found = softmax_lse(scale * rows @ k.mT, seen)[0] @ v
+    scores = biased(scale * rows @ k.mT, None if bias is None else bias[:, None, None, :])
+    found = softmax_lse(scores, seen)[0] @ v
     return torch.unflatten(found, 2, (group, -1)).flatten(1, 2)
 
 
@@ -108,6 +147,11 @@ def _visible_neighbours(keys: Tensor, visible: Tensor | None, window: int) -> Te
     if visible is None:
         visible = torch.ones((1, 1, num_blocks, 1, size), dtype=torch.bool, device=keys.device)
     # As numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
-    padded = F.pad(visible.transpose(2, 3).to(torch.float32), (0, 0, window, window))  # (E, 1, 1, b, i)
+    return _row_neighbours(visible.to(torch.float32), window) > 0
+
+
+def _row_neighbours(of_keys: Tensor, window: int) -> Tensor:
+    """A number of each key (E, 1, b, 1, i), beside those of the neighbours: (E, 1, l, 1, keys); 0 beyond the ends."""
+    padded = F.pad(of_keys.transpose(2, 3), (0, 0, window, window))  # (E, 1, 1, b, i)
     near = padded.unfold(3, 2 * window + 1, 1)  # (E, 1, 1, l, i, neighbour)
-    return near.transpose(-1, -2).flatten(-2).transpose(2, 3) > 0
+    return near.transpose(-1, -2).flatten(-2).transpose(2, 3)

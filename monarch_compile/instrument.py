@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import MonarchError, PlanError
+from monarch_compile.groups import split_mask
 from monarch_compile.ops import ATTENTION_OP, OPTIONS
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 class AttentionCall:
     """One run of one site: q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k).
 
-    key_mask is True where a key is visible. `options` are the operator's: scale, block_size, num_iters, init,
-    pad, window and prefix.
+    key_mask is True where a key is visible, or floating and added to the scores. `options` are the operator's: scale,
+    block_size, num_iters, init, pad, window and prefix.
     """
 
     site: str
@@ -47,12 +48,15 @@ class AttentionCall:
 
     def exact(self) -> Tensor:
         """Softmax attention in bounded memory; a row that sees no key gives 0."""
-        visible = None if self.key_mask is None else self.key_mask[:, None, None, :]
+        mask = visible = None
+        if self.key_mask is not None:
+            visible, bias = split_mask(self.key_mask[:, None, None, :], self.q.dtype)
+            mask = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
         output = F.scaled_dot_product_attention(
             self.q,
             self.k,
             self.v,
-            attn_mask=visible,
+            attn_mask=mask,
             scale=self.options["scale"],
             enable_gqa=self.q.shape[1] != self.k.shape[1],
         )

@@ -70,6 +70,12 @@ class Stays:
 Form = dict[str, Any]
 """A call is lowered: keyword arguments of monarch_attention."""
 
+Masks = dict[str, Any]
+"""Those for its mask, tensors, if it has one."""
+
+NAMES = {1: "head", 2: "query"}
+"""Dimensions of a mask that must not matter."""
+
 
 class ReplaceSdpa(TorchFunctionMode):
     """The context of `replace_sdpa`; `lowered` and `exact` count calls, `reasons` says why calls stayed exact."""
@@ -113,16 +119,16 @@ class ReplaceSdpa(TorchFunctionMode):
             None if attn_mask is None else attn_mask.ndim,
             (dropout_p, is_causal, scale, enable_gqa),
         )
-        hidden = None
+        masks: Masks = {}
         if attn_mask is not None and (isinstance(decision, dict) or (self._strict and decision.code in CHOSEN)):
-            visible = _key_mask(attn_mask, key.shape)  # its values may be others at each call
-            if isinstance(visible, Stays):
-                return self._stays(visible)
-            hidden = ~visible
+            read = _key_masks(attn_mask, key.shape)  # its values may be others at each call
+            if isinstance(read, Stays):
+                return self._stays(read)
+            masks = read
         if isinstance(decision, Stays):
             return self._stays(decision)
         self.lowered += 1
-        return monarch_attention(query, key, value, scale=scale, key_padding_mask=hidden, **decision)
+        return monarch_attention(query, key, value, scale=scale, **masks, **decision)
 
     def _stays(self, refusal: Stays) -> Tensor | None:
         """Count and, the first time, log it. Raises LoweringError where strict mode does not accept it."""
@@ -241,27 +247,30 @@ def _refusal(facts: Facts, config: MonarchConfig) -> Stays | None:
     return None if reason is None else Stays("no_kernels", reason)
 
 
-def _key_mask(mask: Tensor, key: torch.Size) -> Tensor | Stays:
-    """(batch, seq_len) bool, True where a key is visible, where the mask proves to be that for every head and query."""
+def _key_masks(mask: Tensor, key: torch.Size) -> Masks | Stays:
+    """The mask, (batch, seq_len), by the name it has for monarch_attention: it must be one for every head and query.
+
+    One that is to get a gradient must be so by its strides: equal values may be parameters of their own.
+    """
+    learned = mask.requires_grad and torch.is_grad_enabled()
     mask = mask[(None,) * (4 - mask.ndim)]
-    first = mask[:, :1, :1]
     for dim in (1, 2):
         by_strides = mask.shape[dim] == 1 or mask.stride(dim) == 0
-        if not by_strides and not torch.equal(mask, mask.narrow(dim, 0, 1).expand_as(mask)):
-            return Stays("mask_general", f"the mask depends on the {'head' if dim == 1 else 'query'}")
-    if mask.dtype != torch.bool:
-        hidden = first <= torch.finfo(mask.dtype).min
-        if not bool((hidden | (first == 0)).all()):
-            return Stays("mask_key_bias", "the mask adds other values than 0 and the lowest of its dtype, or -inf")
-        first = ~hidden
-    return first[:, 0, 0].expand(key[0], key[2])
+        if not by_strides and (learned or not torch.equal(mask, mask.narrow(dim, 0, 1).expand_as(mask))):
+            return Stays("mask_general", f"the mask {'may differ' if learned else 'differs'} by {NAMES[dim]}")
+    row = mask[:, 0, 0].expand(key[0], key[2])
+    if mask.dtype == torch.bool:
+        return {"key_padding_mask": ~row}
+    hidden = row <= torch.finfo(mask.dtype).min
+    hides_only = not learned and bool((hidden | (row == 0)).all())
+    return {"key_padding_mask": hidden} if hides_only else {"key_bias": row}
 
 
 def _problem(facts: Facts) -> MonarchAttention:
     """What is computed, in blocks of one key until a form is chosen."""
     q, k, v = facts.shapes
     scale = 1 / math.sqrt(q[3]) if facts.scale is None else facts.scale
-    mask = MaskKind.NONE if facts.mask_rank is None else MaskKind.KEY_PADDING
+    mask = MaskKind.NONE if facts.mask_rank is None else MaskKind.KEY_PADDING  # no form hangs on which mask it is
     return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], facts.dtypes[0], 1, scale, mask=mask)
 
 

@@ -25,10 +25,11 @@ PADS = ("post", "pre")
 
 
 class MaskKind(Enum):
-    """Which keys a row may see, beyond the sequence's own length."""
+    """What is known of the keys: which ones every row may see, or a number that is added to every row's scores."""
 
     NONE = "none"
     KEY_PADDING = "key_padding"
+    KEY_BIAS = "key_bias"
 
 
 @dataclass(frozen=True)

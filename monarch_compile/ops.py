@@ -69,11 +69,14 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Gradients of the reference: the kernels have no backward of their own yet."""
+    """Gradients of the reference, a floating key_mask's too: the kernels have no backward of their own yet."""
     q, k, v, key_mask = ctx.saved_tensors
     options = dict(zip(OPTIONS, ctx.options, strict=True))
-    vjp = torch.func.vjp(lambda q, k, v: reference(q, k, v, key_mask, **options), q, k, v)[1]
-    return (*vjp(grad), *[None] * (1 + len(OPTIONS)))
+    if key_mask is not None and key_mask.is_floating_point():
+        grads = torch.func.vjp(lambda q, k, v, mask: reference(q, k, v, mask, **options), q, k, v, key_mask)[1](grad)
+    else:
+        grads = *torch.func.vjp(lambda q, k, v: reference(q, k, v, key_mask, **options), q, k, v)[1](grad), None
+    return (*grads, *[None] * len(OPTIONS))
 
 
 attention.register_autograd(_backward, setup_context=_save_inputs)

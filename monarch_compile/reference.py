@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_compile.groups import exact_rows, merge, prefix_group, shares, softmax_lse, uncovered, window_group
+from monarch_compile.groups import (
+    biased,
+    centred,
+    exact_rows,
+    merge,
+    prefix_group,
+    shares,
+    softmax_lse,
+    split_mask,
+    uncovered,
+    window_group,
+)
 
 
 def reference(
@@ -32,14 +43,19 @@ def reference(
 
     H is a multiple of H_kv, and query head h reads key head h // (H / H_kv): nothing is copied for it, since offsets of
     the queries never mix, and the heads that share keys stand side by side as offsets (H_kv, H / H_kv * j).
-    `key_mask` (E, N_k) bool is True where a key is visible. A row that sees no key outputs 0. float16 and bfloat16 are
-    computed in float32. The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
+    `key_mask` (E, N_k) is bool, True where a key is visible, or floating: added to the scores of every row, and hiding
+    a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
+    The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
     `window` and `prefix` are those of `ir.ExactGroups`; the first `prefix` rows attend to every key exactly, and
     after the start, which they take part in, no far field hears of them.
     """
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
+    bias = None
+    if key_mask is not None:
+        key_mask = centred(key_mask) if key_mask.is_floating_point() else key_mask
+        key_mask, bias = split_mask(key_mask, q.dtype)
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     num_blocks = -(-seq_len_k // block_size)
     block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
@@ -47,12 +63,13 @@ def reference(
     q_blocks = _grouped(_to_blocks(q, num_blocks, block_size_q, pad), group).contiguous()
     keys, values = (_to_blocks(x, num_blocks, block_size, pad).contiguous() for x in (k, v))
     visible = _far_keys(keys, seq_len_k, pad, key_mask, prefix)
+    key_bias = None if bias is None else _by_block(bias, keys, pad)
     row_is_real, row_reads = (_rows(q_blocks, seq_len_q, pad, skipped, group) for skipped in (0, prefix))
     near = []  # values (E, H, l, j, D_v) and logsumexps (E, H, l, j) of the exact groups
     if window is not None:
-        near.append(window_group(q_blocks, keys, values, visible, window, scale))
+        near.append(window_group(q_blocks, keys, values, visible, window, scale, key_bias))
     if prefix:
-        near.append(prefix_group(q_blocks, k, v, key_mask, prefix, scale))
+        near.append(prefix_group(q_blocks, k, v, key_mask, prefix, scale, bias))
     near_lses = [lse.transpose(2, 3) for _, lse in near]
     far_blocks = _far_blocks(visible, num_blocks, window, q.device)
 
@@ -61,7 +78,8 @@ def reference(
     qhat_at = q_at if init == "identity" else _mean_query(q_at, row_is_real)
     for step in range(num_iters):
         qhat = qhat_at.transpose(2, 3).expand(-1, -1, num_blocks, -1, -1)  # (E, H, b, j, D)
-        right, local_lse = softmax_lse(scale * _bmm(qhat, keys, transposed=True), visible)  # (E, H, b, j, i)
+        scores = biased(scale * _bmm(qhat, keys, transposed=True), key_bias)  # (E, H, b, j, i)
+        right, local_lse = softmax_lse(scores, visible)
         a_at = _by_offset(scale * _bmm(right, keys))  # (E, H, j, b, D)
         c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)
         logits = _bmm(a_at, q_at, transposed=True) - c.unsqueeze(-1)  # (E, H, j, b, l)
@@ -76,7 +94,7 @@ def reference(
         z = merge([z, *(value.transpose(2, 3) for value, _ in near)], [far_lse, *near_lses])
     output = _from_blocks(z, seq_len_q, pad, group)
     if prefix:
-        rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale)
+        rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale, bias)
         output = torch.cat([rows.transpose(1, 2), output.transpose(1, 2)[:, prefix:]], 1).transpose(1, 2)
     return output.to(dtype)
 
@@ -140,15 +158,22 @@ def _positions(num_blocks: int, size: int, seq_len: int, pad: str, prefix: int, 
 def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None, prefix: int) -> Tensor | None:
     """Keys that blocks may hold, visible and after the prefix, broadcastable to (E, H, b, j, i); None: every key."""
     num_blocks, size = keys.shape[2], keys.shape[3]
-    missing = num_blocks * size - seq_len
     if key_mask is not None:
         if prefix:
             key_mask = key_mask & (torch.arange(seq_len, device=keys.device) >= prefix)
-        padded = _padded(key_mask, (0, missing) if pad == "post" else (missing, 0))
-        return padded.view(key_mask.shape[0], 1, num_blocks, 1, size)
+        return _by_block(key_mask, keys, pad)
+    missing = num_blocks * size - seq_len
     if not _may_pad(missing) and not prefix:
         return None
     return _positions(num_blocks, size, seq_len, pad, prefix, keys.device).view(1, 1, num_blocks, 1, size)
+
+
+def _by_block(of_keys: Tensor, keys: Tensor, pad: str) -> Tensor:
+    """A value of each key (E, N_k) where the keys lie in their blocks: (E, 1, b, 1, i), 0 (False) for padding."""
+    num_blocks, size = keys.shape[2], keys.shape[3]
+    missing = num_blocks * size - of_keys.shape[1]
+    padded = _padded(of_keys, (0, missing) if pad == "post" else (missing, 0))
+    return padded.view(of_keys.shape[0], 1, num_blocks, 1, size)
 
 
 def _far_blocks(visible: Tensor | None, num_blocks: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -65,6 +65,9 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
     for fact in context.facts:
         if fact.kind not in LOWERED_KINDS:
             return Refusal(f"mask_{fact.kind}", fact.reason, fact.node)
+    effects = [fact.kind for fact in context.facts if fact.kind != "none"]
+    if "key_bias" in effects and len(effects) > 1:
+        return Refusal("mask_key_bias", "a bias of the keys is added beside another mask", region.output)
     if any(str(frame_of(m.lead)) != str(region.lead) for m in region.masks):
         why = "masks are applied both before and after the heads are merged into the batch"
         return Refusal("mask_frame", why, region.output)

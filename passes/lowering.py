@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes.graph import ORIGIN, REGION, aten, dim_of, dtype_of, shape_of
+from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.memory import strides_are_seen
 from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
@@ -21,7 +21,7 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) ->
     """The IR of a legal region. Raises IRError when the options break one of its rules."""
     batch, heads = (dim_of(n) for n in region.lead)
     kv_heads = dim_of(region.kv_lead(region.lead)[1])
-    masked = any(fact.kind == "key_padding" for fact in facts)
+    kinds = {fact.kind for fact in facts}
     return MonarchAttention(
         batch=batch,
         num_heads=heads,
@@ -36,7 +36,7 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) ->
         num_iters=form.num_iters,
         init=form.init,
         pad=form.pad,
-        mask=MaskKind.KEY_PADDING if masked else MaskKind.NONE,
+        mask=next((kind for kind in (MaskKind.KEY_BIAS, MaskKind.KEY_PADDING) if kind.value in kinds), MaskKind.NONE),
         exact=form.exact,
     )
 
@@ -50,8 +50,8 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         frame = region.kv_lead(region.lead)
         k = _operand(graph, region.k, region.kv_lead(region.qk_lead), frame)
         v = _operand(graph, region.v, region.kv_lead(region.pv_lead), frame)
-        masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind == "key_padding"]
-        key_mask = _key_mask(graph, masks, region)
+        masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind != "none"]
+        key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
         op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(ir)))
         result = op
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
@@ -161,16 +161,23 @@ def _scaled(graph: Graph, q: Node, factors: Iterable[Factor]) -> Node:
     return q
 
 
-def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion) -> Node | None:
-    """(batch, seq_len_k) bool, True where a key is visible: each mask's first row, joined."""
+def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion, biased: bool) -> Node | None:
+    """(batch, seq_len_k): the one bias's first row; or each mask's, joined, bool and True where a key is visible."""
     joined: Node | None = None
     for mask in masks:
-        row = _first_row(graph, mask, region)
+        row = _first_row(graph, mask, region, biased)
         joined = row if joined is None else graph.call_function(aten.bitwise_and.Tensor, (joined, row))
     return joined
 
 
-def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion) -> Node:
+def _as_bias(graph: Graph, row: Node, mask: MaskTerm) -> Node:
+    """What is added to the scores, in a floating dtype: a bool key mask would mean another thing."""
+    if dtype_of(mask.node) not in FLOATS:
+        row = graph.call_function(aten.to.dtype, (row, torch.float64))  # holds large integers apart
+    return row if mask.gain == 1 else graph.call_function(aten.mul.Scalar, (row, mask.gain))
+
+
+def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion, biased: bool) -> Node:
     """The mask read at query 0 and head 0, which the mask pass has proved to stand for all."""
     row, rank = _current(mask.node), len(shape_of(mask.node))
     queries = rank - (1 if mask.swapped else 2)
@@ -180,6 +187,8 @@ def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion) -> Node:
         row = graph.call_function(aten.select.int, (row, rank - 3, 0))
     if mask.role == "drop":
         row = graph.call_function(aten.logical_not.default, (row,))
+    elif biased:
+        row = _as_bias(graph, row, mask)
     elif mask.role == "add":
         row = graph.call_function(aten.eq.Scalar, (row, 0))
     sizes = _sizes(graph, (region.lead[0], region.k_shape[2]))

@@ -39,8 +39,9 @@ KINDS = {
     "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
     "prefix_causal": "a causal mask with a prefix that every query sees, which is not lowered yet",
     "packed": "a query sees the keys of its own group alone (packed sequences), which is not lowered yet",
-    "key_bias": "a bias that depends on the key alone is added to the scores, which is not lowered yet; "
-    "if it only hides keys, pass it as a bool mask",
+    "key_bias": "a bias that depends on the key alone is added to the scores",
+    "split_bias": "a bias of the key is added to the scores that differs by head, by row or under a causal mask (as in "
+    "ALiBi), which is not lowered yet",
     "general": "the mask depends on the query, and not only through a causal triangle or a window",
     "bias": "a bias that depends on the query is added to the scores, which a Monarch matrix cannot hold",
     "multiplied": "the scores or probabilities are multiplied by a tensor that is not proved to be 1 wherever a key "
@@ -48,7 +49,7 @@ KINDS = {
     "opaque": "the mask is an added float tensor that cannot be proved to hold only 0 and large negative values; "
     "pass it as a bool mask",
 }
-LOWERED_KINDS = ("none", "key_padding")
+LOWERED_KINDS = ("none", "key_padding", "key_bias")
 
 
 def classify_all(terms: Sequence[MaskTerm]) -> tuple[MaskFact, ...]:
@@ -183,10 +184,10 @@ def _read_added(expression: Any, gain: float) -> Reading:
 def _bias_kind(expression: Any, values: list[Any]) -> str:
     """Of the values where keys are visible: one function of the key, but for what is the same in a whole row?"""
     unknown = any(value.has(AppliedUndef) for value in values)
-    if not expression.free_symbols & {Q}:
+    if not expression.free_symbols & {Q, H}:
         return "key_bias"
-    if len(set(values)) == 1 and _splits(values[0]):
-        return "key_bias"
+    if not expression.free_symbols & {Q} or (len(set(values)) == 1 and _splits(values[0])):
+        return "split_bias"
     return "opaque" if unknown else "bias"
 
 

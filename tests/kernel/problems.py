@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Case:
-    """One attention. mask: "none", "some" keys hidden, "blocks" (and one whole batch entry) hidden."""
+    """One attention. mask: "none", "some" keys hidden, "blocks" (and one whole batch entry) hidden, "bias"."""
 
     seq_len: int
     block_size: int
@@ -86,12 +86,14 @@ def layout(x: Tensor, kind: str) -> Tensor:
 
 
 def key_mask(case: Case, device: str) -> Tensor | None:
-    """(batch, seq_len) bool, True where a key is visible."""
+    """(batch, seq_len): bool, True where a key is visible, or what is added to its scores."""
     if case.mask == "none":
         return None
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(case.batch, case.seq_len, generator=generator) > 0.3
     mask[0, 0] = True
+    if case.mask == "bias":
+        return torch.randn(mask.shape, generator=generator).mul(3).masked_fill(~mask, float("-inf")).to(device)
     if case.mask == "blocks":
         mask[0, case.seq_len // 3 :] = False
         mask[-1] = False

@@ -67,6 +67,11 @@ WINDOWS = (
     Case(1, 1, 64, 64, window=1, prefix=1),
     Case(4999, 300, 64, 64, 2, "mean", num_heads=2, window=1),
 )
+BIASED = (
+    replace(PLAIN, mask="bias"),
+    replace(PLAIN, mask="bias", window=1, prefix=4, num_heads=6, group=3),
+    Case(997, 150, 80, 25, 2, "mean", "pre", "bias", num_heads=2, window=1),
+)
 CROSS = (  # queries of another number than keys
     Case(1001, 39, 64, 64, 1, "mean", num_heads=3, queries=100),
     Case(1001, 39, 64, 64, 2, "mean", "pre", "some", num_heads=3, queries=2500, layout="packed"),
@@ -99,6 +104,12 @@ def test_exact_groups(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_windows(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", BIASED, ids=str)
+def test_biased_keys(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "cuda")
 
 

@@ -91,6 +91,13 @@ CROSS = (  # queries of another number than keys: fewer than blocks, fewer than 
     Case(13, 1, 16, 16, 2, "identity", "post", "blocks", queries=30),
     Case(12, 30, 16, 16, 1, "mean", "pre", "some", queries=5),  # one block, mostly padding
 )
+BIASED = (
+    Case(23, 5, 16, 16, mask="bias"),
+    Case(45, 20, 16, 20, 2, "mean", "pre", "bias", batch=1),  # blocks of two tiles
+    Case(23, 5, 25, 16, 1, "identity", "pre", "bias", window=1, prefix=3),
+    Case(23, 5, 16, 16, 2, "identity", "post", "bias", window=0, prefix=2, num_heads=4, group=2),
+    Case(23, 5, 16, 16, 2, "mean", "post", "bias", queries=40),
+)
 LAYOUTS = tuple(replace(PLAIN, layout=kind, mask="some") for kind in ("packed", "transposed", "unaligned"))
 
 
@@ -192,6 +199,21 @@ def test_kernels_for_few_blocks_refuse_more() -> None:
 @pytest.mark.parametrize("case", CROSS, ids=str)
 def test_unequal_lengths(case: Case) -> None:
     check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", BIASED, ids=str)
+def test_biased_keys(case: Case) -> None:
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_lowest_bias_hides_a_key(dtype: torch.dtype) -> None:
+    """A bias of another dtype than the queries; -inf and the lowest float32 are as good as a bool mask."""
+    q, k, v, mask = tensors(case := Case(23, 5, 16, 16, mask="blocks", window=1, prefix=2), dtype, "cpu")
+    hidden = launch(q, k, v, mask, **case.options)
+    for low in (float("-inf"), torch.finfo(torch.float32).min):
+        bias = torch.zeros(mask.shape).masked_fill(~mask, low)
+        assert torch.equal(launch(q, k, v, bias, **case.options), hidden)
 
 
 @pytest.mark.parametrize("queries", [1, 4, 40])

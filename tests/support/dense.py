@@ -42,8 +42,13 @@ def dense_monarch(
     pad: str,
     window: int | None = None,
     prefix: int = 0,
+    bias: Tensor | None = None,
 ) -> Dense:
-    """One head: q (N_q, D), k (N_k, D), visible (N_k,) bool, float64: arXiv 2505.18698, section 3, to the letter."""
+    """One head: q (N_q, D), k (N_k, D), visible (N_k,) bool, float64: arXiv 2505.18698, section 3, to the letter.
+
+    `bias` (N_k,) is added to the scores of every row.
+    """
+    bias = torch.zeros(len(k), dtype=q.dtype) if bias is None else bias
     n_q, n_k = len(q), len(k)
     blocks = -(-n_k // block_size)
     rows = block_size if n_q == n_k else -(-n_q // blocks)
@@ -51,10 +56,10 @@ def dense_monarch(
     left = torch.zeros(rows, blocks, blocks, dtype=q.dtype)  # (j, b, l)
     for j in range(rows):
         left[j] = torch.eye(blocks) if init == "identity" else torch.full((blocks, blocks), 1 / blocks)
-    scores = scale * q @ k.mT
+    scores = scale * q @ k.mT + bias
     objectives, matrix = [], torch.zeros(n_q, n_k, dtype=q.dtype)
     for step in range(num_iters):
-        right, a, c = _right(q, k, visible, left, lay, scale, prefix, first_reader=prefix if step else 0)
+        right, a, c = _right(q, k, visible, bias, left, lay, scale, prefix, first_reader=prefix if step else 0)
         left = _left(q, scores, a, c, lay)
         matrix = _assemble(left, right, scores, visible, lay)
         objectives.append(objective(matrix, scores))
@@ -89,7 +94,7 @@ def _layout(n_q, n_k, visible, blocks, rows, block_size, pad, window, prefix) ->
     return Layout(row_at, key_at, near_at, far_at)
 
 
-def _right(q, k, visible, left, lay, scale, prefix, first_reader):  # type: ignore[no-untyped-def]
+def _right(q, k, visible, bias, left, lay, scale, prefix, first_reader):  # type: ignore[no-untyped-def]
     blocks, rows, dim = len(lay.key_at), len(lay.row_at[0]), q.shape[1]
     right: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
     a, c = {}, {}
@@ -106,10 +111,10 @@ def _right(q, k, visible, left, lay, scale, prefix, first_reader):  # type: igno
             if not keys:
                 right[b, j], a[b, j], c[b, j] = ([], q[:0, 0]), None, None
                 continue
-            share = torch.softmax(scale * k[keys] @ mean, 0)
+            share = torch.softmax(scale * k[keys] @ mean + bias[keys], 0)
             right[b, j] = (keys, share)
             a[b, j] = scale * share @ k[keys]
-            c[b, j] = float(torch.xlogy(share, share).sum())
+            c[b, j] = float(torch.xlogy(share, share).sum() - share @ bias[keys])
     return right, a, c
 
 

@@ -57,6 +57,7 @@ GOLDENS = {
     "prefix": dataclasses.replace(BASE, exact=ExactGroups(None, 5)),
     "shared_keys": dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(1)),
     "t2_window": dataclasses.replace(BASE, num_iters=2, exact=ExactGroups(2)),
+    "window_biased": dataclasses.replace(BASE, mask=MaskKind.KEY_BIAS, exact=ExactGroups(1)),
     "cross": dataclasses.replace(BASE, seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": dataclasses.replace(
         BASE, seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING

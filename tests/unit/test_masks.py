@@ -89,6 +89,24 @@ def test_an_empty_mask_is_dropped(name: str) -> None:
     torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5)
 
 
+BIASES = {
+    "weak": lambda m, t: torch.zeros(2, 1, 1, N).masked_fill(~m[:, None, None, :], -5.0),
+    "ramp": lambda m, t: torch.arange(N).float().view(1, 1, 1, N) * 0.5,
+    "unknown": lambda m, t: t.float()[:, None, None, :] * 0.1,
+    "unknown_or_hidden": lambda m, t: torch.where(m, t.float(), -INF)[:, None, None, :],
+    "lowest": lambda m, t: torch.where(m, t * 0.3, torch.finfo(torch.float32).min)[:, None, None, :],
+    "in_double": lambda m, t: (t.double() * 0.1)[:, None, None, :].float(),
+    "expanded": lambda m, t: (t * 0.1)[:, None, None, :].expand(2, 3, N, N),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_of_the_keys_is_lowered(name: str) -> None:
+    status, code, output, exact = _kind(BIASES[name])
+    assert (status, code) == ("lowered", "lowered")
+    torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5)
+
+
 REFUSED = {
     "tril": (lambda m, t: torch.ones(N, N, dtype=torch.bool).tril(), "mask_causal"),
     "triu_float": (lambda m, t: torch.full((N, N), float("-inf")).triu(1), "mask_causal"),
@@ -97,9 +115,6 @@ REFUSED = {
     "two_sided": (lambda m, t: (torch.arange(N)[:, None] - torch.arange(N)[None]).abs() < 2, "mask_sliding_window"),
     "packed": (lambda m, t: (t[:, :, None] == t[:, None, :])[:, None], "mask_packed"),
     "per_head": (lambda m, t: torch.stack([m, m, ~m], 1)[:, :, None, :], "mask_general"),
-    "weak": (lambda m, t: torch.zeros(2, 1, 1, N).masked_fill(~m[:, None, None, :], -5.0), "mask_key_bias"),
-    "alibi": (lambda m, t: torch.arange(N).float().view(1, 1, 1, N) * 0.5, "mask_key_bias"),
-    "product_of_ints": (lambda m, t: (1.0 - t.float())[:, None, None, :] * LOW, "mask_key_bias"),
     "half_index": (
         lambda m, t: torch.arange(N).to(torch.bfloat16)[None] <= torch.arange(N).to(torch.bfloat16)[:, None],
         "mask_general",
@@ -170,11 +185,10 @@ CLASSES = {
             (t[:, :, None] == t[:, None, :])[:, None] & (_places(t)[1] <= _places(t)[0])[None, None]
         ),
     },
-    "key_bias": {
+    "split_bias": {
         "causal_alibi": lambda m, t: torch.where(
             _places(t)[1] <= _places(t)[0], SLOPES * (_places(t)[1] - _places(t)[0]), -INF
         ),
-        "unknown": lambda m, t: t.float()[:, None, None, :] * 0.1,
         "per_head": lambda m, t: SLOPES * _places(t)[1],
     },
     "bias": {"distance": lambda m, t: (_places(t)[0] - _places(t)[1]).abs() * -0.5},

@@ -306,8 +306,6 @@ NEAR_MISSES = {
     _causal_and_padding: "mask_causal",
     _window_mask: "mask_sliding_window",
     _query_mask: "mask_general",
-    _opaque_float_mask: "mask_key_bias",
-    _key_bias: "mask_key_bias",
     _mutated_mask: "mutation",
     _mutated_scores: "scores_op",
     _mutated_query: "mutation",

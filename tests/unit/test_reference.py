@@ -55,8 +55,8 @@ class Problem:
         options = {n: getattr(self, n) for n in OPTIONS} | changes
         return monarch_attention(q, k, v, key_padding_mask=padding, **options)
 
-    def dense(self, q: Tensor, k: Tensor, visible: Tensor) -> object:
-        options = {n: getattr(self, n) for n in OPTIONS}
+    def dense(self, q: Tensor, k: Tensor, visible: Tensor, **more: Tensor) -> object:
+        options = {n: getattr(self, n) for n in OPTIONS} | more
         return dense_monarch(q, k, visible, scale=self.dim**-0.5, **options)
 
 
@@ -102,6 +102,22 @@ def test_reference_is_the_dense_form(p: Problem, masked: bool) -> None:
         for h in range(p.heads * p.group):
             kv = h // p.group
             _close(output[b, h], p.dense(q[b, h], k[b, kv], ~padding[b]).matrix @ v[b, kv])
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(square=False), st.floats(-1e6, 1e6))
+def test_a_bias_of_the_keys_is_in_every_score(p: Problem, shift: float) -> None:
+    """Against the dense form, whatever is added to all of them; -inf hides a key as a mask does."""
+    q, k, v = p.tensors()
+    hidden = p.mask()
+    bias = 2 * torch.randn(p.batch, p.n_k, generator=torch.Generator().manual_seed(p.seed), dtype=q.dtype)
+    output = p.run(q, k, v, key_bias=(bias + shift).masked_fill(hidden, float("-inf")))
+    for b in range(p.batch):
+        for h in range(p.heads * p.group):
+            kv = h // p.group
+            found = p.dense(q[b, h], k[b, kv], ~hidden[b], bias=bias[b]).matrix @ v[b, kv]
+            torch.testing.assert_close(output[b, h], found, rtol=1e-8, atol=1e-8)
+    _close(p.run(q, k, v, key_bias=torch.zeros_like(bias).masked_fill(hidden, -1e38)), p.run(q, k, v, hidden))
 
 
 @settings(max_examples=60, deadline=None)

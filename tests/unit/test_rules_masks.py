@@ -197,6 +197,31 @@ def servants2(q, k, v, m):
 
 
 @expect("mask_key_bias")
+def bias_and_mask(q, k, v, m):
+    return attend((scored(q, k) + q[0, 0, :, 0]).masked_fill(~m[:, None, None], -1e9), v)
+
+
+@expect("mask_key_bias")
+def two_biases(q, k, v, m):
+    return attend(scored(q, k) + q[0, 0, :, 0] + k[0, 0, :, 0], v)
+
+
+@expect("lowered")
+def bias_then_scale(q, k, v, m):
+    return attend((k @ q.mT * 0.5 - q[0, 0, :, :1]).mT * -0.7, v)
+
+
+@expect("mask_scaled")
+def bias_then_unknown_scale(q, k, v, m):
+    return attend((scored(q, k) + q[0, 0, :, 0]) * q.abs().mean(), v)
+
+
+@expect("lowered")
+def bias_of_each_batch(q, k, v, m):
+    return attend(scored(q, k) + (3 * q).sum((1, 3))[:, None, None], v)
+
+
+@expect("lowered")
 def log_mask(q, k, v, m):
     return attend(scored(q, k) + (m.float() * 2)[:, None, None].log(), v)
 

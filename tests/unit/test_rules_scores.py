@@ -12,7 +12,7 @@ from support.soundness import Program, Registry, agrees, attend, result_as_kerne
 expect = Registry()
 
 
-@expect("mask_key_bias")
+@expect("mask_split_bias")
 def shift_cols(q, k, v, m):
     s = scored(q, k)
     return attend(s - s.amax(-2, keepdim=True), v)
@@ -57,13 +57,13 @@ def shift_keys_swapped(q, k, v, m):
     return (s - s.amax(-2, keepdim=True)).softmax(-2).mT @ v
 
 
-@expect("mask_key_bias")
+@expect("mask_split_bias")
 def shift_rows_swapped(q, k, v, m):
     s = k @ q.mT
     return (s - s.amax(-1, keepdim=True)).softmax(-2).mT @ v
 
 
-@expect("mask_key_bias")
+@expect("lowered")
 def shift_vector(q, k, v, m):
     return attend(scored(q, k) + q[0, 0, :, 0], v)
 
@@ -73,7 +73,7 @@ def shift_0d(q, k, v, m):
     return attend(scored(q, k) + q.sum(), v)
 
 
-@expect("mask_key_bias")
+@expect("lowered")
 def shift_int(q, k, v, m):
     return attend(scored(q, k) + m.sum(), v)
 
