@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(scores or probabilities, q, visible) -> the same after a step."""
@@ -114,7 +115,10 @@ MISCHIEF = ("none", "returned", "written_before", "written_after", "written_by_a
 
 @dataclass(frozen=True)
 class RandomProgram:
-    """Names from the tables above; `which` intermediate (counted round) the mischief happens to."""
+    """Names from the tables above; `which` intermediate (counted round) the mischief happens to.
+
+    checkpointed: all of it is the body of an activation checkpoint, but for what makes the mask.
+    """
 
     product: str
     scores: tuple[str, ...]
@@ -123,9 +127,14 @@ class RandomProgram:
     values: str
     mischief: str
     which: int
+    checkpointed: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, m = q * 1, k * 1, v * 1, m & m
+        m = m & m
+        return checkpoint(self._run, q, k, v, m, use_reentrant=False) if self.checkpointed else self._run(q, k, v, m)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = q * 1, k * 1, v * 1
         made = [q, k, v, PRODUCTS[self.product](q, k)]
         for name in self.scores:
             made.append(SCORES[name](made[-1], q, m))
