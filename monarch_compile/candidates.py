@@ -16,9 +16,9 @@ from monarch_compile.plan import ACROSS, FORM_OPTIONS, SiteForm
 SEARCH: dict[str, tuple[Any, ...]] = {
     "block_size": (0.5, 1, 2, 4),  # times what "auto" is
     "num_iters": (1, 2),
-    "init": ("identity",),
+    "init": ("identity", "mean"),
     "pad": ("post",),
-    "window": (None, 1, 2, 4),
+    "window": (None, 1, 2, 4, 8),
     "prefix": (0, 4),
 }
 """What is tried for each option that the caller has not fixed."""
