@@ -42,7 +42,7 @@ REMEDIES: dict[str, str] = {
     "probs_op": "nothing but casts, views and inactive dropout between softmax and the product with the values",
     "probs_reused": "no output_attentions or need_weights: the probabilities must serve the product alone",
     "rank": "queries, keys and values of one rank, with static leading dims beyond (batch, heads)",
-    "row_shift": "mask the scores before they are shifted, or leave the shift out: softmax ignores it",
+    "row_shift": "mask the scores before they are shifted, or leave the shift out: softmax ignores all but rounding",
     "scale": "a finite scale",
     "scale_not_constant": "a number, a 0-d tensor or one number a head for the scale",
     "scores_layout": "the product of queries and keys as matmul, bmm, baddbmm or einsum over one shared dim",

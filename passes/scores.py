@@ -6,8 +6,8 @@ A new spelling of a step is a row of UP; of the product itself, a row of SCORES 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,22 +23,24 @@ from monarch_compile.passes.region import Factor, MaskTerm, Miss
 class Walk:
     """What has been read so far on the way from softmax up to q k^T.
 
-    swapped: the scores are (*lead, keys, queries) here. factors: scales known at run time only.
+    swapped: the scores are (*lead, keys, queries) here. factors: scales known at run time only. shifts: what is added
+    to whole rows.
     """
 
     swapped: bool = False
     scale: float = 1.0
     masks: list[MaskTerm] = field(default_factory=list)
     factors: list[Factor] = field(default_factory=list)
+    shifts: list[Node] = field(default_factory=list)
     seen: list[Node] = field(default_factory=list)
 
     def copy(self) -> Walk:
-        return replace(self, masks=list(self.masks), factors=list(self.factors), seen=list(self.seen))
+        return Walk(self.swapped, self.scale, list(self.masks), list(self.factors), list(self.shifts), list(self.seen))
 
     def adopt(self, other: Walk) -> None:
         """Go on from where `other` has got to."""
         self.swapped, self.scale = other.swapped, other.scale
-        self.masks, self.factors, self.seen = other.masks, other.factors, other.seen
+        self.masks, self.factors, self.shifts, self.seen = other.masks, other.factors, other.shifts, other.seen
 
     def note(self, node: Node, mask: Node, role: str, gain: float = 1.0) -> None:
         """A mask, applied to the scores `node`."""
@@ -84,7 +86,38 @@ def _product(node: Node, walk: Walk) -> Scores:
         raise Miss("scores_layout", "the product of queries and keys has a layout that is not understood", node)
     if scores.bias is not None:
         walk.note(node, scores.bias, "add", walk.scale * scores.beta)
+    for shift in walk.shifts:
+        if not _comes_from(shift, {*walk.seen, *_origins(scores.q.node), *_origins(scores.k.node)}):
+            why = "whole rows are shifted by a tensor of unknown size: a large one leaves nothing but rounding of them"
+            raise Miss("row_shift", why, shift)
     return scores._replace(q=scores.k, k=scores.q) if walk.swapped else scores
+
+
+MAX_SHIFT_NODES = 16
+"""How many nodes a shift of whole rows may be made of."""
+
+
+def _origins(node: Node) -> Iterator[Node]:
+    """An operand, and what it is a view or a multiple of."""
+    yield node
+    while len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+        yield node
+
+
+def _comes_from(value: Node, sources: set[Node]) -> bool:
+    """Whether `value` is computed from some of `sources` and nothing else, in a few steps."""
+    pending, seen = [value], {value}
+    while pending:
+        node = pending.pop()
+        if node in sources:
+            continue
+        if not node.all_input_nodes or len(seen) > MAX_SHIFT_NODES:
+            return False
+        found = [x for x in node.all_input_nodes if x not in seen]
+        seen.update(found)
+        pending += found
+    return True
 
 
 def spans(value: Node, place: int) -> bool:
@@ -124,7 +157,7 @@ def _peel_sum(node: Node, walk: Walk) -> tuple[Node, Scores]:
 
 
 def _note_added(node: Node, walk: Walk, scores: Node, added: Any, factor: float) -> None:
-    """A tensor is a mask, unless it shifts whole rows: softmax ignores that, and small constants."""
+    """A tensor is a mask, unless it shifts whole rows: softmax ignores that unless it is large, and small constants."""
     constant = constant_of(added)
     if constant is not None:
         if not abs(constant * walk.scale * factor) <= IGNORED or (walk.factors and walk.masks):
@@ -135,6 +168,8 @@ def _note_added(node: Node, walk: Walk, scores: Node, added: Any, factor: float)
         walk.note(node, added, "add", walk.scale * factor)
     elif walk.masks and not (factor < 0 and _is_top_of(added, scores, walk.keys_place)):
         raise Miss("row_shift", "the scores are shifted by a tensor before they are masked", node)
+    else:
+        walk.shifts.append(added)
 
 
 def _is_float(node: Node) -> bool:

@@ -40,6 +40,7 @@ def test_random_programs() -> None:
     @settings(max_examples=wanted + wanted // 10, deadline=None, suppress_health_check=list(HealthCheck))
     @given(PROGRAMS)
     @example(RandomProgram("einsum", ("added", "times"), "softmax", (), "matmul", "none", 0))
+    @example(RandomProgram("einsum", ("added", "transposed"), "softmax", (), "matmul", "none", 0))
     def check(program: RandomProgram) -> None:
         expected = program(*make_inputs())
         unmended = replace(program, probs=tuple(name for name in program.probs if name != "nan_to_num"))

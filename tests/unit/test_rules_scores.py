@@ -38,6 +38,29 @@ def shift_other_max(q, k, v, m):
     return attend((s - t.amax(-1, keepdim=True)).masked_fill(~m[:, None, None], -1e5), v)
 
 
+@expect("row_shift")
+def shift_hides_queries(q, k, v, m):
+    return attend(scored(q, k) + (1 - m[:, None, :, None].float()) * -1e9, v)
+
+
+@expect("row_shift")
+def shift_hides_queries_swapped(q, k, v, m):
+    s = k @ q.mT + (1 - m[:, None, None, :].float()) * -1e9
+    return s.softmax(-2).mT @ v
+
+
+@expect("row_shift")
+def shift_hides_queries_half(q, k, v, m):
+    q, k, v = q.half(), k.half(), v.half()
+    return attend(scored(q, k) + (1 - m[:, None, :, None].half()) * -3e4, v)
+
+
+@expect("lowered")
+def shift_of_queries(q, k, v, m):
+    q = q * 1
+    return attend(scored(q, k) + q[..., :1], v)
+
+
 @expect("scores_reused")
 def shift_escapes(q, k, v, m):
     s = scored(q, k)
