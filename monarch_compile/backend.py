@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule
 
 from monarch_compile.config import MonarchConfig, parse_options
@@ -135,11 +138,25 @@ def rewritten(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchCon
             raise LoweringError(f"the passes failed on a graph: {error!r}") from error
         logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=True)
         return None
-    counters["monarch"]["lowered"] += result.num_lowered
-    counters["monarch"]["exact"] += len(result.decisions) - result.num_lowered
+    _record(result.decisions)
     if config.strict:
         _require_lowered(result.decisions)
     return result if result.num_lowered else None
+
+
+def _record(decisions: Sequence[Decision]) -> None:
+    """Count the sites in Dynamo's counters, exact ones also by code, and put them into the structured trace."""
+    codes = Counter(d.code for d in decisions if d.status != LOWERED)
+    found = Counter(lowered=sum(d.status == LOWERED for d in decisions), exact=codes.total())
+    found.update({f"exact: {code}": number for code, number in codes.items()})
+    for name, number in found.items():
+        counters["monarch"][name] += number
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "monarch_sites", "encoding": "json"},
+        payload_fn=lambda: json.dumps({"counts": found, "sites": [d.as_json() for d in decisions]}),
+        expect_trace_id=False,
+    )
 
 
 def _dump_kernels(result: Rewrite) -> None:

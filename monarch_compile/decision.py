@@ -47,3 +47,8 @@ class Decision:
     def remedy(self) -> str:
         """What would make the site lower; '' where it does."""
         return remedy_for(self.code)
+
+    def as_json(self) -> dict[str, str]:
+        """What logs hold of it."""
+        names = ("name", "status", "stage", "code", "reason", "node", "source", "remedy")
+        return {name: getattr(self, name) for name in names} | {"ir": str(self.ir or "")}

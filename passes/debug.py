@@ -47,10 +47,7 @@ class Dump:
         """Every decision as a line of JSON."""
         if self.folder is None:
             return
-        lines = [
-            json.dumps({"name": d.name, "status": d.status, "code": d.code, "reason": d.reason, "ir": str(d.ir or "")})
-            for d in decisions
-        ]
+        lines = [json.dumps(d.as_json()) for d in decisions]
         self.text("decisions.jsonl", "\n".join(lines) + "\n")
 
     def text(self, name: str, text: str) -> None:

@@ -133,7 +133,7 @@ def test_a_short_model_is_left_to_inductor() -> None:
     model, x = Block().eval(), torch.randn(1, 128, 24)
     with torch.no_grad():
         output = torch.compile(model, backend="monarch", fullgraph=True)(x)
-        assert counters["monarch"] == {"lowered": 0, "exact": 1}
+        assert counters["monarch"] == {"lowered": 0, "exact": 1, "exact: cost_exact_wins": 1}
         torch._dynamo.reset()
         assert torch.equal(output, torch.compile(model, backend="inductor", fullgraph=True)(x))
 
