@@ -62,7 +62,10 @@ def exact_wins(
     seq_len: the number of keys. queries: that of queries, where it is another one.
     """
     rows: Dim = "N" if queries is None else next(n for n in reversed(ROWS) if queries >= n)
-    starts = crossovers(replace(ir, batch=1, seq_len_q=rows, seq_len_k="N"), device, auto)
+    site = replace(ir, batch=1, seq_len_q=rows, seq_len_k="N")
+    if isinstance(batch, int) and isinstance(seq_len, int) and seq_len >= _start(site, device, auto, _counted(batch)):
+        return None  # plain numbers have no range to guard: the other batches need not be weighed
+    starts = crossovers(site, device, auto)
     wins = "exact attention wins" if queries is None else f"with {rows} or a few more queries exact attention wins"
     first, last = min(starts), max(starts)
     if first == NEVER:
@@ -71,8 +74,7 @@ def exact_wins(
         return f"{wins} below {first} keys"
     if last != NEVER and seq_len >= last:
         return None
-    counted = max(size for size in BATCHES if batch >= size)
-    start = starts[BATCHES.index(counted)]
+    start = starts[BATCHES.index(_counted(batch))]
     if start != NEVER and seq_len >= start:
         return None
     return wins + (f" below {start} keys" if start != NEVER else "") + " at this batch"
@@ -81,8 +83,18 @@ def exact_wins(
 @lru_cache(maxsize=256)
 def crossovers(ir: MonarchAttention, device: Device, auto: bool) -> tuple[int, ...]:
     """For each batch of `BATCHES`, the length from which on it and all up to the next pay."""
-    alone = [crossover(replace(ir, batch=batch), device, auto) for batch in BATCHES]
-    return tuple(max(pair) for pair in zip(alone, [*alone[1:], 0], strict=True))
+    return tuple(_start(ir, device, auto, batch) for batch in BATCHES)
+
+
+def _counted(batch: Size) -> int:
+    """The one of `BATCHES` that a batch is in the range of."""
+    return max(size for size in BATCHES if batch >= size)
+
+
+def _start(ir: MonarchAttention, device: Device, auto: bool, batch: int) -> int:
+    """The length from which on a batch of `BATCHES` and all up to the next pay."""
+    place = BATCHES.index(batch)
+    return max(crossover(replace(ir, batch=size), device, auto) for size in BATCHES[place : place + 2])
 
 
 @lru_cache(maxsize=1024)
