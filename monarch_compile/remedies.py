@@ -28,7 +28,7 @@ REMEDIES: dict[str, str] = {
     "mask_key_bias": "one mask: the bias itself, -inf where a key is hidden",
     "mask_multiplied": "hide keys before softmax, with a bool mask",
     "mask_opaque": "a bool mask instead of a float one",
-    "mask_packed": NOT_YET,
+    "mask_packed": "sequences in the batch; FlexAttention or a varlen kernel computes packed ones exactly and fast",
     "mask_prefix_causal": NOT_YET,
     "mask_scaled": "scale the scores before they are masked",
     "mask_sliding_window": NEVER + "; FlexAttention computes a narrow window exactly and fast",

@@ -16,7 +16,7 @@ from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of
-from monarch_compile.passes.legality import Context, first_refusal
+from monarch_compile.passes.legality import Context, first_refusal, packed_length
 from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.region import AttentionRegion, Missed, Site
@@ -50,6 +50,7 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
     context = Context.of(site, config)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")
+    site = replace(site, length=packed_length(site, context.facts))
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:
         context = replace(context, config=replace(config, cross_attention=True))  # the plan's maker gave leave
@@ -80,7 +81,7 @@ def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, ba
     Symbolic sizes are guarded on only as far as the outcome hangs on them.
     """
     config, facts, device = context.config, context.facts, installed(site.output.meta["val"].device)
-    batch, seq_len, queries = site.lead[0], site.k_shape[2], None
+    batch, seq_len, queries = site.q_shape[0], site.k_shape[2], None
     if site.is_cross and site.q_shape[2] != seq_len:  # which is guarded on: the lengths stay different
         config, queries = replace(config, **ACROSS), site.q_shape[2]
         planned = planned and replace(planned, **ACROSS)

@@ -138,7 +138,7 @@ def _rule_repeat(e: Evaluator, n: Node, i: Index) -> Any:
 
 def _rule_repeat_each(e: Evaluator, n: Node, i: Index) -> Any:
     """repeat_interleave by a constant."""
-    times, dim = inputs(n)[1], arg(n, 2, "dim")
+    times, dim = inputs(n)[1], arg(n, 2, "dim", 0 if len(shape_of(inputs(n)[0])) == 1 else None)
     if not isinstance(times, int) or times < 1 or dim is None:
         return None
     dim = normal_dim(dim, len(i))

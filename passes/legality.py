@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
             reason, node = found if isinstance(found, tuple) else (found, region.output)
             return Refusal(check.code, reason, node)
     for fact in context.facts:
-        if fact.kind not in LOWERED_KINDS:
+        if fact.kind not in LOWERED_KINDS and region.length is None:
             return Refusal(f"mask_{fact.kind}", fact.reason, fact.node)
     effects = [fact.kind for fact in context.facts if fact.kind != "none"]
     if "key_bias" in effects and len(effects) > 1:
@@ -72,6 +72,15 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
         why = "masks are applied both before and after the heads are merged into the batch"
         return Refusal("mask_frame", why, region.output)
     return None
+
+
+def packed_length(region: AttentionRegion, facts: Sequence[MaskFact]) -> int | None:
+    """The length of sequences that fill the region's one, if they are packed and no other mask is there."""
+    effects = [fact for fact in facts if fact.kind != "none"]
+    rows = region.q_shape[2], region.k_shape[2], region.v_shape[2]
+    if len(effects) != 1 or effects[0].length is None or not all(map(_is_static, (*region.lead, *rows))):
+        return None
+    return effects[0].length if len(set(rows)) == 1 and rows[0] % effects[0].length == 0 else None
 
 
 def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:

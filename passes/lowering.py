@@ -19,13 +19,11 @@ from monarch_compile.plan import SiteForm
 
 def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) -> MonarchAttention:
     """The IR of a legal region. Raises IRError when the options break one of its rules."""
-    batch, heads = (dim_of(n) for n in region.lead)
-    kv_heads = dim_of(region.kv_lead(region.lead)[1])
     kinds = {fact.kind for fact in facts}
     return MonarchAttention(
-        batch=batch,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
+        batch=dim_of(region.q_shape[0]),
+        num_heads=dim_of(region.q_shape[1]),
+        num_kv_heads=dim_of(region.k_shape[1]),
         seq_len_q=dim_of(region.q_shape[2]),
         seq_len_k=dim_of(region.k_shape[2]),
         head_dim=int(region.q_shape[3]),
@@ -50,12 +48,14 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         frame = region.kv_lead(region.lead)
         k = _operand(graph, region.k, region.kv_lead(region.qk_lead), frame)
         v = _operand(graph, region.v, region.kv_lead(region.pv_lead), frame)
-        masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind != "none"]
+        shapes = (region.q_shape, region.k_shape, region.v_shape)
+        q, k, v = (_apart(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
+        masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
         key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
         op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(ir)))
-        result = op
+        result = _together(graph, op, region, ir.value_dim)
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
-            sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, region.q_shape[2:3]), ir.value_dim]
+            sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, (region.rows,)), ir.value_dim]
             result = graph.call_function(aten.reshape.default, (result, sizes))
         if region.out_dims != tuple(range(len(region.out_dims))):
             result = graph.call_function(aten.permute.default, (result, list(region.out_dims)))
@@ -151,6 +151,29 @@ def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple
         sizes = [*_sizes(graph, frame), *_sizes(graph, tail)]
         result = graph.call_function(aten.reshape.default, (result, sizes))
     return result
+
+
+def _apart(graph: Graph, x: Node, region: AttentionRegion, shape: tuple[Any, ...]) -> Node:
+    """(batch, heads, seq_len, dim) in the region's shape: packed sequences in the batch, a view where rows lie as
+    (batch, seq_len) in memory, or the batch is 1."""
+    if region.length is None:
+        return x
+    batch, heads, length, dim = shape
+    split = graph.call_function(aten.reshape.default, (x, [region.lead[0], heads, -1, length, dim]))
+    turned = graph.call_function(aten.transpose.int, (split, 1, 2))
+    apart: Node = graph.call_function(aten.reshape.default, (turned, [batch, heads, length, dim]))
+    return apart
+
+
+def _together(graph: Graph, op: Node, region: AttentionRegion, dim: int) -> Node:
+    """The op's result, (batch, heads, seq_len, dim) of the region as it was written."""
+    if region.length is None:
+        return op
+    sizes = [region.lead[0], -1, *region.q_shape[1:3], dim]
+    split = graph.call_function(aten.reshape.default, (op, sizes))
+    turned = graph.call_function(aten.transpose.int, (split, 1, 2))
+    together: Node = graph.call_function(aten.reshape.default, (turned, [*region.lead, region.rows, dim]))
+    return together
 
 
 def _scaled(graph: Graph, q: Node, factors: Iterable[Factor]) -> Node:

@@ -25,11 +25,15 @@ MAX_CONDITIONS = 6
 
 @dataclass(frozen=True)
 class MaskFact:
-    """What was proved of a mask: its kind, a key of KINDS, with why and where."""
+    """What was proved of a mask: its kind, a key of KINDS, with why and where.
+
+    length: that of every packed sequence, where it is one constant.
+    """
 
     kind: str
     reason: str
     node: Node
+    length: int | None = None
 
 
 KINDS = {
@@ -38,7 +42,8 @@ KINDS = {
     "causal": "a causal mask, which is not lowered yet",
     "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
     "prefix_causal": "a causal mask with a prefix that every query sees, which is not lowered yet",
-    "packed": "a query sees the keys of its own group alone (packed sequences), which is not lowered yet",
+    "packed": "a query sees the keys of its own group alone (packed sequences), and not in sequences of one constant "
+    "length under no other mask: FlexAttention or a varlen kernel suits it",
     "key_bias": "a bias that depends on the key alone is added to the scores",
     "split_bias": "a bias of the key is added to the scores that differs by head, by row or under a causal mask (as in "
     "ALiBi), which is not lowered yet",
@@ -95,7 +100,16 @@ def _read(term: MaskTerm) -> Reading:
 
 def _fact(term: MaskTerm, reading: Reading, visible: Any) -> MaskFact:
     kind = REPEATS[term.role](reading.element, visible) if term.role in REPEATS else _kind(reading)
-    return MaskFact(kind, KINDS[kind], term.node)
+    return MaskFact(kind, KINDS[kind], term.node, _length(reading.keep) if kind == "packed" else None)
+
+
+def _length(keep: Any) -> int | None:
+    """L, where a key is kept if q // L = k // L."""
+    if not isinstance(keep, sympy.Eq) or not isinstance(keep.lhs, sympy.floor):
+        return None
+    length = 1 / keep.lhs.args[0].xreplace({Q: sympy.Integer(1), K: sympy.Integer(1)})
+    found = length.is_Integer and length > 0 and {*keep.args} == {sympy.floor(Q / length), sympy.floor(K / length)}
+    return int(length) if found else None
 
 
 def _kind(reading: Reading) -> str:

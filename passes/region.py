@@ -70,7 +70,8 @@ class AttentionRegion:
     leading dims of the two products as written. `output` is the node to replace; its dims are `out_dims` of
     (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite, `skipped` those between
     the products and the operands that it no longer reads. `factors` multiply the scores beside `scale`. `group` query
-    heads share a key head: k and v have so many fewer heads than q.
+    heads share a key head: k and v have so many fewer heads than q. `length` is that of the sequences that are packed
+    into one, each of which attends to itself alone: the lowered form has them side by side in its batch.
     """
 
     anchor: Node
@@ -89,6 +90,7 @@ class AttentionRegion:
     is_causal: bool = False
     factors: tuple[Factor, ...] = ()
     group: int = 1
+    length: int | None = None
 
     def kv_lead(self, lead: tuple[Any, ...]) -> tuple[Any, ...]:
         """Leading dims of q as those of k and v."""
@@ -103,20 +105,29 @@ class AttentionRegion:
         dim = operand.dims[place]
         return 1 if dim is None else operand.node.meta["val"].shape[dim]
 
+    def _shape(self, operand: Operand, lead: tuple[Any, Any]) -> tuple[Any, ...]:
+        shape = (*lead, self._size(operand, -2), self._size(operand, -1))
+        return shape if self.length is None else (lead[0] * (shape[2] // self.length), lead[1], self.length, shape[3])
+
+    @property
+    def rows(self) -> Any:
+        """How many queries there are, whether or not they are packed sequences."""
+        return self._size(self.q, -2)
+
     @property
     def q_shape(self) -> tuple[Any, ...]:
         """(batch, num_heads, seq_len_q, head_dim)."""
-        return (*self.lead, self._size(self.q, -2), self._size(self.q, -1))
+        return self._shape(self.q, self.lead)
 
     @property
     def k_shape(self) -> tuple[Any, ...]:
         """(batch, num_kv_heads, seq_len_k, head_dim)."""
-        return (*self.kv_lead(self.lead), self._size(self.k, -2), self._size(self.k, -1))
+        return self._shape(self.k, self.kv_lead(self.lead))
 
     @property
     def v_shape(self) -> tuple[Any, ...]:
         """(batch, num_kv_heads, seq_len_k, value_dim)."""
-        return (*self.kv_lead(self.lead), self._size(self.v, -2), self._size(self.v, -1))
+        return self._shape(self.v, self.kv_lead(self.lead))
 
 
 @dataclass(frozen=True)

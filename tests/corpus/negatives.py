@@ -149,6 +149,9 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "packed": lambda q, k, v, m: F.scaled_dot_product_attention(
         q, k, v, attn_mask=((PLACE // 5)[:, None] == (PLACE // 5)[None])
     ),
+    "packed_unequally": lambda q, k, v, m: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=((torch.arange(SEQ_LEN) // 5)[:, None] == torch.arange(SEQ_LEN) // 5)
+    ),
     "query_mask": lambda q, k, v, m: F.scaled_dot_product_attention(
         q, k, v, attn_mask=m[:, None, :, None] | m[:, None, None, :]
     ),

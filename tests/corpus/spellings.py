@@ -343,6 +343,11 @@ def _augmented(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return attend(scores, v)
 
 
+def _in_one(sequence: Tensor) -> Tensor:
+    """Which places are in one sequence."""
+    return sequence[:, None] == sequence[None]
+
+
 def _merged_heads(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     q, k, v = (x.reshape(-1, SEQ_LEN, HEAD_DIM) for x in (q, k, v))
     scores = torch.bmm(q, k.mT).view(BATCH, HEADS, SEQ_LEN, SEQ_LEN).masked_fill(hidden(m), -INF)
@@ -391,6 +396,10 @@ MASKS: dict[str, Program] = {
     ),
     "then_nan_to_num": lambda q, k, v, m: torch.nan_to_num(scored(q, k).masked_fill(hidden(m), -INF).softmax(-1)) @ v,
     "hidden_again": _hidden_again,
+    "packed": lambda q, k, v, m: attend(scored(q, k).masked_fill(~_in_one(torch.arange(SEQ_LEN) // 4), -INF), v),
+    "packed_each": lambda q, k, v, m: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=_in_one(torch.arange(2).repeat_interleave(6))
+    ),
     "square": lambda q, k, v, m: attend(scored(q, k).masked_fill(hidden(m).expand(-1, 1, SEQ_LEN, -1), -1e9), v),
 }
 

@@ -180,7 +180,7 @@ CLASSES = {
             (torch.arange(N).diff(n=2, prepend=torch.tensor([0, 5])) != 0).cumsum(0)
         ),
         "not_equal": lambda m, t: ~(t[:, :, None] != t[:, None, :])[:, None],
-        "every_third": lambda m, t: _places(t)[0] // 3 == _places(t)[1] // 3,
+        "unequal": lambda m, t: _places(t)[0] // 5 == _places(t)[1] // 5,
         "and_causal": lambda m, t: (
             (t[:, :, None] == t[:, None, :])[:, None] & (_places(t)[1] <= _places(t)[0])[None, None]
         ),
