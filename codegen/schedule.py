@@ -95,10 +95,11 @@ class Schedule:
 
 
 # (bytes of an element, largest padded head or value dim) -> tilings, each tile already the largest worth trying. The
-# row of 16-bit elements and dims to 64 was chosen from benchmarks/results/h200_sweep.json, the others from registers.
+# rows of 16-bit elements and dims to 64 and to 128 were chosen from benchmarks/results/h200_sweep.json and
+# h200_tilings.json, the others from registers.
 TABLE: dict[tuple[int, int], Schedule] = {
     (2, 64): Schedule(Tiling(64, 128, 4, 2), Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2)),
-    (2, 128): Schedule(Tiling(64, 64, 8, 2), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (2, 128): Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2)),
     (2, 256): Schedule(Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
     (4, 64): Schedule(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
     (4, 128): Schedule(Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
@@ -122,17 +123,17 @@ class NearRow(NamedTuple):
 _LATER = Tiling(64, 64, 4, 2)
 NEAR_TABLE: dict[tuple[int, int], tuple[NearRow, ...]] = {
     (2, 64): (
-        NearRow(64, 256, Schedule(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 3), _LATER)),
+        NearRow(64, 256, Schedule(Tiling(64, 64, 4, 1), Tiling(64, 64, 4, 1), _LATER)),
         NearRow(64, math.inf, Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), _LATER)),
-        NearRow(math.inf, 256, Schedule(Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 3), _LATER)),
-        NearRow(math.inf, math.inf, Schedule(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), _LATER)),
+        NearRow(math.inf, math.inf, Schedule(Tiling(64, 64, 4, 3), Tiling(128, 64, 4, 3), _LATER)),
     ),
     (2, 256): (
         NearRow(math.inf, math.inf, Schedule(Tiling(32, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2))),
     ),
 }
 """What stands in for `TABLE` with exact groups, whose registers would spill; the first row that fits. Those of 16-bit
-elements and dims to 64 were tuned on an H200 (benchmarks/results/h200_window_sweep.json), the other from registers."""
+elements and dims to 64 were tuned on an H200 (benchmarks/results/h200_window_sweep.json and h200_tilings.json), the
+other from registers."""
 
 
 def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = None) -> Schedule:

@@ -188,14 +188,16 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     return Row(shape, window, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
 
 
-def compiled_attention(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention compiled with the backend's `options`, or by stock Inductor where there are none."""
+def compiled_attention(options: dict[str, Any]) -> Callable[..., Tensor]:
+    """Attention of q, k, v and a mask of visible keys, if any, compiled with the backend's `options`; without options
+    by stock Inductor."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        seen = None if mask is None else mask[:, None, None, :]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
-    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__)
-    compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(
+    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__, argdefs=(None,))
+    compiled: Callable[..., Tensor] = torch.compile(
         fresh, backend="monarch" if options else "inductor", options=options or None, dynamic=False
     )
     return compiled
