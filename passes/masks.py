@@ -186,6 +186,8 @@ def _read_added(expression: Any, gain: float) -> Reading:
     for held, value in _cases(expression, conditions):
         if value.has(sympy.nan, sympy.zoo):
             return Reading(expression, bias="opaque")
+        if value.is_number and bool(value * gain >= -DROPPED):
+            return Reading(expression, bias="opaque")  # a bias so large that eager rounds the scores beside it away
         hides = not value.free_symbols and not value.has(sympy.Function) and bool(value * gain <= DROPPED)
         if not hides:
             kept.append(held)

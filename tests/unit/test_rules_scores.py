@@ -55,6 +55,11 @@ def shift_hides_queries_half(q, k, v, m):
     return attend(scored(q, k) + (1 - m[:, None, :, None].half()) * -3e4, v)
 
 
+@expect("mask_opaque")
+def mask_negated(q, k, v, m):
+    return attend(-(scored(q, k) + (1 - m[:, None, None].float()) * -1e9), v)
+
+
 @expect("lowered")
 def shift_of_queries(q, k, v, m):
     q = q * 1
