@@ -178,17 +178,9 @@ def _make(architecture: Architecture, implementation: str, padded: bool) -> tupl
     return program, tuple(given.values())
 
 
-ALL_PAIRINGS = ("bert", "bart")
-"""Captured in both implementations, each with and without padding; the others with padding in "eager" only, unless
-"eager" is all they have."""
-
-
-def _pairings(name: str, architecture: Architecture) -> list[tuple[str, bool]]:
-    if architecture.given not in MASKED:
-        return [(implementation, False) for implementation in architecture.implementations]
-    if name in ALL_PAIRINGS or len(architecture.implementations) == 1:
-        return [(i, padded) for i in architecture.implementations for padded in (False, True)]
-    return [("eager", True), ("sdpa", False)]
+def _pairings(architecture: Architecture) -> list[tuple[str, bool]]:
+    paddings = (False, True) if architecture.given in MASKED else (False,)
+    return [(implementation, padded) for implementation in architecture.implementations for padded in paddings]
 
 
 def entries() -> list[Entry]:
@@ -196,7 +188,7 @@ def entries() -> list[Entry]:
     found = []
     for family, architectures in FAMILIES.items():
         for name, architecture in architectures.items():
-            for implementation, padded in _pairings(name, architecture):
+            for implementation, padded in _pairings(architecture):
                 full = f"{family}/{name}/{implementation}" + ("/padded" if padded else "")
                 make = lambda a=architecture, i=implementation, p=padded: _make(a, i, p)  # noqa: E731
                 found.append(Entry(full, make, architecture.want))
