@@ -34,7 +34,7 @@ from monarch_compile.passes.lowering import lower
 from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.operands import as_they_lie, hoist_scales
 from monarch_compile.passes.region import AttentionRegion, Site
-from monarch_compile.passes.softmaxes import fold_softmaxes
+from monarch_compile.passes.softmaxes import Folded, fold_softmaxes, unfold_softmaxes
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class State:
     graph: GraphModule
     config: MonarchConfig
     before: GraphModule | None = None
+    folded: tuple[Folded, ...] = ()
     sites: list[Site] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 
@@ -94,7 +95,8 @@ def _fold_puts(state: State) -> str:
 
 
 def _fold_softmaxes(state: State) -> str:
-    return f"{fold_softmaxes(state.graph)} softmaxes written by hand"
+    state.folded = fold_softmaxes(state.graph)
+    return f"{len(state.folded)} softmaxes written by hand"
 
 
 def _hoist_scales(state: State) -> str:
@@ -126,6 +128,10 @@ def _lower(state: State) -> str:
     return f"{sum(c.lowers for c in state.choices)} sites lowered"
 
 
+def _unfold_softmaxes(state: State) -> str:
+    return f"{unfold_softmaxes(state.graph, state.folded)} softmaxes of exact sites left as they were written"
+
+
 def _distinct(names: Sequence[str]) -> list[str]:
     """The names, a repeated one numbered from its second place on: a module may run twice in one graph."""
     return [f"{name} #{n}" if (n := names[: i + 1].count(name)) > 1 else name for i, name in enumerate(names)]
@@ -142,6 +148,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("match", _match),
     Pass("choose", _choose),
     Pass("lower", _lower),
+    Pass("unfold_softmaxes", _unfold_softmaxes),
 )
 
 

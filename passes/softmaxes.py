@@ -7,9 +7,9 @@ as weights is a row of WEIGHTS.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
@@ -33,13 +33,33 @@ from monarch_compile.passes.memory import must_be_kept, storages_of, writes_of
 from monarch_compile.passes.products import MIXED
 
 
-def fold_softmaxes(gm: GraphModule) -> int:
-    """Rewrite hand-written softmaxes; returns how many were folded.
+class Recipe(NamedTuple):
+    """What makes a node anew."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A softmax that stands for what was written by hand, and how that was made: kept for a site that stays exact."""
+
+    softmax: Node
+    original: Node
+    recipes: Mapping[Node, Recipe]
+
+
+def fold_softmaxes(gm: GraphModule) -> tuple[Folded, ...]:
+    """Rewrite hand-written softmaxes; returns what was folded, in the graph's order.
 
     What is read for a fold must not be written anywhere in the graph, nor lie across a switch of grad mode or autocast.
     """
     written = frozenset().union(*(write.storages for write in writes_of(gm.graph)))
-    period, changed = 0, 0
+    period = 0
+    pairs: list[tuple[Node, Node]] = []
     periods: dict[Node, int] = {}
     for node in list(gm.graph.nodes):
         period += switches_mode(node)
@@ -54,10 +74,66 @@ def fold_softmaxes(gm: GraphModule) -> int:
             continue
         periods[result] = period
         node.replace_all_uses_with(result)
+        pairs.append((result, node))
+    if not pairs:
+        return ()
+    recipes = {n: Recipe(n.op, n.target, n.args, dict(n.kwargs), dict(n.meta)) for n in gm.graph.nodes}
+    gm.graph.eliminate_dead_code(must_be_kept)
+    left = set(gm.graph.nodes)
+    gone = {node: recipe for node, recipe in recipes.items() if node not in left}
+    return tuple(Folded(result, node, gone) for result, node in pairs)
+
+
+def unfold_softmaxes(gm: GraphModule, folded: Sequence[Folded]) -> int:
+    """Put back what each fold that is still in the graph stands for; returns how many.
+
+    A fold is an identity of real numbers: in floating point the two may differ, where scores are huge. So what stays
+    exact stays as it was written. One whose operands other passes have replaced keeps its softmax.
+    """
+    changed = 0
+    for fold in reversed(folded):  # a later one may hold an earlier one
+        left = set(gm.graph.nodes)
+        if fold.softmax not in left or not fold.softmax.users:
+            continue
+        order = _needed(fold, left)
+        if order is None:
+            continue
+        made: dict[Node, Node] = {}
+        with gm.graph.inserting_before(fold.softmax):
+            for node in order:
+                made[node] = _made(gm, fold.recipes[node], made, node.name)
+        fold.softmax.replace_all_uses_with(made[fold.original])
         changed += 1
     if changed:
         gm.graph.eliminate_dead_code(must_be_kept)
     return changed
+
+
+def _made(gm: GraphModule, recipe: Recipe, made: Mapping[Node, Node], name: str) -> Node:
+    args, kwargs = map_arg((recipe.args, recipe.kwargs), lambda n: made.get(n, n))
+    node = gm.graph.create_node(recipe.op, recipe.target, args, kwargs, name=name)
+    node.meta = dict(recipe.meta)
+    return node
+
+
+def _needed(fold: Folded, left: set[Node]) -> list[Node] | None:
+    """The nodes to make anew, each after its operands; None where an operand is neither in the graph nor known."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> bool:
+        if node in left or node in order:
+            return True
+        if node not in fold.recipes:
+            return False
+        recipe = fold.recipes[node]
+        operands: list[Node] = []
+        map_arg((recipe.args, recipe.kwargs), operands.append)
+        if not all(visit(operand) for operand in operands):
+            return False
+        order[node] = None
+        return True
+
+    return list(order) if visit(fold.original) else None
 
 
 @dataclass(frozen=True)

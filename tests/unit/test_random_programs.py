@@ -41,6 +41,7 @@ def test_random_programs() -> None:
     @given(PROGRAMS)
     @example(RandomProgram("einsum", ("added", "times"), "softmax", (), "matmul", "none", 0))
     @example(RandomProgram("einsum", ("added", "transposed"), "softmax", (), "matmul", "none", 0))
+    @example(RandomProgram("einsum", ("added", "scale_a_head"), "log_sum_exp", (), "matmul", "none", 0))
     def check(program: RandomProgram) -> None:
         expected = program(*make_inputs())
         unmended = replace(program, probs=tuple(name for name in program.probs if name != "nan_to_num"))

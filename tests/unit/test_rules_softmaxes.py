@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.capture import run_passes
 from support.soundness import Program, Registry, agrees, attend, result_as_kernels_leave_it, scored  # noqa: F401
 
 expect = Registry()
@@ -289,3 +290,20 @@ def f_cosh(q, k, v, m):
 @pytest.mark.parametrize("fn", expect.programs, ids=lambda f: f.__name__)
 def test_rule(fn: Program) -> None:
     assert agrees(fn) == expect.programs[fn]
+
+
+def test_a_softmax_by_hand_that_stays_exact_stays_as_it_was_written():
+    def two(q, k, v):
+        scores = q @ k.transpose(-1, -2)
+        hidden = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -1e9)
+        causal = torch.exp(hidden - torch.logsumexp(hidden, -1, keepdim=True)) @ v
+        return causal + torch.exp(torch.log_softmax(k @ q.transpose(-1, -2), -1)) @ v
+
+    inputs = tuple(torch.randn(1, 2, 8, 4) for _ in range(3))
+    output, (result,) = run_passes(two, *inputs)
+    targets = [str(node.target) for node in result.after.graph.nodes]
+    assert sorted(d.status for d in result.decisions) == ["exact", "lowered"]
+    assert "aten.logsumexp.default" in targets
+    assert "aten.exp.default" in targets
+    assert "aten.log_softmax.int" not in targets
+    torch.testing.assert_close(output, two(*inputs))
