@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
@@ -85,7 +83,8 @@ def _checkpoints(gm: GraphModule) -> str:
     """Which nodes belong to which activation checkpoint: AOTAutograd reads it off them, its cache does not."""
     from monarch_compile.passes.graph import REGION
 
-    marks = [tuple(node.meta.get(key) for key in REGION) for node in gm.graph.nodes]
+    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
+    marks = [tuple(node.meta.get(key) for key in REGION) for graph in graphs for node in graph.nodes]
     order = list(dict.fromkeys(marks))  # the numbers of regions differ from run to run
     places = [order.index(mark) for mark in marks]
     return f"-{hashlib.sha256(bytes(str(places), 'ascii')).hexdigest()[:16]}" if len(order) > 1 else ""
@@ -95,8 +94,9 @@ def _may_share(example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> boo
     """Whether sites may share a body: not where a backward is traced, nor in a C++ wrapper, which can call none."""
     from torch._inductor import config
 
-    trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
-    return not trains and not patches.get("cpp_wrapper", config.cpp_wrapper)
+    from monarch_compile.passes.capture import is_trained
+
+    return not is_trained(example_inputs) and not patches.get("cpp_wrapper", config.cpp_wrapper)
 
 
 def _share(result: Rewrite) -> None:

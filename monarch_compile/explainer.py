@@ -75,13 +75,16 @@ class Meter:
 
 def _report(probe: Probe, errors: Mapping[str, float] | None = None, output_error: float | None = None) -> Report:
     """Everything that the passes decided, as a value."""
+    from monarch_compile.passes.enclosed import all_graphs, path_of
+
     sites: list[Site] = []
     before, after = [nx.DiGraph()], [nx.DiGraph()]
     for index, result in enumerate(probe.rewrites):
-        old, new = result.before.graph, result.after.graph
-        names_before, names_after = ([n.name for n in graph.nodes] for graph in (old, new))
-        before.append(to_networkx(old, str(index), names_after))
-        after.append(to_networkx(new, str(index), names_before, after=True))
+        for old, new in zip(all_graphs(result.before), all_graphs(result.after), strict=True):
+            names_before, names_after = ([n.name for n in gm.graph.nodes] for gm in (old, new))
+            prefix = f"{index}/{path_of(old.graph)}".removesuffix("/")
+            before.append(to_networkx(old.graph, prefix, names_after))
+            after.append(to_networkx(new.graph, prefix, names_before, after=True))
         hints = size_hints(result.before)
         sites += [
             replace(site_of(d, hints, index), error=(errors or {}).get(d.name) if d.status == LOWERED else None)

@@ -32,6 +32,8 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
         PlanError: the plan cannot be read or does not fit the model.
         LoweringError: strict mode, and a site stayed exact for lack of support or a pass failed.
     """
+    from monarch_compile.passes.enclosed import all_graphs
+
     config, patches = parse_options(options)
     unused = [*patches, *(name for name in ("mode", "autotune") if getattr(config, name))]
     if unused:
@@ -43,8 +45,9 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
         return program
     lowered = result.after
     _name_inputs(source, lowered)
-    _give_values(lowered)
-    lowered.recompile()
+    for gm in all_graphs(lowered):
+        _give_values(gm)
+        gm.recompile()
     signature = copy.deepcopy(program.graph_signature)
     for spec, node in zip(signature.output_specs, _outputs(lowered), strict=True):
         if isinstance(node, Node):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import MonarchError, PlanError
@@ -123,14 +124,27 @@ class SiteInterpreter(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """As the interpreter's own, but for lowered sites."""
-        if n.target is not ATTENTION_OP:
-            return super().run_node(n)
+        from monarch_compile.passes.enclosed import is_opened
         from monarch_compile.passes.graph import SITE_NAME
 
+        if is_opened(n):
+            return self._run_call(n)
+        if n.target is not ATTENTION_OP:
+            return super().run_node(n)
         (q, k, v, key_mask, *options), _ = self.fetch_args_kwargs_from_env(n)
         call = AttentionCall(n.meta[SITE_NAME], q, k, v, key_mask, dict(zip(OPTIONS, options, strict=True)))
         output = self._switch.attention(call)
         return output.transpose(1, 2).contiguous().transpose(1, 2)  # the layout that the graph was traced with
+
+    def _run_call(self, n: Node) -> Any:
+        """A call of an op that runs bodies, in which there may be sites too."""
+        target: Any = n.target
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+
+        def interpreted(body: GraphModule) -> Callable[..., Any]:
+            return SiteInterpreter(body, self._switch).run
+
+        return target(*pytree.tree_map_only(GraphModule, interpreted, args), **kwargs)
 
 
 def with_attention(

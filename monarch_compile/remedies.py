@@ -19,7 +19,8 @@ REMEDIES: dict[str, str] = {
     "fused_layer": "torch.backends.mha.set_fastpath_enabled(False), or need_weights=False",
     "gqa": "tensors of (batch, num_heads, seq_len, dim), with one static number of heads for keys and values",
     "head_dim": "queries and keys of one width",
-    "in_body": "move the attention out of the body; a checkpoint without context_fn is looked into",
+    "in_body": "move the attention out of the body; into those of cond, scan and while_loop (where none writes to its "
+    "inputs, outside of training) and of checkpoints without context_fn is looked",
     "mask_bias": NEVER,
     "mask_causal": NOT_YET,
     "mask_fill": "fill hidden scores with -inf (or at most -1e4), or pass the mask to scaled_dot_product_attention",

@@ -18,7 +18,18 @@ from monarch_compile.passes.bodies import WHY, bodies_of
 from monarch_compile.passes.canonicalize import DROPOUTS
 from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.constants import constant_of
-from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
+from monarch_compile.passes.enclosed import CLOSED, is_opened
+from monarch_compile.passes.graph import (
+    FLOATS,
+    arg,
+    aten,
+    dtype_of,
+    inputs,
+    modules_of,
+    normal_dim,
+    same_shape,
+    shape_of,
+)
 from monarch_compile.passes.memory import SETS_STRIDES, must_be_kept
 from monarch_compile.passes.products import MIXED, SCORES, TRANSPOSES, swaps_matrix
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
@@ -57,11 +68,13 @@ def find_sites(gm: GraphModule) -> list[Site]:
 
 
 def _inside(node: Node) -> list[Site]:
-    """The attention in the bodies of a higher-order op that is kept as it is."""
+    """The attention in the bodies of a higher-order op: as any other where they are opened, else kept as it is."""
+    if is_opened(node):
+        return [site for body in modules_of(node).values() for site in find_sites(body)]
     name = str(getattr(node.target, "__name__", node.target))
     if name == "flex_attention":
         return [Missed(node, "flex_attention", "FlexAttention stays the exact attention it is", node)]
-    why = f"it stands in the body of {WHY.get(name, name)}, which is kept as it is"
+    why = f"it stands in the body of {WHY.get(name, name)}, which {node.meta.get(CLOSED) or 'is kept as it is'}"
     sites = [site for body in bodies_of(node, to_aten) for site in find_sites(body)]
     return [Missed(site.anchor, "in_body", why, site.anchor) for site in sites]
 

@@ -12,11 +12,13 @@ from torch.amp import autocast_mode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
 
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes import bodies
+from monarch_compile.passes.enclosed import is_enclosing
 from monarch_compile.passes.fastpath import opened
-from monarch_compile.passes.graph import placeholders
+from monarch_compile.passes.graph import modules_of, placeholders
 from monarch_compile.passes.memory import must_be_kept
 
 CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack")
@@ -39,6 +41,11 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     _carry_metadata(gm, traced)
     traced.graph.eliminate_dead_code(must_be_kept)
     return traced
+
+
+def is_trained(example_inputs: Sequence[Any]) -> bool:
+    """Whether a backward pass is traced for a graph with these inputs."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 class _Retrace(Interpreter):
@@ -68,6 +75,8 @@ class _Retrace(Interpreter):
             return _Retrace(body).run(*args[1:])
         if bodies.is_kept(target):
             return bodies.keep(self._node, target, args, kwargs)
+        if is_enclosing(target):
+            args = pytree.tree_map_only(GraphModule, lambda body: _Retrace(body).run, args)
         result = super().call_function(opened(target, args) or target, args, kwargs)
         if target is autocast_mode._enter_autocast:
             with torch._C.DisableTorchFunction():
@@ -87,6 +96,9 @@ def _require_no_fake_constants(traced: GraphModule) -> None:
         held = getattr(traced, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(held, FakeTensor) or _is_transformed(held) or _is_transformed(node.meta.get("val")):
             raise LoweringError(f"a value inside a function transform cannot be traced ({node.op} {node.target})")
+        if is_enclosing(node.target):
+            for body in modules_of(node).values():
+                _require_no_fake_constants(body)
 
 
 def _is_transformed(value: Any) -> bool:

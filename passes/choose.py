@@ -15,6 +15,7 @@ from monarch_compile.devices import Device, installed
 from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
+from monarch_compile.passes.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of
 from monarch_compile.passes.legality import Context, first_refusal, packed_length
 from monarch_compile.passes.lowering import to_ir
@@ -62,16 +63,16 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
             stage=stage,
             code=refusal.code,
             reason=refusal.reason,
-            node=refusal.node.name,
+            node=name_of(refusal.node),
             source=source_of(refusal.node),
         )
         return Choice(exact)
     missing = kernel_refusal(site.output.meta["val"].device)
     if missing is not None:
-        return Choice(replace(base, code="no_kernels", reason=missing, node=site.output.name))
+        return Choice(replace(base, code="no_kernels", reason=missing, node=name_of(site.output)))
     if plan is not None and plan.form is None:
         reason = f"the plan keeps it exact: {plan.reason}"
-        return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=site.output.name))
+        return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=name_of(site.output)))
     return _weigh(site, context, None if plan is None else plan.form, base)
 
 
@@ -113,7 +114,7 @@ def _decision(anchor: Node, name: str, stage: str, code: str, reason: str, node:
         stage=stage,
         code=code,
         reason=reason,
-        node=node.name,
+        node=name_of(node),
         source=source_of(node),
         dtype=dtype_of(anchor),
         device=_tensor_of(anchor).device.type,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from monarch_compile.passes.enclosed import given_value
 from monarch_compile.passes.graph import FLOATS, aten, dtype_of, inputs, shape_of
 from monarch_compile.passes.memory import is_written
 
@@ -27,6 +28,8 @@ def constant_of(value: Any) -> float | None:
         return None
     if value.op == "get_attr":
         return _attribute_constant(value)
+    if value.op == "placeholder":
+        return constant_of(given_value(value))
     if value.op != "call_function" or not (value.target is FULL or shape_of(value) in ((), (1,))):
         return None
     if value.target is FULL:

@@ -26,6 +26,7 @@ from monarch_compile.passes.element_values import (
     number,
 )
 from monarch_compile.passes.element_views import VIEW_RULES
+from monarch_compile.passes.enclosed import given_value, name_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of
 
 MAX_PIECES = 32
@@ -51,6 +52,9 @@ class Evaluator:
         constant = constant_of(node)
         if constant is not None:
             return number(constant)
+        given = given_value(node)
+        if given is not None:
+            return self.value(given, index)
         rule = RULES.get(node.target) if node.op == "call_function" else None
         found = rule(self, node, index) if rule is not None else None
         return self.opaque(node, index) if found is None or found.has(sympy.nan) else found
@@ -58,7 +62,8 @@ class Evaluator:
     def opaque(self, node: Node, index: Index) -> Any:
         """An unknown function of the index; a bool one is the condition that it is not 0."""
         kind = {"real": True} if dtype_of(node) in FLOATS else {"integer": True}
-        leaf = sympy.Function(f"{node.name}_", **kind)(*index) if index else sympy.Symbol(f"{node.name}_", **kind)
+        name = f"{name_of(node)}_"
+        leaf = sympy.Function(name, **kind)(*index) if index else sympy.Symbol(name, **kind)
         return sympy.Ne(leaf, 0) if dtype_of(node) == torch.bool else leaf
 
     def operand(self, node: Node, place: int, index: Index) -> Any:

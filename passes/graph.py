@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -113,6 +114,15 @@ def site_name(node: Node) -> str:
     if path and source:
         return f"{path} ({source})"
     return path or source or node.name
+
+
+def modules_of(node: Node) -> dict[str, GraphModule]:
+    """The bodies of a higher-order op by their names, in its order; none for any other node."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return {}
+    names = [str(x.target) for x in node.args if isinstance(x, Node) and x.op == "get_attr"]
+    found = {name: getattr(node.graph.owning_module, name, None) for name in names}
+    return {name: body for name, body in found.items() if isinstance(body, GraphModule)}
 
 
 def placeholders(gm: GraphModule) -> list[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from monarch_compile.config import MonarchConfig
+from monarch_compile.passes.enclosed import enclosing, given_value
 from monarch_compile.passes.graph import dtype_of, switches_mode
 from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
@@ -190,22 +191,47 @@ def _check_scale(region: AttentionRegion, context: Context) -> str | None:
 
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
     """A write between the making of a value and its last reading, of which the rewrite knows nothing."""
-    for node, until in _readings(region, context.order):
-        for write in context.writes:
-            if context.order[node] < write.place < until and write.storages & storages_of(node):
+    ancestors = set(_ancestors(m.node for m in region.masks))
+    found = _write_between(_readings(region, ancestors, context.order), context.order, context.writes)
+    body = enclosing(region.output.graph)
+    while found is None and body is not None:
+        graph = body.call.graph
+        ancestors = set(_ancestors(value for node in ancestors if (value := given_value(node)) is not None))
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        found = _write_between(_readings_before(body.call, ancestors, order), order, writes_of(graph))
+        body = enclosing(graph)
+    return found
+
+
+def _write_between(
+    readings: Iterable[tuple[Node, int]], order: dict[Node, int], writes: Sequence[Write]
+) -> tuple[str, Node] | None:
+    for node, until in readings:
+        for write in writes:
+            if order[node] < write.place < until and write.storages & storages_of(node):
                 return f"{write.node.target} writes in place to memory that this attention reads", write.node
     return None
 
 
-def _readings(region: AttentionRegion, order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
+def _readings(region: AttentionRegion, ancestors: set[Node], order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
     """Nodes that the rewrite reads or looks through, with the place where the last such reading happens."""
     last = order[region.output]
     others = [*(m.node for m in region.masks), *(f.node for f in region.factors)]
     for node in (*(x.node for x in _operands(region)), *others, *region.interior, *region.skipped):
         yield node, last
-    ancestors = set(_mask_ancestors(region))
-    for node in ancestors:
-        yield node, max((order[user] for user in node.users if user in ancestors), default=0)
+    yield from _readings_among(ancestors, order)
+
+
+def _readings_before(call: Node, ancestors: set[Node], order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
+    """Of what a call gives to its body and what that is made of."""
+    yield from ((node, order[call]) for node in call.all_input_nodes if node in ancestors)
+    yield from _readings_among(ancestors, order)
+
+
+def _readings_among(nodes: set[Node], order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
+    """Some nodes, with the place where the last of them reads each."""
+    for node in nodes:
+        yield node, max((order[user] for user in node.users if user in nodes), default=0)
 
 
 def _check_context(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
@@ -222,8 +248,9 @@ def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node
     return None if reader is None else ("the output is read through as_strided", reader)
 
 
-def _mask_ancestors(region: AttentionRegion) -> Iterator[Node]:
-    pending, seen = [m.node for m in region.masks], set()
+def _ancestors(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Some nodes, and all of their graph that they are computed from."""
+    pending, seen = [*nodes], set()
     while pending:
         node = pending.pop()
         if node not in seen:

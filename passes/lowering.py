@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.passes.enclosed import enclosing
 from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.memory import strides_are_seen
@@ -42,7 +43,7 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) ->
 def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttention) -> Node:
     """Replace the region's output by the Monarch attention op; returns the op's node."""
     graph, output = region.output.graph, region.output
-    keeps_strides = strides_are_seen(output)
+    keeps_strides = strides_are_seen(output, in_body=enclosing(graph) is not None)
     with graph.inserting_before(output):
         q = _scaled(graph, _operand(graph, region.q, region.qk_lead, region.lead), region.factors)
         frame = region.kv_lead(region.lead)

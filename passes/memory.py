@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-from monarch_compile.passes.graph import arg, aten, inputs, switches_mode, value_of
+from monarch_compile.passes.graph import arg, aten, inputs, modules_of, placeholders, switches_mode, value_of
 
 WRITES_NOTHING = frozenset({aten.detach_.default})
 """Ops whose schema claims a write although no element and no shape changes."""
@@ -22,8 +22,16 @@ MUTATING_HOPS = frozenset({"triton_kernel_wrapper_mutation"})
 def is_mutating(node: Node) -> bool:
     """Whether an op writes to one of its inputs."""
     schema = getattr(node.target, "_schema", None)
-    mutable = schema.is_mutable if schema is not None else getattr(node.target, "__name__", "") in MUTATING_HOPS
-    return bool(mutable) and node.target not in WRITES_NOTHING
+    if schema is None:
+        named = getattr(node.target, "__name__", "") in MUTATING_HOPS
+        return named or any(map(writes_to_inputs, modules_of(node).values()))
+    return bool(schema.is_mutable) and node.target not in WRITES_NOTHING
+
+
+def writes_to_inputs(body: GraphModule) -> bool:
+    """Whether the body of a higher-order op, or a body in it, writes to what it is given."""
+    given = {storage for node in placeholders(body) for storage in storages_of(node)}
+    return any(given & write.storages for write in writes_of(body.graph))
 
 
 def must_be_kept(node: Node) -> bool:
@@ -113,17 +121,20 @@ def strided_reader(output: Node) -> Node | None:
     return next((n for n in _downstream(output) if n.target in GIVES_STRIDES), None)
 
 
-def strides_are_seen(output: Node) -> bool:
+def strides_are_seen(output: Node, *, in_body: bool = False) -> bool:
     """Whether the graph would notice other strides of `output`, which the lowered form has.
 
     It does if an op needs them, if a write reaches memory that a view may or may not share, or if `output` (or a
-    view of it) leaves the graph and may be viewed by eager code.
+    view of it) leaves the graph and may be viewed by eager code. What leaves the body of a higher-order op must lie as
+    the op says, which is how the other branch lies, or the carry that came in.
     """
     reached = list(_downstream(output))
     if any(n.target in NEEDS_STRIDES for n in reached):
         return True
     returned = next(iter(output.graph.find_nodes(op="output"))).all_input_nodes
     own = storages_of(output)
+    if in_body and not {*returned}.isdisjoint(reached):
+        return True
     if not _is_sdpa(output) and any(storages_of(n) & own for n in returned):
         return True
     may_copy = {s for n in reached if n.target in MAY_COPY for m in (n, inputs(n)[0]) for s in storages_of(m)}

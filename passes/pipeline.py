@@ -25,9 +25,10 @@ from monarch_compile.passes.canonicalize import (
     fold_puts,
     functionalize_private_writes,
 )
-from monarch_compile.passes.capture import to_aten
+from monarch_compile.passes.capture import is_trained, to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
+from monarch_compile.passes.enclosed import all_graphs, open_bodies, opened_bodies, place_of
 from monarch_compile.passes.graph import SITE_NAME, site_name
 from monarch_compile.passes.heads import share_heads
 from monarch_compile.passes.lowering import lower
@@ -60,10 +61,15 @@ class State:
 
     graph: GraphModule
     config: MonarchConfig
+    trains: bool = False
     before: GraphModule | None = None
-    folded: tuple[Folded, ...] = ()
+    folded: list[tuple[GraphModule, tuple[Folded, ...]]] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+
+    def on_each_graph(self, change: Callable[[GraphModule], int]) -> int:
+        """Change the graph, and every body in it that may be lowered; returns how many changes there were."""
+        return sum(change(gm) for gm in all_graphs(self.graph))
 
 
 @dataclass(frozen=True)
@@ -74,33 +80,37 @@ class Pass:
     run: Callable[[State], str]
 
 
+def _open_bodies(state: State) -> str:
+    return f"{open_bodies(state.graph, trains=state.trains)} bodies of other ops opened"
+
+
 def _fold_aliases(state: State) -> str:
-    return f"{fold_aliases(state.graph)} ops renamed"
+    return f"{state.on_each_graph(fold_aliases)} ops renamed"
 
 
 def _drop_dropout(state: State) -> str:
-    return f"{drop_inactive_dropout(state.graph)} inactive dropouts removed"
+    return f"{state.on_each_graph(drop_inactive_dropout)} inactive dropouts removed"
 
 
 def _fill_by_shape(state: State) -> str:
-    return f"{fill_by_shape(state.graph)} fills given their shape"
+    return f"{state.on_each_graph(fill_by_shape)} fills given their shape"
 
 
 def _functionalize(state: State) -> str:
-    return f"{functionalize_private_writes(state.graph)} in-place ops made functional"
+    return f"{state.on_each_graph(functionalize_private_writes)} in-place ops made functional"
 
 
 def _fold_puts(state: State) -> str:
-    return f"{fold_puts(state.graph)} masked assignments made masked fills"
+    return f"{state.on_each_graph(fold_puts)} masked assignments made masked fills"
 
 
 def _fold_softmaxes(state: State) -> str:
-    state.folded = fold_softmaxes(state.graph)
-    return f"{len(state.folded)} softmaxes written by hand"
+    state.folded = [(gm, fold_softmaxes(gm)) for gm in all_graphs(state.graph)]
+    return f"{sum(len(folded) for _, folded in state.folded)} softmaxes written by hand"
 
 
 def _hoist_scales(state: State) -> str:
-    return f"{hoist_scales(state.graph)} scales moved behind a reshape"
+    return f"{state.on_each_graph(hoist_scales)} scales moved behind a reshape"
 
 
 def _match(state: State) -> str:
@@ -110,7 +120,7 @@ def _match(state: State) -> str:
 
 
 def _choose(state: State) -> str:
-    names = _distinct([site_name(site.anchor) for site in state.sites])
+    names = _distinct([site_name(site.anchor) + place_of(site.anchor.graph) for site in state.sites])
     if state.config.plan is not None:
         state.config.plan.check_graph(names)
     state.choices = [choose(site, name, state.config) for site, name in zip(state.sites, names, strict=True)]
@@ -124,12 +134,14 @@ def _lower(state: State) -> str:
     for choice in state.choices:
         if choice.lowers and choice.region is not None and choice.ir is not None:
             lower(choice.region, choice.facts, choice.ir).meta[SITE_NAME] = choice.decision.name
-    state.graph.graph.eliminate_dead_code(must_be_kept)
+    for gm in all_graphs(state.graph):
+        gm.graph.eliminate_dead_code(must_be_kept)
     return f"{sum(c.lowers for c in state.choices)} sites lowered"
 
 
 def _unfold_softmaxes(state: State) -> str:
-    return f"{unfold_softmaxes(state.graph, state.folded)} softmaxes of exact sites left as they were written"
+    left = sum(unfold_softmaxes(gm, folded) for gm, folded in state.folded)
+    return f"{left} softmaxes of exact sites left as they were written"
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -138,6 +150,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 PIPELINE: tuple[Pass, ...] = (
+    Pass("open_bodies", _open_bodies),
     Pass("fold_aliases", _fold_aliases),
     Pass("drop_inactive_dropout", _drop_dropout),
     Pass("fill_by_shape", _fill_by_shape),
@@ -155,15 +168,17 @@ PIPELINE: tuple[Pass, ...] = (
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite:
     """Run the pipeline on a graph from Dynamo. `gm` itself is not changed."""
     dump = Dump.from_environment()
-    state = State(to_aten(gm, example_inputs), config)
+    state = State(to_aten(gm, example_inputs), config, is_trained(example_inputs))
     dump.graph("capture", state.graph)
     for step in PIPELINE:
         start = time.perf_counter()
         outcome = step.run(state)
         logger.debug("%s: %s (%.1f ms)", step.name, outcome, 1e3 * (time.perf_counter() - start))
-        state.graph.graph.lint()
+        for changed in all_graphs(state.graph):
+            changed.graph.lint()
         dump.graph(step.name, state.graph)
-    state.graph.recompile()
+    for changed in all_graphs(state.graph):
+        changed.recompile()
     decisions = tuple(c.decision for c in state.choices)
     for decision in decisions:
         logger.info("%s: %s [%s] %s", decision.name, decision.status, decision.code, decision.reason)
@@ -175,8 +190,10 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfi
 
 
 def _copy_graph(gm: GraphModule) -> GraphModule:
-    """A copy that keeps nodes' metadata and shares parameters."""
+    """A copy that keeps nodes' metadata and shares parameters; bodies that may be lowered are copied too."""
     graph = copy.copy(gm)
+    copies = {id(body): _copy_graph(body) for body in opened_bodies(gm)}
+    graph._modules = {name: copies.get(id(module), module) for name, module in gm._modules.items()}
     graph.graph = type(gm.graph)()
     mapping: dict[Node, Node] = {}
     result = graph.graph.graph_copy(gm.graph, mapping)

@@ -145,9 +145,9 @@ CODES: dict[Program, list[str]] = {
     _selective: ["in_body", "lowered"],
     _own_backward: ["lowered"],
     _own_backward_of_queries: ["lowered"],
-    _either: ["in_body", "lowered"],
-    _scanned: ["in_body", "lowered"],
-    _looped: ["in_body", "lowered"],
+    _either: ["lowered", "lowered"],
+    _scanned: ["lowered", "lowered"],
+    _looped: ["lowered", "lowered"],
     _flexible: ["flex_attention", "lowered"],
     _nothing_inside: ["lowered"],
 }
@@ -195,7 +195,9 @@ def test_gradients_through_kept_ops(fn: Program, monkeypatch: pytest.MonkeyPatch
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_body_that_is_kept_is_named(fn: Program, words: str) -> None:
-    _, (result,) = run_passes(fn, *make_inputs()[:3])
+    q, k, v = make_inputs()[:3]
+    _, (result,) = run_passes(fn, q.requires_grad_(), k, v)
+    assert result.decisions[0].code == "in_body"
     assert words in result.decisions[0].reason
 
 
