@@ -6,13 +6,14 @@ import json
 from functools import cache
 from pathlib import Path
 
-from tests.corpus import hf_models, negatives, spellings, timm_models, torch_nn
+from tests.corpus import bodies, hf_models, negatives, spellings, timm_models, torch_nn
 from tests.corpus.entry import Entry
 
 FOLDER = Path(__file__).parent / "golden"
 GROUPS = {
     "spellings": spellings.entries,
     "negatives": negatives.entries,
+    "bodies": bodies.entries,
     "torch_nn": torch_nn.entries,
     "transformers": hf_models.entries,
     "timm": timm_models.entries,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -109,6 +110,35 @@ VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum_out": lambda p, v: torch.einsum("bhqk,bhkd->bqhd", p, v),
     "wrong": lambda p, v: p.mT @ v,
 }
+Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def _plain(run: Run, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    return run(q, k, v, m)
+
+
+def _checkpointed(run: Run, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = checkpoint(run, q, k, v, m, use_reentrant=False)
+    return results
+
+
+def _in_a_branch(run: Run, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = torch.cond(q.sum() < 1e9, lambda q: run(q, k, v, m), lambda q: run(q, q, v, m), (q,))
+    return results
+
+
+def _in_a_step(run: Run, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    _, results = scan(lambda c, x: (c * 1, run(x, k, v, m)), q, torch.stack([q, k]))
+    return tuple(results)
+
+
+BODIES: dict[str, Callable[[Run, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "": _plain,
+    "checkpoint": _checkpointed,
+    "cond": _in_a_branch,
+    "scan": _in_a_step,
+}
+
 MISCHIEF = ("none", "returned", "written_before", "written_after", "written_by_another_name", "written_later")
 """What happens to one intermediate beside the chain."""
 
@@ -117,7 +147,7 @@ MISCHIEF = ("none", "returned", "written_before", "written_after", "written_by_a
 class RandomProgram:
     """Names from the tables above; `which` intermediate (counted round) the mischief happens to.
 
-    checkpointed: all of it is the body of an activation checkpoint, but for what makes the mask.
+    body: all of it is the body of an activation checkpoint, of cond or of scan, but for what makes the mask.
     """
 
     product: str
@@ -127,11 +157,11 @@ class RandomProgram:
     values: str
     mischief: str
     which: int
-    checkpointed: bool = False
+    body: str = ""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         m = m & m
-        return checkpoint(self._run, q, k, v, m, use_reentrant=False) if self.checkpointed else self._run(q, k, v, m)
+        return BODIES[self.body](self._run, q, k, v, m)
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         q, k, v = q * 1, k * 1, v * 1

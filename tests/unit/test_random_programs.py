@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from support.capture import run_passes
-from support.random_programs import MISCHIEF, PROBS, PRODUCTS, SCORES, SOFTMAXES, VALUES, RandomProgram
+from support.random_programs import BODIES, MISCHIEF, PROBS, PRODUCTS, SCORES, SOFTMAXES, VALUES, RandomProgram
 from support.soundness import make_inputs, result_as_kernels_leave_it  # noqa: F401
 
 RIGHT = st.sampled_from(["softmax", "columns", "exp_sum", "safe", "log_softmax", "masked_weights"])
@@ -27,7 +27,7 @@ PROGRAMS = st.builds(
     values=st.one_of(st.just("matmul"), st.sampled_from(sorted(VALUES))),
     mischief=st.one_of(st.just("none"), st.sampled_from(MISCHIEF)),
     which=st.integers(0, 7),
-    checkpointed=st.booleans(),
+    body=st.sampled_from(sorted(BODIES)),
 )
 
 
