@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from monarch_compile.passes.enclosed import is_enclosing
 from monarch_compile.passes.fastpath import opened
 from monarch_compile.passes.graph import modules_of, placeholders
 from monarch_compile.passes.memory import must_be_kept
+from monarch_compile.passes.replay import Calls
 
 CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack")
 
@@ -54,6 +55,10 @@ class _Retrace(Interpreter):
     make_fx records that a region begins and ends but does not enter it, so that dtypes inside would be untrue.
     """
 
+    def __init__(self, gm: GraphModule, calls: Calls | None = None) -> None:
+        super().__init__(gm)
+        self._calls = Calls() if calls is None else calls
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; autocast is as it was when this returns or raises."""
         self._entered: list[Any] = []
@@ -72,18 +77,28 @@ class _Retrace(Interpreter):
         """Run a node; entering and leaving autocast also happens for real, unrecorded."""
         body = bodies.opened(target, args)
         if body is not None:
-            return _Retrace(body).run(*args[1:])
+            return _Retrace(body, self._calls).run(*args[1:])
         if bodies.is_kept(target):
             return bodies.keep(self._node, target, args, kwargs)
         if is_enclosing(target):
-            args = pytree.tree_map_only(GraphModule, lambda body: _Retrace(body).run, args)
-        result = super().call_function(opened(target, args) or target, args, kwargs)
+            args = pytree.tree_map_only(GraphModule, lambda body: _Retrace(body, self._calls).run, args)
+        result = self._call(super().call_function, opened(target, args) or target, args, kwargs)
         if target is autocast_mode._enter_autocast:
             with torch._C.DisableTorchFunction():
                 self._entered.append(autocast_mode._enter_autocast(*args))
         elif target is autocast_mode._exit_autocast:
             self._exit()
         return result
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a node."""
+        return self._call(super().call_method, target, args, kwargs)
+
+    def _call(self, trace: Callable[..., Any], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `trace` gives: traced, or recorded like a call before it; in an autocast region each is traced."""
+        if self._entered:
+            return trace(target, args, kwargs)
+        return self._calls.run(target, args, kwargs, lambda: trace(target, args, kwargs))
 
     def _exit(self) -> None:
         with torch._C.DisableTorchFunction():
