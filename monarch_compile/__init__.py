@@ -4,7 +4,9 @@ torch.compile(model, backend="monarch")
 print(monarch_compile.explain(model, *inputs))
 """
 
-from monarch_compile.calibration import calibrate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import (
     CodegenError,
@@ -15,12 +17,15 @@ from monarch_compile.errors import (
     MonarchError,
     PlanError,
 )
-from monarch_compile.explainer import explain
-from monarch_compile.export import lower_exported
 from monarch_compile.functional import monarch_attention
-from monarch_compile.plan import Plan
-from monarch_compile.report import Report
 from monarch_compile.version import __version__
+
+if TYPE_CHECKING:
+    from monarch_compile.calibration import calibrate
+    from monarch_compile.explainer import explain
+    from monarch_compile.export import lower_exported
+    from monarch_compile.plan import Plan
+    from monarch_compile.report import Report
 
 __all__ = [
     "CodegenError",
@@ -39,3 +44,23 @@ __all__ = [
     "lower_exported",
     "monarch_attention",
 ]
+
+_LATER = {
+    "Plan": "plan",
+    "Report": "report",
+    "calibrate": "calibration",
+    "explain": "explainer",
+    "lower_exported": "export",
+}
+"""Names that a compilation does without, and the modules they come from when they are asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
+from monarch_compile import reference as meaning
 from monarch_compile.errors import CodegenError
-from monarch_compile.reference import reference
 
 OPTIONS = ("scale", "block_size", "num_iters", "init", "pad", "window", "prefix")
 """The operator's parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
 
 
-@triton_op("monarch_compile::attention", mutates_args={})
+@torch.library.triton_op("monarch_compile::attention", mutates_args={})
 def attention(
     q: Tensor,
     k: Tensor,
@@ -34,12 +33,13 @@ def attention(
     Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
     on CUDA.
     """
+    # Functions are called by way of modules: triton_op reads all sources behind other names, in search of kernels.
     # Under dynamic shapes a caller's numbers may come as symbols: these are part of what is computed.
     sizes = int(block_size), int(num_iters), init, pad, None if window is None else int(window), int(prefix)
     values = (float(scale), *sizes)
     options: dict[str, Any] = dict(zip(OPTIONS, values, strict=True))
     if q.device.type != "cuda" or q.dtype == torch.float64:
-        return reference(q, k, v, key_mask, **options)
+        return meaning.reference(q, k, v, key_mask, **options)
     from monarch_compile.codegen.launch import launch
 
     return launch(q, k, v, key_mask, **options)
@@ -73,9 +73,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, key_mask = ctx.saved_tensors
     options = dict(zip(OPTIONS, ctx.options, strict=True))
     if key_mask is not None and key_mask.is_floating_point():
-        grads = torch.func.vjp(lambda q, k, v, mask: reference(q, k, v, mask, **options), q, k, v, key_mask)[1](grad)
+        vjp = torch.func.vjp(lambda q, k, v, mask: meaning.reference(q, k, v, mask, **options), q, k, v, key_mask)[1]
+        grads = vjp(grad)
     else:
-        grads = *torch.func.vjp(lambda q, k, v: reference(q, k, v, key_mask, **options), q, k, v)[1](grad), None
+        vjp = torch.func.vjp(lambda q, k, v: meaning.reference(q, k, v, key_mask, **options), q, k, v)[1]
+        grads = *vjp(grad), None
     return (*grads, *[None] * len(OPTIONS))
 
 

@@ -174,10 +174,9 @@ def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfi
         start = time.perf_counter()
         outcome = step.run(state)
         logger.debug("%s: %s (%.1f ms)", step.name, outcome, 1e3 * (time.perf_counter() - start))
-        for changed in all_graphs(state.graph):
-            changed.graph.lint()
         dump.graph(step.name, state.graph)
     for changed in all_graphs(state.graph):
+        changed.graph.lint()
         changed.recompile()
     decisions = tuple(c.decision for c in state.choices)
     for decision in decisions:

@@ -1,4 +1,4 @@
-"""Calls that are alike are traced once: most layers of a model make the calls of the first, on tensors of the same kind.
+"""Calls that are alike are traced once: most layers of a model make the calls of the first, on tensors of one kind.
 
 Tracing a call finds out which ATen ops it consists of. That hangs on the function, on what it is given but for the
 elements of tensors, and on modes; so a second call that is alike in these records the same ops. Their values are fake
@@ -56,8 +56,8 @@ class Calls:
         if key is None:
             return trace()
         tensors = list({id(x): x for x in leaves if isinstance(x, Tensor)}.values())
-        inputs = [getattr(tracer.unwrap_proxy(x), "node", None) for x in tensors]
-        if None in inputs:
+        inputs = [node for x in tensors if (node := getattr(tracer.unwrap_proxy(x), "node", None)) is not None]
+        if len(inputs) != len(tensors):
             return trace()
         known = self._known.get(key)
         if known is not None:
@@ -118,7 +118,7 @@ def _recorded(tensors: list[Tensor], inputs: list[Node], last: Node, output: Any
 
 
 def _fresh(inputs: Sequence[Node], steps: Sequence[Node]) -> dict[Node, dict[str, Any]]:
-    """The steps that give a dense tensor in memory of its own; it starts at its first element and ends with its last."""
+    """The steps that give a tensor in memory of its own, which starts at its first element and ends with its last."""
     shared = {storage for node in inputs for storage in storages_of(node)}
     found = {}
     for node in steps:
