@@ -180,6 +180,7 @@ def test_an_exported_program_with_branches(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_kernels_in_bodies(program: Callable[..., Any]) -> None:
     """Where plain torch.compile gives the program's numbers on this GPU, so does monarch, with its kernels inside."""
