@@ -95,9 +95,7 @@ class _Retrace(Interpreter):
         return self._call(super().call_method, target, args, kwargs)
 
     def _call(self, trace: Callable[..., Any], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `trace` gives: traced, or recorded like a call before it; in an autocast region each is traced."""
-        if self._entered:
-            return trace(target, args, kwargs)
+        """What `trace` gives: traced, or recorded like a call before it."""
         return self._calls.run(target, args, kwargs, lambda: trace(target, args, kwargs))
 
     def _exit(self) -> None:

@@ -70,7 +70,9 @@ class Calls:
 
 
 def _key(target: object, leaves: list[Any], spec: Any) -> Any:
-    """All that decides which ops a call consists of; None where that is more than can be told."""
+    """All that decides which ops a call consists of and what they give; None where that is more than can be told."""
+    if not _is_known(target):
+        return None
     tensors: list[Tensor] = []
     facts: list[Any] = []
     for x in leaves:
@@ -85,12 +87,32 @@ def _key(target: object, leaves: list[Any], spec: Any) -> Any:
             facts.append((type(x), repr(x) if isinstance(x, float) else x))  # 0.0 and -0.0 are equal
         else:
             return None
-    return target, spec, tuple(facts), torch.is_grad_enabled()
+    autocast = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES)
+    return target, spec, tuple(facts), torch.is_grad_enabled(), autocast
+
+
+DEVICES = ("cpu", "cuda")
+"""Calls on tensors elsewhere are traced each time."""
+OURS = ("torch", "_operator", "builtins", "monarch_compile")
+"""Where functions are from that do the same each time. A user's, allowed into the graph as it is, may not."""
+
+
+def _is_known(target: object) -> bool:
+    """Whether a target (a method's name, a function) does the same on tensors of the same kind."""
+    if isinstance(target, str):
+        return True
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__module__", None)
+    return isinstance(module, str) and module.partition(".")[0] in OURS
 
 
 def _facts(x: Tensor) -> Any:
     """A tensor but for its elements; None where it is of another kind, or its sizes are symbolic."""
-    if not isinstance(x, FakeTensor) or x.layout is not torch.strided or x.constant is not None:
+    if (
+        not isinstance(x, FakeTensor)
+        or x.device.type not in DEVICES
+        or x.layout is not torch.strided
+        or x.constant is not None
+    ):
         return None
     shape, stride = tuple(x.shape), x.stride()
     if not all(type(n) is int for n in (*shape, *stride)):
