@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -85,7 +85,10 @@ SWITCHES = ("set_grad_enabled", "_autocast", "inference_mode")
 
 def switches_mode(node: Node) -> bool:
     """Whether a node turns grad mode or autocast on or off for those after it."""
-    return node.op == "call_function" and any(part in str(node.target) for part in SWITCHES)
+    if node.op != "call_function" or isinstance(node.target, OpOverload):
+        return False
+    name = str(node.target)
+    return any(part in name for part in SWITCHES)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')

@@ -35,6 +35,7 @@ from monarch_compile.passes.lowering import lower
 from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.operands import as_they_lie, hoist_scales
 from monarch_compile.passes.region import AttentionRegion, Site
+from monarch_compile.passes.room import with_room
 from monarch_compile.passes.softmaxes import Folded, fold_softmaxes, unfold_softmaxes
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,11 @@ PIPELINE: tuple[Pass, ...] = (
 
 def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite:
     """Run the pipeline on a graph from Dynamo. `gm` itself is not changed."""
+    result: Rewrite = with_room(_rewrite, gm, example_inputs, config)
+    return result
+
+
+def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite:
     dump = Dump.from_environment()
     state = State(to_aten(gm, example_inputs), config, is_trained(example_inputs))
     dump.graph("capture", state.graph)
