@@ -1,0 +1,52 @@
+"""What a compilation imports and does not: its cost counts in every warm start. And the room that passes run in."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import monarch_compile
+from monarch_compile.passes.room import SLOTS, with_room
+
+
+def said(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_every_public_name_is_there() -> None:
+    for name in monarch_compile.__all__:
+        assert getattr(monarch_compile, name) is not None
+        assert name in dir(monarch_compile)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = monarch_compile.nothing
+
+
+def test_a_compilation_imports_no_reports() -> None:
+    modules = said("import sys, monarch_compile.backend, monarch_compile.passes.pipeline; print(*sys.modules)").split()
+    assert "monarch_compile.ops" in modules
+    assert not {f"monarch_compile.{name}" for name in ("explainer", "graphs", "calibration", "export")} & set(modules)
+
+
+def test_the_operator_is_registered_without_reading_what_it_calls() -> None:
+    """torch.library.triton_op looks for kernels in the source of every function that it can resolve."""
+    count = (
+        "import inspect, torch, torch._inductor.utils, monarch_compile.reference\n"
+        "read, found = inspect.getsource, []\n"
+        "inspect.getsource = lambda f: (found.append(getattr(f, '__name__', '')), read(f))[1]\n"
+        "import sys\n"
+        "assert 'monarch_compile.ops' not in sys.modules\n"
+        "import monarch_compile.ops\n"
+        "print(*found)"
+    )
+    assert said(count).split() in ([], ["attention"])
+
+
+def test_room_changes_nothing_but_the_size_of_a_frame() -> None:
+    assert with_room(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        with_room(divmod, 7, 0)
+    assert with_room(lambda: inspect.currentframe().f_back.f_code.co_stacksize) == SLOTS  # type: ignore[union-attr]
