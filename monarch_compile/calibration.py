@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -130,7 +130,7 @@ class _Search:
         within = [(_seconds(dict(key)), value, dict(key)) for key, value in self._measured.items() if value <= budget]
         _, value, chosen = min(within, key=lambda entry: entry[:2])
         self._say("", end="\r")
-        return self._plan(chosen, value, fronts, budget)
+        return self._plan(chosen, value, fronts, budget, ran=meter.errors.keys())
 
     def _reference_pass(self) -> _FormMeter:
         """Run the exact model on every call and keep its outputs; the error of each form at each site, on the first."""
@@ -227,10 +227,15 @@ class _Search:
         return installed(next(iter(self._decisions().values())).device)
 
     def _plan(
-        self, chosen: Assignment, value: float, fronts: Mapping[str, tuple[Candidate, ...]], budget: float
+        self,
+        chosen: Assignment,
+        value: float,
+        fronts: Mapping[str, tuple[Candidate, ...]],
+        budget: float,
+        ran: Collection[str],
     ) -> Plan:
         decisions = self._decisions()
-        sites = tuple(_site_plan(d, chosen.get(name), fronts.get(name)) for name, d in decisions.items())
+        sites = tuple(_site_plan(d, chosen.get(name), fronts.get(name), name in ran) for name, d in decisions.items())
         graphs = [tuple(d.name for d in result.decisions) for result in self._probe.rewrites if result.decisions]
         return Plan(
             sites=sites,
@@ -296,10 +301,13 @@ def _seconds(assignment: Assignment) -> float:
     return sum(candidate.seconds for candidate in assignment.values())
 
 
-def _site_plan(decision: Decision, chosen: Candidate | None, front: tuple[Candidate, ...] | None) -> SitePlan:
+def _site_plan(
+    decision: Decision, chosen: Candidate | None, front: tuple[Candidate, ...] | None, ran: bool
+) -> SitePlan:
     shape = site_shape(decision.q_shape, decision.v_shape)
     if chosen is None or front is None:
-        reason = decision.reason if decision.ir is None else "no form is predicted to be faster than exact attention"
+        reason = "no form is predicted to be faster than exact attention" if ran else "the first call did not run it"
+        reason = decision.reason if decision.ir is None else reason
         return SitePlan(decision.name, shape, None, reason)
     reason = "every faster form costs more of the budget than it is worth" if chosen.form is None else ""
     return SitePlan(decision.name, shape, chosen.form, reason, chosen.error, front[-1].seconds, chosen.seconds)

@@ -161,6 +161,14 @@ def test_calibrate_chooses_for_sites_in_bodies() -> None:
     assert counters["monarch"]["lowered"] >= 2
 
 
+def test_calibrate_says_what_did_not_run() -> None:
+    q, k, v = inputs(512)
+    plan = monarch_compile.calibrate(with_mask_made_inside(both_branches, exact), (q.abs(), k, v), budget=10.0)
+    then, other = plan.sites
+    assert then.form is not None
+    assert (other.form, other.reason) == (None, "the first call did not run it")
+
+
 class Model(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return with_mask_made_inside(both_branches, exact)(q, k, v)
