@@ -6,13 +6,22 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from monarch_compile.codegen.schedule import DTYPE_BYTES, Schedule, Tiling, can_fuse, check_supported, padded
+from monarch_compile.codegen.schedule import (
+    ALL,
+    DTYPE_BYTES,
+    Schedule,
+    Tiling,
+    can_fuse,
+    check_schedule,
+    check_supported,
+    padded,
+)
 from monarch_compile.codegen.source import KernelSource
 from monarch_compile.groups import HIDDEN
 from monarch_compile.ir import PAPER, MaskKind, MonarchAttention
@@ -24,10 +33,9 @@ MAX_POSITION = 2**31 - 1
 MAX_WINDOW_KEYS = 2**30
 """Sizes and positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 
-SIZES = ("num_heads", "seq_len", "num_blocks")
-CROSS_SIZES = ("num_heads", "seq_len_q", "seq_len_k", "num_blocks", "block_q")
-"""Sizes where queries and keys are of different lengths; a kernel takes those that it reads. block_q: queries in a
-block."""
+SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q")
+"""What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
+queries in a block, where they are not."""
 STRIDES = {
     "q": ("q_batch", "q_head", "q_row", "q_dim"),
     "k": ("k_batch", "k_head", "k_row", "k_dim"),
@@ -37,6 +45,26 @@ STRIDES = {
     "rows": ("rows_batch", "rows_head", "rows_row", "rows_dim"),
 }
 """A tensor's strides as kernel parameters; a tensor without an entry is laid out by us."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of the sizes and strides may be expected when kernels are launched; at first the worst of each.
+
+    padded: whether the sequence may end inside a block.
+    rest: whether the number of blocks may be no multiple of the tiles that cover blocks.
+    wide: whether places within one sequence, or one head's summaries, may need 64 bits.
+    """
+
+    padded: bool = True
+    rest: bool = True
+    wide: bool = True
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={'yes' if value else 'no'}" for name, value in asdict(self).items())
+
+
+UNKNOWN = Facts()
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,9 @@ class Role:
     near: bool = False
 
 
+FAR_FIELD = ("attend", "exchange")
+"""Templates of kernels that weigh the far field against the exact groups."""
+
 MEAN = Role("monarch_mean_query", "mean_query", ("q", "qhat"))
 ONLY = Role("monarch_summarize", "summarize", ("q", "k", "v", "a", "y", "c"), values=True)
 FUSED = Role("monarch_summarize_near", "summarize", ("q", "k", "v", "a", "y", "c", "near", "z"), values=True, near=True)
@@ -66,6 +97,7 @@ LAST = Role("monarch_summarize_last", "summarize", ("qhat", "k", "v", "a", "y", 
 EXACT = Role("monarch_exact", "exact", ("q", "k", "v", "near", "z"), values=True, near=True)
 WEIGH = Role("monarch_weigh", "attend", ("q", "a", "c", "unlog"))
 REPRESENT = Role("monarch_represent", "represent", ("q", "a", "unlog", "qhat"))
+EXCHANGE = Role("monarch_exchange", "exchange", ("q", "a", "c", "qhat"))
 ATTEND = Role("monarch_attend", "attend", ("q", "a", "y", "c", "z"), values=True)
 
 
@@ -77,7 +109,8 @@ def steps(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
     if not identity:
         sequence.append(MEAN)
     for step in range(ir.num_iters - 1):
-        sequence += [FIRST if identity and step == 0 else NEXT, WEIGH, REPRESENT]
+        sequence.append(FIRST if identity and step == 0 else NEXT)
+        sequence += [EXCHANGE] if schedule.exchange else [WEIGH, REPRESENT]
     last = FUSED if fused else ONLY if identity and ir.num_iters == 1 else LAST
     return (*sequence, last, ATTEND)
 
@@ -94,16 +127,17 @@ def canonical(ir: MonarchAttention) -> MonarchAttention:
     return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys)
 
 
-def emit(ir: MonarchAttention, schedule: Schedule) -> tuple[KernelSource, ...]:
+def emit(ir: MonarchAttention, schedule: Schedule, facts: Facts = UNKNOWN) -> tuple[KernelSource, ...]:
     """The kernels of `ir` under `schedule`, each once, in the order in which they are first launched.
 
-    The text does not depend on batch, num_heads or seq_len.
+    The text does not depend on batch, num_heads or seq_len, but for what `facts` tells of them.
 
     Raises:
-        CodegenError: `ir` is outside what kernels exist for.
+        CodegenError: `ir` is outside what kernels exist for, or `schedule` outside what it allows.
     """
     check_supported(ir)
-    return tuple(_emit(role, canonical(ir), schedule) for role in dict.fromkeys(steps(ir, schedule)))
+    check_schedule(schedule, ir)
+    return tuple(_emit(role, canonical(ir), schedule, facts) for role in dict.fromkeys(steps(ir, schedule)))
 
 
 def pitch(size: int) -> int:
@@ -111,33 +145,40 @@ def pitch(size: int) -> int:
     return -(-size // PITCH_MULTIPLE) * PITCH_MULTIPLE
 
 
-def _emit(role: Role, ir: MonarchAttention, schedule: Schedule) -> KernelSource:
+def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) -> KernelSource:
     tiling = role_tiling(role, schedule)
-    groups = tuple(_parameter_groups(role, ir))
     template = role.template
     if template == "summarize":
         template += "_whole" if ir.block_size <= tiling.step else "_stream"
+    unmasked = ir.mask is MaskKind.NONE and ir.scale > 0
     render = functools.partial(
         _environment().get_template(f"{template}.py.jinja").render,
         name=role.name,
-        header=_header(role, ir, schedule),
-        parameter_groups=groups,
+        header=_header(role, ir, schedule, facts),
         values=role.values,
         from_sequence=role.from_sequence,
         dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         summarizes=role.template == "summarize",
-        near=role.near or (role.template == "attend" and has_near(ir)),
+        near=role.near or (role.template in FAR_FIELD and has_near(ir)),
+        near_plain=unmasked,
+        near_aligned=not (facts.padded or ir.exact.prefix or ir.block_size % (schedule.near or tiling).step),
+        plain=unmasked and not ir.exact.prefix,
+        resident=role.template == "summarize" and tiling.turns == ALL,
+        turns=tiling.turns,
+        num_stages=tiling.num_stages,
         window=ir.exact.window,
         prefix=ir.exact.prefix,
         group=ir.group,
         cross=ir.is_cross,
         **_names(ir),
         whole=schedule.whole,
-        **_masks(role, ir, tiling),
+        **asdict(facts),
+        **_masks(role, ir, tiling, facts),
     )
-    used = set(re.findall(r"\w+", render(constants={}).partition("@triton.jit")[2]))
+    used = set(re.findall(r"\w+", render(constants={}, parameter_groups=()).partition("@triton.jit")[2]))
     constants = {name: value for name, value in _constants(role, ir, schedule).items() if name in used}
-    text = render(constants=constants)
+    groups = (*_parameter_groups(role, ir), tuple(size for size in SIZES if size in used))
+    text = render(constants=constants, parameter_groups=groups)
     return KernelSource(role.name, text, tuple(name for group in groups for name in group))
 
 
@@ -158,40 +199,33 @@ def role_tiling(role: Role, schedule: Schedule) -> Tiling:
     return tilings.get(role.template, schedule.represent)
 
 
-def _header(role: Role, ir: MonarchAttention, schedule: Schedule) -> str:
+def _header(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) -> str:
     return "\n".join(
         (
             f"# {role.name}: generated by monarch_compile {__version__}; do not edit.",
             f"# ir: {ir}",
             f"# schedule: {schedule}",
+            f"# facts: {facts}",
         )
     )
 
 
 def _parameter_groups(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, ...]]:
-    """Parameters, a group a line: the tensors, the strides of each that has them, the sizes."""
+    """Parameters, a group a line: the tensors, the strides of each that has them."""
     tensors = _tensors(role, ir)
     yield tensors
     for tensor in tensors:
         if tensor in STRIDES and not (tensor == "qhat" and role.from_sequence):
             yield STRIDES[tensor]
-    yield _sizes(role, ir)
-
-
-def _sizes(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
-    if not ir.is_cross:
-        return SIZES
-    unread = "seq_len_k" if role.template != "summarize" else "" if role.from_sequence else "seq_len_q"
-    return tuple(size for size in CROSS_SIZES if size != unread)
 
 
 def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
     """Inputs first, then what is written."""
     added: tuple[str, ...] = ()
-    if role.template == "attend" and has_near(ir):
+    if role.template in FAR_FIELD and has_near(ir):
         added = ("near", "rows") if ir.exact.prefix and role.values else ("near",)
         place = len(role.tensors) - 1
-    elif role.template != "represent" and "k" in role.tensors and ir.mask is not MaskKind.NONE:
+    elif "k" in role.tensors and ir.mask is not MaskKind.NONE:
         added = ("key_mask",)
         place = role.tensors.index("near" if role is EXACT else "a")
     return (*role.tensors[:place], *added, *role.tensors[place:]) if added else role.tensors
@@ -212,23 +246,32 @@ def _constants(role: Role, ir: MonarchAttention, schedule: Schedule) -> dict[str
     elif role.template == "represent":
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
     elif role.template == "attend":
-        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step}
+        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns}
+    elif role.template == "exchange":
+        tiles = {"TILE": tiling.rows}
     return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}
 
 
-def _masks(role: Role, ir: MonarchAttention, tiling: Tiling) -> dict[str, Any]:
+def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, facts: Facts) -> dict[str, Any]:
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value = ir.head_dim, ir.value_dim
     masked, stores = ir.mask is not MaskKind.NONE, role.template != "exact"
     ragged_j = ir.is_cross or ir.block_size % tiling.rows != 0
+    ragged_i = ir.block_size % tiling.step != 0
+    partial = ragged_j if role.template in ("summarize", "exact") else facts.rest
+    inside = "is_key" if ragged_i or facts.padded or ir.exact.prefix else ""
     return {
         "masked": masked,
         "biased": ir.mask is MaskKind.KEY_BIAS,
         "may_hide": masked or ir.exact.prefix > 0,
-        "pre": ir.pad == "pre",
+        "pre": ir.pad == "pre" and facts.padded,
         "ragged_j": ragged_j,
-        "ragged_i": ir.block_size % tiling.step != 0,
+        "ragged_i": ragged_i,
         "in_block": "in_block" if ragged_j else "",
+        "real_mask": "is_real" if partial or facts.padded else "",
+        "inside_mask": inside,
+        "hides": bool(masked or inside),
+        "block_mask": "is_block" if facts.rest else "",
         "head_mask": "is_head" if padded(head) != head else "",
         "head_stored_mask": "is_head_stored" if stores and padded(head) != pitch(head) else "",
         "value_mask": "is_value" if padded(value) != value else "",

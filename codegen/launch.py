@@ -5,16 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from monarch_compile.codegen.emit import MEAN, STRIDES, WEIGH, Role, emit, pitch, role_tiling, steps
-from monarch_compile.codegen.schedule import TUNED_ON, Schedule, Tiling, choose_schedule, padded
+from monarch_compile.codegen.emit import (
+    MAX_POSITION,
+    MEAN,
+    STRIDES,
+    WEIGH,
+    Facts,
+    Role,
+    emit,
+    pitch,
+    role_tiling,
+    steps,
+)
+from monarch_compile.codegen.schedule import ALL, TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
 from monarch_compile.groups import centred, split_mask
@@ -180,25 +191,68 @@ def plainly(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return launched
 
 
+class Step(NamedTuple):
+    """One kernel as it is launched: `parameters` are the names of its arguments."""
+
+    role: Role
+    kernel: Any
+    parameters: tuple[str, ...]
+    tiling: Tiling
+
+
+def facts_of(
+    num_blocks: Any, queries: tuple[Any, Any], keys: tuple[Any, Any], schedule: Schedule, reaches: Sequence[Any]
+) -> Facts:
+    """The facts of a launch. queries, keys: how many, and how many to a block. reaches: elements that lie between the
+    first and the last place that a kernel goes to from one 64-bit address. Symbolic numbers tell nothing.
+    """
+    pairs = (queries, keys)
+    padded = not all(_known(num_blocks, *pair) and pair[0] == num_blocks * pair[1] for pair in pairs)
+    sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]
+    rest = not _known(num_blocks) or any(num_blocks % size for size in sizes)
+    wide = not _known(*reaches) or max(reaches) > MAX_POSITION
+    return Facts(padded, rest, wide)
+
+
+def expected_facts(ir: MonarchAttention, schedule: Schedule) -> Facts:
+    """The facts of a launch of `ir` on tensors that one projection gave, as far as its sizes are known."""
+    queries, keys = (ir.seq_len_q, ir.block_size_q), (ir.seq_len_k, ir.block_size)
+    reach: Any = None
+    if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
+        reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
+    return facts_of(ir.num_blocks, queries, keys, schedule, (reach,))
+
+
+def _known(*numbers: Any) -> bool:
+    return all(isinstance(number, int) for number in numbers)
+
+
 class Launcher:
     """The loaded kernels of one problem under one schedule, and the order in which they run."""
 
     def __init__(self, problem: Problem, schedule: Schedule) -> None:
         self.problem = problem
         self.schedule = schedule
-        ir = problem.ir("N")
-        self.sources = emit(ir, schedule)
         self._wrap = _wrapper()
-        loaded = {source.name: (source.load(), source.parameters) for source in self.sources}
-        self._steps = tuple((role, *loaded[role.name], role_tiling(role, schedule)) for role in steps(ir, schedule))
+        self._steps: dict[Facts, tuple[Step, ...]] = {}
+
+    def steps(self, facts: Facts) -> tuple[Step, ...]:
+        """What is launched in turn where `facts` hold; emitted and loaded once."""
+        if facts not in self._steps:
+            ir, schedule = self.problem.ir("N"), self.schedule
+            loaded = {source.name: (source.load(), source.parameters) for source in emit(ir, schedule, facts)}
+            order = steps(ir, schedule)
+            self._steps[facts] = tuple(Step(r, *loaded[r.name], role_tiling(r, schedule)) for r in order)
+        return self._steps[facts]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, num_blocks: Dim) -> Tensor:
         """Run every kernel in turn: q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v).
 
         The output is laid out (E, N_q, H, D_v).
         """
-        if self.schedule.whole and not (isinstance(num_blocks, int) and num_blocks <= self.schedule.attend.step):
-            raise CodegenError(f"these kernels are for at most {self.schedule.attend.step} blocks; found {num_blocks}")
+        most = self.schedule.most_blocks
+        if most is not None and not (isinstance(num_blocks, int) and num_blocks <= most):
+            raise CodegenError(f"these kernels are for at most {most} blocks; found {num_blocks}")
         heads = q.shape[0] * q.shape[1]
         values: dict[str, Any] = {
             "num_heads": q.shape[1],
@@ -211,7 +265,7 @@ class Launcher:
             if tensor is not None:
                 values[name] = tensor
                 values.update(zip(STRIDES[name], tensor.stride(), strict=True))
-        for role, kernel, parameters, tiling in self._steps:
+        for role, kernel, parameters, tiling in self.steps(self._facts(values)):
             self._allocate_outputs(role, values, heads)
             grid = (heads * _programs_per_head(role, tiling, num_blocks, values["block_q"]),)
             arguments = [values[name] for name in parameters]
@@ -256,16 +310,28 @@ class Launcher:
             strides = (rows * row, 0 if role is MEAN else head_pitch, row)
             values.update(zip(STRIDES["qhat"], strides, strict=True))
 
+    def _facts(self, values: Mapping[str, Any]) -> Facts:
+        """What holds of these tensors and sizes; nothing is asked of symbolic ones, lest it be guarded on."""
+        num_blocks, rows, problem = values["num_blocks"], values["block_q"], self.problem
+        row = max(pitch(problem.head_dim), pitch(problem.value_dim))
+        reaches = [rows * num_blocks * row, values["seq_len_q"] * values["num_heads"] * problem.value_dim]
+        for name, outer in (("q", 2), ("k", 2), ("v", 2), ("rows", 2), ("key_mask", 1)):  # dims that 64 bits address
+            if name in values:
+                sides = zip(values[name].shape[outer:], values[name].stride()[outer:], strict=True)
+                reaches.append(sum(size * stride for size, stride in sides))
+        keys = values["seq_len_k"], problem.block_size
+        return facts_of(num_blocks, (values["seq_len_q"], rows), keys, self.schedule, reaches)
+
     def _rows(self, q: Tensor, num_blocks: Any) -> Any:
         return _rows(q, num_blocks) if self.problem.rows_key else self.problem.block_size
 
 
 def _programs_per_head(role: Role, tiling: Tiling, num_blocks: Any, rows: Any) -> Any:
     if role.template in ("summarize", "exact"):
-        return num_blocks * ((rows + tiling.rows - 1) // tiling.rows)
-    if role is MEAN:
+        return num_blocks * (1 if tiling.turns == ALL else (rows + tiling.rows - 1) // tiling.rows)
+    if role.template in ("mean_query", "exchange") or tiling.turns == ALL:
         return rows
-    return rows * ((num_blocks + tiling.rows - 1) // tiling.rows)
+    return rows // tiling.turns * ((num_blocks + tiling.rows - 1) // tiling.rows)
 
 
 def _rows(q: Tensor, num_blocks: Any) -> Any:

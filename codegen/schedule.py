@@ -30,28 +30,41 @@ WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 TUNED_ON = ("H200",)
 """Parts of the names of the GPUs that the tables below were tuned on."""
 
+ALL = 0
+"""`Tiling.turns`: all tiles of a block or of an offset."""
+
+OFFSETS = (2, 4)
+"""How many offsets a program of stage 2 may take in turn."""
+
 NEAR_STEP = 64
 """The largest step of the exact groups: more takes registers and shared memory that other programs could use."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiling of one kernel: it owns `rows` output rows and streams over its reduction `step` at a time."""
+    """The tiling of one kernel: it owns `rows` output rows and streams over its reduction `step` at a time.
+
+    turns: how many tiles of rows one program meets in turn, the next on its way while one is worked on. 1: one tile.
+    `ALL`: all of its block (stage 1) or offset (stage 2), while the other side, within one step, stays on chip. More,
+    in stage 2 alone: the one tile of each of as many offsets.
+    """
 
     rows: int
     step: int
     num_warps: int
     num_stages: int
+    turns: int = 1
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.step):
             if size < MIN_TILE or size & (size - 1):
                 raise CodegenError(f"a tile must be a power of two of at least {MIN_TILE}; found {size} in {self}")
-        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1:
-            raise CodegenError(f"a kernel needs 1, 2, 4, 8 or 16 warps and at least 1 stage; found {self}")
+        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1 or self.turns < ALL:
+            raise CodegenError(f"a kernel needs 1, 2, 4, 8 or 16 warps, stages and turns; found {self}")
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.step}/w{self.num_warps}/s{self.num_stages}"
+        turns = "" if self.turns == 1 else f"/t{self.turns or 'all'}"
+        return f"{self.rows}x{self.step}/w{self.num_warps}/s{self.num_stages}{turns}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,7 @@ class Schedule:
     summarize: rows j, step i (stage 1: what a block of keys says to the queries of each offset).
     attend: rows l, step b (stage 2: attention over the block summaries).
     represent: rows b, step l (between iterations: the query that stands for a block's readers; also the mean start).
+    exchange: whether all blocks fit the rows of `represent`, and one kernel does all that is between iterations.
     near: rows j, step i (what the exact groups say to each query); None where there are none.
     fused: whether the exact groups are part of stage 1, whose queries must be the sequence's own (`can_fuse`);
         they then share all of its tiling but the step. Else they have a kernel of their own.
@@ -75,10 +89,17 @@ class Schedule:
     near: Tiling | None = None
     fused: bool = True
     whole: bool = False
+    exchange: bool = False
 
     def __post_init__(self) -> None:
         if self.dot_precision not in DOT_PRECISIONS:
             raise CodegenError(f"dot_precision must be one of {DOT_PRECISIONS}; found {self.dot_precision!r}")
+
+    @property
+    def most_blocks(self) -> int | None:
+        """The most blocks that the kernels are for; None where any number will do."""
+        limits = [self.attend.step] * self.whole + [self.represent.rows] * self.exchange
+        return min(limits, default=None)
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
@@ -91,49 +112,81 @@ class Schedule:
     def __str__(self) -> str:
         tilings = " ".join(f"{name}={tiling}" for name, tiling in self.tilings())
         place = "" if self.near is None else " fused" if self.fused else " apart"
-        return f"{tilings}{place}{' whole' if self.whole else ''} dot={self.dot_precision}"
+        whole = " whole" * self.whole + " exchange" * self.exchange
+        return f"{tilings}{place}{whole} dot={self.dot_precision}"
 
 
-# (bytes of an element, largest padded head or value dim) -> tilings, each tile already the largest worth trying. The
-# rows of 16-bit elements and dims to 64 and to 128 were chosen from benchmarks/results/h200_sweep.json and
-# h200_tilings.json, the others from registers.
-TABLE: dict[tuple[int, int], Schedule] = {
-    (2, 64): Schedule(Tiling(64, 128, 4, 2), Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2)),
-    (2, 128): Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2)),
-    (2, 256): Schedule(Tiling(64, 16, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
-    (4, 64): Schedule(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
-    (4, 128): Schedule(Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2)),
-    (4, 256): Schedule(Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1)),
-}
+class Row(NamedTuple):
+    """A tiling for blocks of at most `most` keys (stage 1), or for at most `most` blocks (the other kernels)."""
+
+    most: float
+    tiling: Tiling
 
 
-WHOLE_BLOCKS = {(2, 64): 128}
-"""The most blocks that stage 2 meets in one step, by the key of `TABLE`; where nothing stands, its table decides."""
-WHOLE_ROWS = 64
+class Rows(NamedTuple):
+    """The tilings of each kernel; the first row that fits counts. Each tile is already the largest worth trying."""
+
+    summarize: tuple[Row, ...]
+    attend: tuple[Row, ...]
+    represent: tuple[Row, ...]
 
 
-class NearRow(NamedTuple):
-    """Tilings with exact groups, for blocks of at most `block_size` keys and for at most `num_blocks` blocks."""
-
-    block_size: float
-    num_blocks: float
-    schedule: Schedule
+def _always(*sizes: int) -> tuple[Row, ...]:
+    return (Row(math.inf, Tiling(*sizes)),)
 
 
-_LATER = Tiling(64, 64, 4, 2)
-NEAR_TABLE: dict[tuple[int, int], tuple[NearRow, ...]] = {
-    (2, 64): (
-        NearRow(64, 256, Schedule(Tiling(64, 64, 4, 1), Tiling(64, 64, 4, 1), _LATER)),
-        NearRow(64, math.inf, Schedule(Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2), _LATER)),
-        NearRow(math.inf, math.inf, Schedule(Tiling(64, 64, 4, 3), Tiling(128, 64, 4, 3), _LATER)),
+_BETWEEN = (Row(64, Tiling(64, 64, 4, 2)), Row(128, Tiling(128, 128, 8, 1)), Row(math.inf, Tiling(64, 64, 4, 2)))
+TABLE: dict[tuple[int, int], Rows] = {
+    (2, 64): Rows(
+        summarize=(
+            Row(64, Tiling(64, 64, 4, 2)),
+            Row(128, Tiling(64, 128, 4, 1)),
+            Row(256, Tiling(64, 256, 4, 3, ALL)),
+            Row(math.inf, Tiling(64, 128, 4, 2)),
+        ),
+        attend=(
+            Row(64, Tiling(64, 64, 4, 1)),
+            Row(128, Tiling(128, 128, 4, 2, 2)),
+            Row(256, Tiling(64, 256, 4, 3, ALL)),
+            Row(math.inf, Tiling(128, 64, 4, 3)),
+        ),
+        represent=_BETWEEN,
     ),
-    (2, 256): (
-        NearRow(math.inf, math.inf, Schedule(Tiling(32, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2))),
+    (2, 128): Rows(
+        summarize=(
+            Row(64, Tiling(64, 64, 4, 2)),
+            Row(128, Tiling(64, 128, 4, 2, ALL)),
+            Row(math.inf, Tiling(64, 64, 4, 2)),
+        ),
+        attend=_always(64, 64, 4, 3),
+        represent=_always(64, 64, 4, 2),
     ),
+    (2, 256): Rows(_always(64, 16, 8, 2), _always(64, 32, 8, 2), _always(64, 32, 8, 2)),
+    (4, 64): Rows(_always(32, 32, 4, 2), _always(32, 32, 4, 2), _always(32, 32, 4, 2)),
+    (4, 128): Rows(_always(32, 32, 8, 2), _always(32, 32, 8, 2), _always(32, 32, 8, 2)),
+    (4, 256): Rows(_always(16, 16, 8, 1), _always(16, 16, 8, 1), _always(16, 16, 8, 1)),
 }
-"""What stands in for `TABLE` with exact groups, whose registers would spill; the first row that fits. Those of 16-bit
-elements and dims to 64 were tuned on an H200 (benchmarks/results/h200_window_sweep.json and h200_tilings.json), the
-other from registers."""
+"""By bytes of an element and the largest padded head or value dim. The rows of 16-bit elements and dims to 64 and to
+128 were chosen from what an H200 took (benchmarks/results/h200_*.json), the others from registers."""
+
+NEAR_TABLE: dict[tuple[int, int], Rows] = {
+    (2, 64): Rows(
+        summarize=(Row(64, Tiling(64, 64, 4, 1)), Row(math.inf, Tiling(64, 64, 4, 3))),
+        attend=(
+            Row(64, Tiling(64, 64, 4, 1)),
+            Row(128, Tiling(64, 128, 4, 1)),
+            Row(math.inf, Tiling(64, 64, 4, 2)),
+        ),
+        represent=_BETWEEN,
+    ),
+    (2, 128): Rows(
+        summarize=(Row(64, Tiling(64, 64, 4, 1)), Row(math.inf, Tiling(64, 64, 4, 2))),
+        attend=_always(64, 64, 4, 3),
+        represent=_always(64, 64, 4, 2),
+    ),
+    (2, 256): Rows(_always(32, 32, 8, 2), _always(64, 32, 8, 2), _always(64, 32, 8, 2)),
+}
+"""What stands in for `TABLE` with exact groups, whose registers would spill."""
 
 
 def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = None) -> Schedule:
@@ -145,25 +198,43 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     check_supported(ir)
     width = max(64, padded(ir.head_dim), padded(ir.value_dim))
     key = (DTYPE_BYTES[ir.dtype], width)
-    blocks = ir.num_blocks
-    rows = () if ir.exact == PAPER else NEAR_TABLE.get(key, ())
-    fits = (r.schedule for r in rows if ir.block_size <= r.block_size and (blocks or math.inf) <= r.num_blocks)
-    best = next(fits, TABLE[key])
-    if blocks is not None and blocks <= WHOLE_BLOCKS.get(key, 0):
-        best = replace(best, attend=Tiling(WHOLE_ROWS, padded(blocks), best.attend.num_warps, 1))
-    limit = shared_limit(capability)
-    fitted = Schedule(
-        _fit(best.summarize, ir, ir.block_size_q, ir.block_size),
-        _fit(best.attend, ir, blocks, blocks),
-        _fit(best.represent, ir, blocks, blocks),
-        best.dot_precision,
-    )
-    within: dict[str, Any] = {name: _within(tiling, ir, limit) for name, tiling in fitted.tilings()}
-    whole = blocks is not None and blocks <= within["attend"].step
-    schedule = replace(fitted, **within, whole=whole)
+    table = TABLE[key] if ir.exact == PAPER else NEAR_TABLE.get(key, TABLE[key])
+    blocks, limit = ir.num_blocks, shared_limit(capability)
+    sides = {"summarize": (ir.block_size_q, ir.block_size), "attend": (blocks, blocks), "represent": (blocks, blocks)}
+    tilings: dict[str, Any] = {}
+    for name, (num_rows, num_steps) in sides.items():
+        fits = (row.tiling for row in getattr(table, name) if (num_steps or math.inf) <= row.most)
+        within = (_within(_fit(tiling, ir, num_rows, num_steps), ir, limit) for tiling in fits)
+        tilings[name] = next(t for t in within if _has_turns(t, name, ir, (blocks or math.inf) <= t.step))
+    whole = blocks is not None and blocks <= tilings["attend"].step
+    exchange = ir.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows
+    schedule = Schedule(**tilings, whole=whole, exchange=exchange)
     if ir.exact == PAPER:
         return schedule
-    return replace(schedule, near=_near(schedule.summarize, best, ir, limit), fused=can_fuse(ir))
+    return replace(schedule, near=_near(schedule.summarize, table, ir, limit), fused=can_fuse(ir))
+
+
+def check_schedule(schedule: Schedule, ir: MonarchAttention) -> None:
+    """Raise CodegenError where the turns of a kernel are not those that its template has for `ir`."""
+    for name, tiling in schedule.tilings():
+        if not _has_turns(tiling, name, ir, schedule.whole):
+            raise CodegenError(f"{name} of {ir} cannot take tiles in turn as {schedule} asks")
+
+
+def turns_of(tiling: Tiling, name: str, ir: MonarchAttention) -> tuple[int, ...]:
+    """The turns that a kernel may take with the tiles of `tiling`, where stage 2 meets all blocks in one step."""
+    if name == "summarize" and ir.block_size <= tiling.step:
+        return 1, ALL
+    if name == "attend" and (ir.is_cross or tiling.rows < tiling.step):
+        return 1, ALL
+    if name == "attend":
+        return (1, ALL, *(turns for turns in OFFSETS if ir.block_size % turns == 0))
+    return (1,)
+
+
+def _has_turns(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> bool:
+    """Whether `tiling` takes turns as it may: only one in a stage 2 that is not `whole`."""
+    return tiling.turns in ((1,) if name == "attend" and not whole else turns_of(tiling, name, ir))
 
 
 def can_fuse(ir: MonarchAttention) -> bool:
@@ -184,8 +255,9 @@ def padded(size: int) -> int:
 def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:
     """An upper estimate of the shared memory of one program: its rows, its weights, and every stage of its stream."""
     head, value, size = padded(ir.head_dim), padded(ir.value_dim), DTYPE_BYTES[ir.dtype]
-    rows = tiling.rows * (head + tiling.step)
-    return size * (rows + tiling.num_stages * tiling.step * (head + value)) + 1024
+    rows, other, weights = tiling.rows * head, tiling.step * (head + value), tiling.rows * tiling.step
+    streamed = {1: other, ALL: rows}.get(tiling.turns, rows + other)
+    return size * (rows + other - streamed + weights + tiling.num_stages * streamed) + 1024
 
 
 def check_supported(ir: MonarchAttention) -> None:
@@ -216,10 +288,11 @@ def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: 
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 
 
-def _near(summarize: Tiling, best: Schedule, ir: MonarchAttention, limit: int) -> Tiling:
+def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, limit: int) -> Tiling:
     """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
     keys = ir.exact.prefix if ir.exact.window is None else 2 * max(ir.exact.window, 1) * ir.block_size
-    near = replace(summarize, step=min(NEAR_STEP, _fit(best.summarize, ir, keys, keys).step))
+    widest = next(row.tiling for row in table.summarize if ir.block_size <= row.most)
+    near = replace(summarize, turns=1, step=min(NEAR_STEP, _fit(widest, ir, keys, keys).step))
     while shared_bytes(near, ir) > limit:
         near = replace(near, step=near.step // 2)
     return near

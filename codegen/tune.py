@@ -17,8 +17,17 @@ from torch import Tensor
 
 from monarch_compile.codegen.emit import emit, has_near, role_tiling, steps
 from monarch_compile.codegen.inspect_ptx import CompileReport, compile_report
-from monarch_compile.codegen.launch import Launcher, Problem, plainly
-from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule, padded, shared_bytes, shared_limit
+from monarch_compile.codegen.launch import Launcher, Problem, expected_facts, plainly
+from monarch_compile.codegen.schedule import (
+    ALL,
+    Schedule,
+    Tiling,
+    choose_schedule,
+    padded,
+    shared_bytes,
+    shared_limit,
+    turns_of,
+)
 from monarch_compile.codegen.source import KernelSource
 from monarch_compile.codegen.tuned import Tuned
 from monarch_compile.errors import CodegenError
@@ -28,6 +37,8 @@ from monarch_compile.reference import reference
 logger = logging.getLogger(__name__)
 
 SIZES = (16, 32, 64, 128)
+LONGEST_STEP = 256
+"""A step that takes a whole block, or all blocks, may be as long as this."""
 WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3)
 WARP_ROWS = (16, 32)
@@ -219,12 +230,15 @@ def _variants(start: Schedule, stage: str, ir: MonarchAttention) -> Iterator[Sch
     if stage == "near":
         yield from _near_variants(start, ir)
         return
-    for tiling in _tilings(ir.block_size if stage == "summarize" else blocks):
+    extent = ir.block_size if stage == "summarize" else blocks
+    for tiling in _in_turn(_tilings(extent), stage, ir, extent):
         changed: dict[str, Any] = {stage: tiling}
         if stage == "attend":
             changed["whole"] = blocks <= tiling.step
+        if stage == "represent":
+            changed["exchange"] = ir.num_iters > 1 and blocks <= tiling.rows
         if stage == "summarize" and start.near is not None and start.fused:
-            changed["near"] = replace(tiling, step=start.near.step)
+            changed["near"] = replace(tiling, step=start.near.step, turns=1)
         yield replace(start, **changed)
 
 
@@ -234,7 +248,7 @@ def _near_variants(start: Schedule, ir: MonarchAttention) -> Iterator[Schedule]:
         return
     if start.fused:
         for step in SIZES:
-            yield replace(start, near=replace(start.summarize, step=step))
+            yield replace(start, near=replace(start.summarize, step=step, turns=1))
     for tiling in _tilings(ir.block_size):
         if tiling.num_stages > 1:
             yield replace(start, near=tiling, fused=False)
@@ -244,17 +258,29 @@ def _tilings(extent: int) -> Iterator[Tiling]:
     """Those worth trying for a stage whose rows and reduction both extend over `extent`."""
     largest = padded(extent)
     sizes = [size for size in SIZES if size <= largest and size >= min(32, largest)]
-    for rows, step, num_warps in itertools.product(sizes, sizes, WARPS):
+    steps = [*sizes, LONGEST_STEP] if largest == LONGEST_STEP else sizes
+    for rows, step, num_warps in itertools.product(sizes, steps, WARPS):
         if not WARP_ROWS[0] * num_warps <= rows <= WARP_ROWS[1] * num_warps and (rows, num_warps) != (64, 8):
             continue
         for num_stages in STAGES if step < extent else (1,):
             yield Tiling(rows, step, num_warps, num_stages)
 
 
+def _in_turn(tilings: Iterator[Tiling], stage: str, ir: MonarchAttention, extent: int) -> Iterator[Tiling]:
+    """The same, and all that take several tiles in turn, of which there must be some."""
+    for tiling in tilings:
+        yield tiling
+        if extent > tiling.step:
+            continue
+        for turns in turns_of(tiling, stage, ir):
+            if turns > 1 or (turns == ALL and tiling.rows < extent):
+                yield from (replace(tiling, num_stages=stages, turns=turns) for stages in STAGES)
+
+
 def _distance(a: Tiling, b: Tiling) -> float:
     """How many doublings lie between two tilings."""
     sizes = ((a.rows, b.rows), (a.step, b.step), (a.num_warps, b.num_warps), (a.num_stages, b.num_stages))
-    return math.fsum(abs(math.log2(x / y)) for x, y in sizes)
+    return math.fsum(abs(math.log2(x / y)) for x, y in sizes) + (a.turns != b.turns)
 
 
 def _measured(search: Search, schedule: Schedule, spilled: dict[str, int]) -> float | None:
@@ -296,7 +322,7 @@ def _spilled(search: Search, schedule: Schedule) -> dict[str, int]:
 def _reports(search: Search, schedule: Schedule) -> Iterator[CompileReport]:
     """Reports of a schedule's kernels, each compiled once: most are as they were under another schedule."""
     roles = {role.name: role_tiling(role, schedule) for role in steps(search.ir, schedule)}
-    for source in emit(search.ir, schedule):
+    for source in emit(search.ir, schedule, expected_facts(search.ir, schedule)):
         code = "\n".join(line for line in source.text.splitlines() if not line.startswith("#"))
         place = code, roles[source.name]
         if place not in search.reports and search.inspect is not None:

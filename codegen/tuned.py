@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from monarch_compile.codegen.schedule import Schedule, Tiling, can_fuse, shared_bytes, shared_limit
+from monarch_compile.codegen.schedule import Schedule, Tiling, can_fuse, check_schedule, shared_bytes, shared_limit
 from monarch_compile.codegen.source import cache_dir, replace_file
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES, PAPER, MonarchAttention
@@ -91,11 +91,15 @@ def template_digest() -> str:
 
 def is_legal(schedule: Schedule, ir: MonarchAttention, capability: tuple[int, int] | None) -> bool:
     """Whether `schedule` can run `ir`: a file may have been edited, or hold what an older version wrote."""
-    blocks = ir.num_blocks
+    blocks, most = ir.num_blocks, schedule.most_blocks
+    try:
+        check_schedule(schedule, ir)
+    except CodegenError:
+        return False
     return (
         (schedule.near is not None) == (ir.exact != PAPER)
         and (schedule.near is None or not schedule.fused or can_fuse(ir))
-        and (not schedule.whole or (blocks is not None and blocks <= schedule.attend.step))
+        and (most is None or (blocks is not None and blocks <= most))
         and all(shared_bytes(tiling, ir) <= shared_limit(capability) for _, tiling in schedule.tilings())
     )
 

@@ -231,10 +231,11 @@ def _predicted(
 @lru_cache(maxsize=256)
 def kernels_of(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
     from monarch_compile.codegen.emit import emit
-    from monarch_compile.codegen.launch import schedule_for
+    from monarch_compile.codegen.launch import expected_facts, schedule_for
 
     try:
-        sources = emit(ir, schedule_for(ir))
+        schedule = schedule_for(ir)
+        sources = emit(ir, schedule, expected_facts(ir, schedule))
     except CodegenError as error:
         return (), str(error)
     return tuple(Kernel(source.file_name, source.text) for source in sources), ""

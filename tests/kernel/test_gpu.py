@@ -33,6 +33,18 @@ LENGTHS = tuple(
     Case(seq_len, block_size, 64, 64, num_heads=2)
     for seq_len, block_size in ((1, 1), (17, 1), (63, 8), (129, 129), (100, 300), (2049, 64), (4097, 7), (4999, 71))
 )
+IN_TURN = (  # long enough for programs that take several tiles in turn; whole blocks, and others
+    Case(16384, 128, 64, 64, batch=1),
+    Case(16000, 128, 64, 64, batch=1, layout="packed"),
+    Case(16383, 128, 64, 64, 2, pad="pre", batch=1, mask="some"),
+    Case(65536, 256, 64, 64, batch=1),
+    Case(65000, 256, 64, 64, batch=1, mask="bias"),
+    Case(32768, 128, 64, 64, 2, batch=1),
+    Case(16384, 128, 128, 128, batch=1),
+    Case(16383, 127, 64, 64, batch=1),
+    Case(16384, 64, 64, 64, batch=1, window=1),
+    Case(32768, 128, 64, 64, batch=1, window=1, prefix=4, num_heads=2, group=2),
+)
 MIXED = (Case(500, 30, 64, 32), Case(500, 30, 32, 128, 2), Case(500, 30, 80, 25, 2, "mean", "pre", "blocks"))
 GROUPED = tuple(  # with exact groups: some of all combinations, each in one dtype
     (Case(997, block_size, 64, 64, *form, num_heads=2, window=window, prefix=prefix), DTYPES[place % 3])
@@ -85,7 +97,7 @@ CROSS = (  # queries of another number than keys
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [PLAIN, *SIZES, *LENGTHS, *MIXED], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, *SIZES, *LENGTHS, *IN_TURN, *MIXED], ids=str)
 def test_sizes(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "cuda")
 
@@ -146,6 +158,18 @@ def test_offsets_beyond_32_bits() -> None:
     far.copy_(near)
     case = Case(seq_len, 32, dim, dim)
     assert torch.equal(run(case, far, far, far, None), run(case, near, near, near, None))
+
+
+def test_rows_beyond_32_bits() -> None:
+    """Rows so far apart that their sequence spans more than 2**31 elements."""
+    seq_len, dim, apart = 512, 64, 2**23
+    store = torch.empty(seq_len * apart, device="cuda", dtype=torch.float16)
+    far = store.as_strided((1, 1, seq_len, dim), (0, 0, apart, 1))
+    near = torch.randn(1, 1, seq_len, dim, device="cuda", dtype=torch.float16)
+    far.copy_(near)
+    for window in (None, 1):
+        case = Case(seq_len, 32, dim, dim, window=window)
+        assert torch.equal(run(case, far, far, far, None), run(case, near, near, near, None))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

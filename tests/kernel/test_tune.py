@@ -18,7 +18,14 @@ from monarch_compile.codegen import launch as launching
 from monarch_compile.codegen import tune as tuning
 from monarch_compile.codegen.inspect_ptx import CompileReport
 from monarch_compile.codegen.launch import Problem, build, launch, use
-from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule, shared_bytes, shared_limit
+from monarch_compile.codegen.schedule import (
+    Schedule,
+    Tiling,
+    check_schedule,
+    choose_schedule,
+    shared_bytes,
+    shared_limit,
+)
 from monarch_compile.codegen.tune import Sizes, candidates, stages, tune
 from monarch_compile.codegen.tuned import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
@@ -112,7 +119,7 @@ def test_every_stage_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tuning.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(tuning, "_measured", lambda search, schedule, spilled: met.append(schedule))
     search(times(1.0), seconds=6.0)
-    assert [schedule.summarize != shipped().summarize for schedule in met] == [True, True, False]
+    assert [schedule.summarize != shipped().summarize for schedule in met] == [True, True, False, False]
 
 
 def test_what_is_timed_is_the_problem_at_full_size() -> None:
@@ -226,8 +233,12 @@ def test_candidates_are_legal_and_nearest_first(exact: ExactGroups, num_iters: i
         for schedule in found:
             assert all(shared_bytes(tiling, ir) <= shared_limit((8, 6)) for _, tiling in schedule.tilings())
             assert schedule.whole == (schedule.attend.step >= 64)
+            assert schedule.exchange == (num_iters > 1 and schedule.represent.rows >= 64)
+            check_schedule(schedule, ir)
             if schedule.near is not None and schedule.fused:
-                assert replace(schedule.near, step=schedule.summarize.step) == schedule.summarize
+                other = replace(schedule.near, step=schedule.summarize.step, turns=schedule.summarize.turns)
+                assert other == schedule.summarize
+                assert schedule.near.turns == 1
 
 
 def test_results_are_kept_and_used(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,8 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monarch_compile.codegen.emit import canonical, emit, steps
-from monarch_compile.codegen.schedule import SHARED_LIMITS, Schedule, Tiling, choose_schedule, shared_bytes
+from monarch_compile.codegen.emit import Facts, canonical, emit, steps
+from monarch_compile.codegen.launch import expected_facts
+from monarch_compile.codegen.schedule import (
+    ALL,
+    SHARED_LIMITS,
+    Schedule,
+    Tiling,
+    check_schedule,
+    choose_schedule,
+    shared_bytes,
+)
 from monarch_compile.codegen.source import KernelSource, cache_dir
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import INITS, PADS, ExactGroups, MaskKind, MonarchAttention
@@ -57,6 +67,11 @@ GOLDENS = {
     "prefix": dataclasses.replace(BASE, exact=ExactGroups(None, 5)),
     "shared_keys": dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(1)),
     "t2_window": dataclasses.replace(BASE, num_iters=2, exact=ExactGroups(2)),
+    "t1_turns": dataclasses.replace(BASE, block_size=64, seq_len_q=8192, seq_len_k=8192),
+    "t1_resident": dataclasses.replace(BASE, block_size=256, seq_len_q=65536, seq_len_k=65536),
+    "t2_window_many": dataclasses.replace(
+        BASE, num_iters=2, exact=ExactGroups(2), seq_len_q=39 * 300, seq_len_k=39 * 300
+    ),
     "window_biased": dataclasses.replace(BASE, mask=MaskKind.KEY_BIAS, exact=ExactGroups(1)),
     "cross": dataclasses.replace(BASE, seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": dataclasses.replace(
@@ -104,7 +119,23 @@ def irs(draw: st.DrawFn) -> MonarchAttention:
 tiles = st.sampled_from((16, 32, 64, 128, 256))
 tilings = st.builds(Tiling, tiles, tiles, st.sampled_from((1, 2, 4, 8)), st.integers(1, 4))
 precisions = st.sampled_from(("ieee", "tf32x3"))
-schedules = st.builds(Schedule, tilings, tilings, tilings, precisions, st.one_of(st.none(), tilings), st.booleans())
+schedules = st.builds(
+    *(Schedule, tilings, tilings, tilings, precisions, st.one_of(st.none(), tilings)),
+    *(st.booleans(), st.booleans(), st.booleans()),
+)
+facts = st.builds(Facts, st.booleans(), st.booleans(), st.booleans())
+
+
+@st.composite
+def turned(draw: st.DrawFn, ir: MonarchAttention, schedule: Schedule) -> Schedule:
+    """`schedule`, taking tiles in turn where that is legal."""
+    for name in ("summarize", "attend"):
+        tiling = dataclasses.replace(getattr(schedule, name), turns=draw(st.sampled_from((1, ALL, 2, 4))))
+        other = dataclasses.replace(schedule, **{name: tiling})
+        with contextlib.suppress(CodegenError):
+            check_schedule(other, ir)
+            schedule = other
+    return schedule
 
 
 # Schedules
@@ -171,21 +202,25 @@ def test_bad_precision_is_refused() -> None:
 @pytest.mark.parametrize("name", GOLDENS)
 def test_golden_sources(name: str, check_golden: Callable[[str, str], None]) -> None:
     ir = GOLDENS[name]
-    for source in emit(ir, choose_schedule(ir, (9, 0))):
+    schedule = choose_schedule(ir, (9, 0))
+    for source in emit(ir, schedule, expected_facts(ir, schedule)):
         check_golden(f"{name}_{source.name}.py.txt", source.text)
 
 
 @settings(max_examples=150, deadline=None)
-@given(irs(), schedules)
-def test_any_source_parses_and_is_deterministic(ir: MonarchAttention, schedule: Schedule) -> None:
-    for source, again in zip(emit(ir, schedule), emit(ir, schedule), strict=True):
+@given(irs(), schedules, facts, st.data())
+def test_any_source_parses_and_is_deterministic(
+    ir: MonarchAttention, schedule: Schedule, facts: Facts, data: st.DataObject
+) -> None:
+    schedule = data.draw(turned(ir, schedule))
+    for source, again in zip(emit(ir, schedule, facts), emit(ir, schedule, facts), strict=True):
         assert source == again
         tree = ast.parse(source.text)
         (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
         assert function.name == source.name
         assert tuple(argument.arg for argument in function.args.args) == source.parameters
         _check_names(function)
-        assert all(len(line) <= 120 or line.startswith("# ir:") for line in source.text.splitlines())
+        assert all(len(line) <= 120 or line.startswith(("# ir:", "# schedule:")) for line in source.text.splitlines())
         assert all(line == line.rstrip() for line in source.text.splitlines())
         assert "\n\n\n" not in source.text.partition("@triton.jit")[2]
 
@@ -224,14 +259,18 @@ def test_provenance(ir: MonarchAttention, schedule: Schedule) -> None:
     [
         (1, "identity", ["summarize", "attend"]),
         (1, "mean", ["mean_query", "summarize_last", "attend"]),
-        (2, "identity", ["summarize_first", "weigh", "represent", "summarize_last", "attend"]),
-        (2, "mean", ["mean_query", "summarize_next", "weigh", "represent", "summarize_last", "attend"]),
+        (2, "identity", ["summarize_first", "exchange", "summarize_last", "attend"]),
+        (2, "mean", ["mean_query", "summarize_next", "exchange", "summarize_last", "attend"]),
     ],
 )
 def test_kernels_of_an_attention(num_iters: int, init: str, names: list[str]) -> None:
+    """What is between iterations is two kernels where the blocks do not fit one tile, or where their number is open."""
     ir = dataclasses.replace(BASE, num_iters=num_iters, init=init)
     schedule = choose_schedule(ir)
     assert schedule.near is None
+    for many in (with_length(ir, 39 * 300), with_length(ir, "N")):
+        apart = [name for x in names for name in (("weigh", "represent") if x == "exchange" else (x,))]
+        assert [role.name for role in steps(many, choose_schedule(many))] == [f"monarch_{name}" for name in apart]
     assert [role.name for role in steps(ir, schedule)] == [f"monarch_{name}" for name in names]
 
 
@@ -263,10 +302,16 @@ def test_a_block_within_one_tile_has_no_loop() -> None:
 
 
 def test_blocks_within_one_tile_have_no_loop() -> None:
-    one, several = (dataclasses.replace(BASE, block_size=64, seq_len_q=n, seq_len_k=n) for n in (64 * 128, 64 * 129))
-    attend = [emit(ir, choose_schedule(ir, (9, 0)))[-1].text.partition("@triton.jit")[2] for ir in (one, several)]
+    """Up to 64; up to 256 a program walks over tiles, where nothing is added up; beyond, an online softmax."""
+    lengths = (64 * 64, 64 * 128, 64 * 256, 64 * 257)
+    irs = [dataclasses.replace(BASE, block_size=64, seq_len_q=n, seq_len_k=n) for n in lengths]
+    attend = [emit(ir, choose_schedule(ir, (9, 0)))[-1].text.partition("@triton.jit")[2] for ir in irs]
     assert "for " not in attend[0]
-    assert "for tile in tl.range(0, num_blocks, TILE_B)" in attend[1]
+    assert "for turn in tl.range(0, TURNS):" in attend[1]
+    assert "for turn in tl.range(0, num_blocks, TILE_L):" in attend[2]
+    assert all("rescale" not in text for text in attend[:3])
+    assert "for tile in tl.range(0, num_blocks, TILE_B)" in attend[3]
+    assert "rescale" in attend[3]
 
 
 def test_masks_only_where_needed() -> None:
@@ -326,16 +371,18 @@ import dataclasses, json, sys
 import torch
 from monarch_compile.codegen.emit import emit
 from monarch_compile.codegen.inspect_ptx import compile_report
+from monarch_compile.codegen.launch import expected_facts
 from monarch_compile.codegen.schedule import choose_schedule
 from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
 reports = []
 for change, capability in json.loads(sys.stdin.read()):
-    sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=4096, seq_len_k=4096, head_dim=64, value_dim=64)
+    n = change.pop("seq_len", 4096)
+    sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=n, seq_len_k=n, head_dim=64, value_dim=64)
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
     change["exact"] = ExactGroups(*change.get("exact", ()))
     ir = MonarchAttention(**{**sizes, "block_size": 64, "scale": 0.125, **change})
     schedule = choose_schedule(ir, tuple(capability))
-    for source in emit(ir, schedule):
+    for source in emit(ir, schedule, expected_facts(ir, schedule)):
         report = dataclasses.asdict(compile_report(source, ir, schedule, tuple(capability)))
         reports.append({**report, "ptx": "", "capability": capability, "dtype": str(ir.dtype), "text": str(schedule)})
 print(json.dumps(reports))
@@ -346,6 +393,10 @@ TO_COMPILE = [
     ({"dtype": "float16", "block_size": 39, "head_dim": 256, "value_dim": 256}, (8, 0)),
     ({"dtype": "float32", "block_size": 39, "head_dim": 80, "value_dim": 25}, (9, 0)),
     ({"dtype": "float16", "block_size": 39, "exact": (1 << 40, 1 << 40)}, (9, 0)),
+    ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "num_iters": 2}, (9, 0)),
+    ({"dtype": "bfloat16", "block_size": 256, "seq_len": 65536}, (9, 0)),
+    ({"dtype": "bfloat16", "block_size": 256, "seq_len": 65535}, (8, 6)),
+    ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "head_dim": 128, "value_dim": 128}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "pad": "pre", "mask": "key_padding", "exact": (1, 4)}, (9, 0)),
     ({"dtype": "bfloat16", "init": "mean", "exact": (0, 4), "head_dim": 128, "value_dim": 128}, (9, 0)),
 ]

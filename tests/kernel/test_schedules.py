@@ -1,0 +1,186 @@
+"""What a schedule and the facts of a launch may change: speed alone. In Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel.problems import Case, check, tensors
+
+from monarch_compile.codegen import launch as launching
+from monarch_compile.codegen.emit import UNKNOWN, Facts, emit
+from monarch_compile.codegen.launch import Launcher, Problem, expected_facts, facts_of
+from monarch_compile.codegen.schedule import ALL, Schedule, Tiling, check_schedule, choose_schedule
+from monarch_compile.errors import CodegenError
+from monarch_compile.ir import ExactGroups
+from monarch_compile.reference import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+
+FORMS = (
+    Case(640, 40, 16, 16, batch=1),
+    Case(611, 40, 16, 32, pad="pre", mask="blocks"),
+    Case(611, 40, 25, 16, num_iters=2, mask="some", batch=1),
+    Case(640, 32, 16, 16, init="mean", num_iters=2, pad="pre", batch=1),
+    Case(611, 40, 16, 16, window=1, batch=1),
+    Case(640, 32, 16, 16, window=2, prefix=5, mask="some", batch=1),
+    Case(611, 40, 16, 16, num_iters=2, window=1, prefix=3, pad="pre", batch=1),
+    Case(640, 40, 16, 16, mask="bias", batch=1),
+)
+TURNED = {
+    "stage 1": {"summarize": Tiling(16, 64, 1, 2, ALL)},
+    "an offset": {"attend": Tiling(16, 32, 1, 2, ALL), "whole": True},
+    "two offsets": {"attend": Tiling(32, 32, 1, 2, 2), "whole": True},
+    "four offsets": {"attend": Tiling(32, 32, 1, 2, 4), "whole": True},
+}
+
+
+def problem_of(case: Case) -> Problem:
+    exact = ExactGroups(case.window, case.prefix)
+    form = (case.block_size, case.head_dim**-0.5, case.num_iters, case.init, case.pad)
+    masked, biased = case.mask != "none", case.mask == "bias"
+    return Problem(case.head_dim, case.value_dim, torch.float32, *form, masked, exact, case.group, 0, biased)
+
+
+def run(case: Case, schedule: Schedule) -> torch.Tensor:
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    return Launcher(problem_of(case), schedule)(q, k, v, mask, -(-case.seq_len // case.block_size))
+
+
+def shipped(case: Case) -> Schedule:
+    return choose_schedule(problem_of(case).ir(case.seq_len))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("change", TURNED.values(), ids=TURNED)
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_tiles_in_turn(case: Case, change: dict[str, object]) -> None:
+    schedule = replace(shipped(case), **change)
+    if schedule.near is not None and "summarize" in change:
+        schedule = replace(schedule, near=replace(schedule.near, rows=16, num_warps=1))
+    torch.testing.assert_close(run(case, schedule), run(case, shipped(case)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", [case for case in FORMS if case.num_iters > 1], ids=str)
+def test_one_kernel_between_iterations(case: Case) -> None:
+    schedule = shipped(case)
+    assert schedule.exchange
+    apart = replace(schedule, exchange=False)
+    torch.testing.assert_close(run(case, schedule), run(case, apart), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("pad", ["post", "pre"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, 4, 16, 16),
+        Case(128, 8, 16, 16, num_iters=2, mask="blocks"),
+        Case(160, 10, 25, 16, num_iters=2, init="mean", mask="some", batch=1),
+        Case(256, 16, 16, 16, window=1, batch=1),
+        Case(256, 16, 16, 16, window=1, prefix=5, mask="some", batch=1),
+        Case(256, 16, 16, 16, num_iters=2, window=2, batch=1),
+        Case(640, 40, 16, 16, mask="bias", window=1, batch=1),
+        Case(640, 40, 16, 16, batch=1, num_heads=2, group=2),
+        Case(64, 4, 16, 16, init="mean", queries=160),
+    ],
+    ids=str,
+)
+def test_facts_change_nothing(case: Case, pad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: what is known to be whole and near needs neither masks nor 64 bits."""
+    case, met = replace(case, pad=pad), []
+
+    def noted(*arguments: object) -> Facts:
+        met.append(facts_of(*arguments))
+        return met[-1]
+
+    monkeypatch.setattr(launching, "facts_of", noted)
+    launching.build.cache_clear()
+    found = check(case, torch.float32, "cpu")
+    assert met == [Facts(padded=False, rest=False, wide=False)]
+    monkeypatch.setattr(launching, "facts_of", lambda *_: UNKNOWN)
+    assert torch.equal(found, check(case, torch.float32, "cpu"))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("groups", [{}, {"window": 1}, {"num_iters": 2, "window": 0}], ids=str)
+def test_a_scale_that_is_not_positive(scale: float, groups: dict[str, int]) -> None:
+    """It does not commute with the largest score; here with nothing to hide."""
+    q, k, v = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    options = {"scale": scale, "block_size": 16, "num_iters": 1, "init": "identity", "pad": "post", **groups}
+    expected = reference(q.double(), k.double(), v.double(), None, **options)
+    torch.testing.assert_close(launching.launch(q, k, v, None, **options).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+SCHEDULE = choose_schedule(Problem(16, 16, torch.float32, 4, 0.25, 1, "identity", "post", False).ir(64))
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "queries", "keys", "reaches", "facts"),
+    [
+        (16, (64, 4), (64, 4), (100,), Facts(False, False, False)),
+        (16, (63, 4), (63, 4), (100,), Facts(True, False, False)),
+        (16, (160, 10), (63, 4), (100,), Facts(True, False, False)),
+        (16, (159, 10), (64, 4), (100,), Facts(True, False, False)),
+        (17, (68, 4), (68, 4), (100,), Facts(False, True, False)),
+        (16, (64, 4), (64, 4), (100, 2**31), Facts(False, False, True)),
+        (16, ("s0", 4), ("s0", 4), (100,), Facts(True, False, False)),
+        (None, (64, 4), (64, 4), (100,), Facts(True, True, False)),
+        (16, (64, 4), (64, 4), (None,), Facts(False, False, True)),
+    ],
+)
+def test_facts(num_blocks: object, queries: tuple, keys: tuple, reaches: tuple, facts: Facts) -> None:
+    assert facts_of(num_blocks, queries, keys, SCHEDULE, reaches) == facts
+
+
+def test_a_sequence_that_32_bits_do_not_span_is_wide() -> None:
+    """By any of its tensors' strides, though no element is touched."""
+    q = torch.empty((), dtype=torch.float16).expand(1, 2, 4096, 64)
+    far = torch.empty_strided((1, 2, 4096, 64), (1, 64, 2**20, 1), device="meta", dtype=torch.float16)
+    ir = problem_of(Case(4096, 64, 64, 64)).ir(4096)
+    launcher = Launcher(problem_of(Case(4096, 64, 64, 64)), choose_schedule(ir))
+    sizes = {"num_heads": 2, "num_blocks": 64, "block_q": 64, "seq_len_q": 4096, "seq_len_k": 4096}
+    assert not launcher._facts({**sizes, "q": q, "k": q, "v": q}).wide
+    for name in ("q", "k", "v"):
+        assert launcher._facts({**sizes, "q": q, "k": q, "v": q, name: far}).wide
+    mask = torch.empty_strided((1, 4096), (1, 2**20), device="meta", dtype=torch.bool)
+    assert launcher._facts({**sizes, "q": q, "k": q, "v": q, "key_mask": mask}).wide
+
+
+def test_known_facts_leave_no_mask_and_no_long_place() -> None:
+    ir = replace(problem_of(Case(4096, 64, 64, 64)).ir(4096), dtype=torch.float16, num_heads=12, num_kv_heads=12)
+    schedule = choose_schedule(ir)
+    facts = expected_facts(ir, schedule)
+    assert facts == Facts(False, False, False)
+    for source in emit(ir, schedule, facts):
+        body = source.text.partition("@triton.jit")[2]
+        assert "mask=" not in body
+        assert "seq_len -" not in body
+        assert "[None, :].to(tl.int64)" not in body
+    assert expected_facts(replace(ir, seq_len_q=4095, seq_len_k=4095), schedule).padded
+    assert expected_facts(replace(ir, num_heads="H", num_kv_heads="H"), schedule).wide
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"summarize": Tiling(16, 16, 1, 1, ALL)},  # a block of 40 keys is no single step
+        {"summarize": Tiling(16, 64, 1, 1, 2)},
+        {"attend": Tiling(16, 32, 1, 1, ALL), "whole": False},
+        {"attend": Tiling(16, 32, 1, 1, 2), "whole": True},  # an offset has two tiles
+        {"attend": Tiling(32, 32, 1, 1, 3), "whole": True},  # 3 does not divide 40
+        {"represent": Tiling(16, 16, 1, 1, ALL)},
+    ],
+)
+def test_turns_that_no_kernel_has_are_refused(change: dict[str, object]) -> None:
+    case = FORMS[0]
+    ir = problem_of(case).ir(case.seq_len)
+    check_schedule(shipped(case), ir)
+    schedule = replace(shipped(case), **change)
+    with pytest.raises(CodegenError, match="cannot take tiles in turn"):
+        check_schedule(schedule, ir)
+    with pytest.raises(CodegenError, match="cannot take tiles in turn"):
+        emit(ir, schedule)
