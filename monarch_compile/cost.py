@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
-from monarch_compile.devices import Device
+from monarch_compile.devices import WIDE, Device
 from monarch_compile.errors import InputError
 from monarch_compile.ir import Dim, ExactGroups, MonarchAttention
 
@@ -258,14 +258,15 @@ def _compiled() -> Callable[..., tuple[int, ...]]:
 def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
     """(seconds to launch, seconds of work) of the exact and of the Monarch form; `sizes` are those of `_sizes`."""
     values = _compiled()(*sizes, device.tile)
-    keys, blocks, block_keys, iters, exact_rows = sizes[4], sizes[5], sizes[7], sizes[11], sizes[-1]
+    keys, blocks, block_keys, dim, iters, exact_rows = *sizes[4:6], *sizes[7:9], sizes[11], sizes[-1]
     exact_flops, exact_bytes, _, flops, moved, exps = values
+    exact_gain, gain = (device.exact.wide, device.monarch.wide) if dim >= WIDE else (1.0, 1.0)
     padding = device.pad_penalty if blocks * block_keys != keys else 1.0
     rows_s = device.exact.launch_s + keys * device.row_key_s if exact_rows else 0.0
     return (
-        (device.exact.launch_s, device.seconds(device.exact, exact_flops, exact_bytes, 0, dtype)),
+        (device.exact.launch_s, device.seconds(device.exact, exact_flops / exact_gain, exact_bytes, 0, dtype)),
         (
             device.monarch.launch_s * device.kernels_per_iter * iters + rows_s,
-            device.seconds(device.monarch, flops, moved, exps, dtype) * padding,
+            device.seconds(device.monarch, flops / gain, moved, exps, dtype) * padding,
         ),
     )

@@ -23,6 +23,10 @@ class Rates:
         return {2: self.half, 4: self.single, 8: self.double}[dtype.itemsize]
 
 
+WIDE = 128
+"""Heads of this many features or more fill the tensor cores better."""
+
+
 @dataclass(frozen=True)
 class Form:
     """How fast a device runs one form of attention.
@@ -30,12 +34,14 @@ class Form:
     flops: rates of its matrix products. bytes_per_s: memory bandwidth that its kernels reach.
     exps_per_s: softmax elements per second where they are passes of their own; inf where they are fused.
     launch_s: fixed seconds of each kernel.
+    wide: factor of `flops` where a head is at least `WIDE` wide.
     """
 
     flops: Rates
     bytes_per_s: float
     exps_per_s: float = math.inf
     launch_s: float = 0.0
+    wide: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,16 @@ DEVICES: dict[str, Device] = {
         overlap=1.0,
         pad_penalty=1.05,
     ),
-    # float16 fitted to CUDA-graph replays (benchmarks/results/h200_attention.json): cuDNN for exact attention, two
-    # streaming kernels for the Monarch form.
+    # float16 fitted to CUDA-graph replays (benchmarks/results/speed_h200.json): cuDNN for exact attention, two kernels
+    # for the Monarch form.
     # The float32 and float64 rates are guesses on the careful side (equal for both forms), not measured.
     "h200": Device(
         name="h200",
         kind="cuda",
-        exact=Form(Rates(half=435e12, single=40e12, double=20e12), bytes_per_s=2.4e12, launch_s=5e-6),
-        monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=4.27e12, launch_s=2.2e-6),
+        exact=Form(Rates(half=435e12, single=40e12, double=20e12), bytes_per_s=3.5e12, launch_s=5e-6, wide=1.36),
+        monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=3.9e12, launch_s=2.2e-6),
         kernels_per_iter=2,
-        tile=64,
+        tile=16,
         overlap=2.0,
         row_key_s=8.4e-9,
         ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),

@@ -98,6 +98,7 @@ H200_SHAPES += ((4, 16384), (1, 16384), (1, 32768), (1, 65536))
 LENGTHS = tuple(256 << power for power in range(10))
 BATCHES = ((64, 256), (1024, 256), (8, 1024), (64, 1024), (256, 1024), (16, 4096), (64, 4096), (4, 16384), (16, 16384))
 HEADS = ((12, 64), (16, 128))
+H200_WIDE = ((1, 4096), (1, 16384))
 CPU_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 WINDOWS = (None, 1)
 
@@ -113,7 +114,11 @@ def _full() -> Iterator[Problem]:
 
 _ONE_ITERATION = tuple(Form(1, window) for window in WINDOWS)
 PRESETS: dict[str, Preset] = {
-    "h200": Preset("cuda", tuple(Problem(*shape) for shape in H200_SHAPES), _ONE_ITERATION),
+    "h200": Preset(
+        "cuda",
+        (*(Problem(*shape) for shape in H200_SHAPES), *(Problem(*shape, *HEADS[1]) for shape in H200_WIDE)),
+        (*_ONE_ITERATION, Form(2)),
+    ),
     "full": Preset("cuda", tuple(_full()), tuple(Form(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }
