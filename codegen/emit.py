@@ -51,12 +51,12 @@ STRIDES = {
 class Facts:
     """What of the sizes and strides may be expected when kernels are launched; at first the worst of each.
 
-    padded: whether the sequence may end inside a block.
+    cut: whether the sequence may end inside a block.
     rest: whether the number of blocks may be no multiple of the tiles that cover blocks.
     wide: whether places within one sequence, or one head's summaries, may need 64 bits.
     """
 
-    padded: bool = True
+    cut: bool = True
     rest: bool = True
     wide: bool = True
 
@@ -84,6 +84,9 @@ class Role:
     from_sequence: bool = True
     near: bool = False
 
+
+LEAST_SCALE = 2.0**-126
+"""The least scale that commutes with the largest score: a smaller one may be 0 in float32."""
 
 FAR_FIELD = ("attend", "exchange")
 """Templates of kernels that weigh the far field against the exact groups."""
@@ -150,7 +153,7 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
     template = role.template
     if template == "summarize":
         template += "_whole" if ir.block_size <= tiling.step else "_stream"
-    unmasked = ir.mask is MaskKind.NONE and ir.scale > 0
+    unmasked = ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE
     render = functools.partial(
         _environment().get_template(f"{template}.py.jinja").render,
         name=role.name,
@@ -161,10 +164,10 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
         summarizes=role.template == "summarize",
         near=role.near or (role.template in FAR_FIELD and has_near(ir)),
         near_plain=unmasked,
-        near_aligned=not (facts.padded or ir.exact.prefix or ir.block_size % (schedule.near or tiling).step),
-        plain=unmasked and not ir.exact.prefix,
-        resident=role.template == "summarize" and tiling.turns == ALL,
-        turns=tiling.turns,
+        plain=unmasked and not ir.exact.prefix,  # a prefix may hide all keys of a block
+        near_aligned=not (facts.cut or ir.exact.prefix or ir.block_size % (schedule.near or tiling).step),
+        resident=tiling.turns == ALL,
+        walks=tiling.turns > 1,
         num_stages=tiling.num_stages,
         window=ir.exact.window,
         prefix=ir.exact.prefix,
@@ -259,16 +262,16 @@ def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, facts: Facts) -> di
     ragged_j = ir.is_cross or ir.block_size % tiling.rows != 0
     ragged_i = ir.block_size % tiling.step != 0
     partial = ragged_j if role.template in ("summarize", "exact") else facts.rest
-    inside = "is_key" if ragged_i or facts.padded or ir.exact.prefix else ""
+    inside = "is_key" if ragged_i or facts.cut or ir.exact.prefix else ""
     return {
         "masked": masked,
         "biased": ir.mask is MaskKind.KEY_BIAS,
         "may_hide": masked or ir.exact.prefix > 0,
-        "pre": ir.pad == "pre" and facts.padded,
+        "pre": ir.pad == "pre" and facts.cut,
         "ragged_j": ragged_j,
         "ragged_i": ragged_i,
         "in_block": "in_block" if ragged_j else "",
-        "real_mask": "is_real" if partial or facts.padded else "",
+        "real_mask": "is_real" if partial or facts.cut else "",
         "inside_mask": inside,
         "hides": bool(masked or inside),
         "block_mask": "is_block" if facts.rest else "",

@@ -123,8 +123,11 @@ class Problem:
         """The IR of this problem at one number of keys, with queries as many, or as their blocks are to hold."""
         mask = MaskKind.KEY_BIAS if self.biased else MaskKind.KEY_PADDING if self.masked else MaskKind.NONE
         seq_len_q = seq_len
-        if self.rows_key:
-            seq_len_q = self.rows_key * -(-seq_len // self.block_size) if isinstance(seq_len, int) else f"{seq_len}_q"
+        if self.rows_key and isinstance(seq_len, int):
+            seq_len_q = self.rows_key * -(-seq_len // self.block_size)
+            seq_len_q -= seq_len_q == seq_len  # as many as keys would be another problem, whose schedules differ
+        elif self.rows_key:
+            seq_len_q = f"{seq_len}_q"
         return MonarchAttention(
             batch="B",
             num_heads="H" if self.group == 1 else f"{self.group}*H",
@@ -207,11 +210,11 @@ def facts_of(
     first and the last place that a kernel goes to from one 64-bit address. Symbolic numbers tell nothing.
     """
     pairs = (queries, keys)
-    padded = not all(_known(num_blocks, *pair) and pair[0] == num_blocks * pair[1] for pair in pairs)
+    cut = not all(_known(num_blocks, *pair) and pair[0] == num_blocks * pair[1] for pair in pairs)
     sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]
-    rest = not _known(num_blocks) or any(num_blocks % size for size in sizes)
+    rest = not _known(num_blocks) or not num_blocks or any(num_blocks % size for size in sizes)
     wide = not _known(*reaches) or max(reaches) > MAX_POSITION
-    return Facts(padded, rest, wide)
+    return Facts(cut, rest, wide)
 
 
 def expected_facts(ir: MonarchAttention, schedule: Schedule) -> Facts:

@@ -235,8 +235,12 @@ def _variants(start: Schedule, stage: str, ir: MonarchAttention) -> Iterator[Sch
         changed: dict[str, Any] = {stage: tiling}
         if stage == "attend":
             changed["whole"] = blocks <= tiling.step
-        if stage == "represent":
-            changed["exchange"] = ir.num_iters > 1 and blocks <= tiling.rows
+        if stage == "represent" and ir.num_iters > 1 and blocks <= tiling.rows:
+            changed["exchange"] = True
+            if ir.init == "identity":  # the mean start alone would read the step
+                changed[stage] = replace(tiling, step=tiling.rows, num_stages=1)
+        elif stage == "represent":
+            changed["exchange"] = False
         if stage == "summarize" and start.near is not None and start.fused:
             changed["near"] = replace(tiling, step=start.near.step, turns=1)
         yield replace(start, **changed)

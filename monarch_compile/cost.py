@@ -260,13 +260,13 @@ def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[
     values = _compiled()(*sizes, device.tile)
     keys, blocks, block_keys, dim, iters, exact_rows = *sizes[4:6], *sizes[7:9], sizes[11], sizes[-1]
     exact_flops, exact_bytes, _, flops, moved, exps = values
-    exact_gain, gain = (device.exact.wide, device.monarch.wide) if dim >= WIDE else (1.0, 1.0)
+    gain = device.wide_gain if dim >= WIDE and dtype.itemsize == 2 else 1.0
     padding = device.pad_penalty if blocks * block_keys != keys else 1.0
     rows_s = device.exact.launch_s + keys * device.row_key_s if exact_rows else 0.0
     return (
-        (device.exact.launch_s, device.seconds(device.exact, exact_flops / exact_gain, exact_bytes, 0, dtype)),
+        (device.exact.launch_s, device.seconds(device.exact, exact_flops / gain, exact_bytes, 0, dtype)),
         (
             device.monarch.launch_s * device.kernels_per_iter * iters + rows_s,
-            device.seconds(device.monarch, flops / gain, moved, exps, dtype) * padding,
+            device.seconds(device.monarch, flops, moved, exps, dtype) * padding,
         ),
     )

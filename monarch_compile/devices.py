@@ -34,14 +34,12 @@ class Form:
     flops: rates of its matrix products. bytes_per_s: memory bandwidth that its kernels reach.
     exps_per_s: softmax elements per second where they are passes of their own; inf where they are fused.
     launch_s: fixed seconds of each kernel.
-    wide: factor of `flops` where a head is at least `WIDE` wide.
     """
 
     flops: Rates
     bytes_per_s: float
     exps_per_s: float = math.inf
     launch_s: float = 0.0
-    wide: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class Device:
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     row_key_s: seconds for each key that the exact rows of a prefix meet: they are few, so a head's keys come in turn.
+    wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
     ceiling: what benchmarks compare with; None where it was not measured. Predictions do not use it.
     """
 
@@ -75,6 +74,7 @@ class Device:
     overlap: float
     pad_penalty: float = 1.0
     row_key_s: float = 0.0
+    wide_gain: float = 1.0
     ceiling: Ceiling | None = None
 
     def seconds(self, form: Form, flops: float, moved: float, exps: float, dtype: torch.dtype) -> float:
@@ -104,12 +104,13 @@ DEVICES: dict[str, Device] = {
     "h200": Device(
         name="h200",
         kind="cuda",
-        exact=Form(Rates(half=435e12, single=40e12, double=20e12), bytes_per_s=3.5e12, launch_s=5e-6, wide=1.36),
+        exact=Form(Rates(half=435e12, single=40e12, double=20e12), bytes_per_s=3.5e12, launch_s=5e-6),
         monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=3.9e12, launch_s=2.2e-6),
         kernels_per_iter=2,
         tile=16,
         overlap=2.0,
         row_key_s=8.4e-9,
+        wide_gain=1.36,
         ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),
     ),
     # A data-centre GPU of no particular make: guesses, not measured.

@@ -51,30 +51,51 @@ def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[
     return weights / total, (top + total.log()).squeeze(dim)
 
 
-def window_group(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    visible: Tensor | None,
-    window: int,
-    scale: float,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Exact attention of each block of rows to the `window` blocks on each side of its own, and its own.
+def with_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Blocks (E, H, b, i, D) with contiguous rows, and each with those on both sides of it: (E * H * b, rows, D).
 
-    q (E, H, l, j, D), contiguous keys (E, H, b, i, D) and values (E, H, b, i, D_v); `visible` and `bias`
-    broadcast to (E, H, b, 1, i). Returns values (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no
-    key.
+    `window` blocks on each side, but no more than there are beside one. Both are views of one padded copy; beside a
+    head's first and last block it shows other heads, to be masked.
     """
-    num_blocks = keys.shape[2]
+    batch, heads, num_blocks, size, dim = x.shape
     if isinstance(num_blocks, int):
         window = min(window, num_blocks - 1)
-    keys_near, values_near = (_neighbours(x, window) for x in (keys, values))
-    seen = _visible_neighbours(keys, visible, window)
+    beside = window * size
+    rows = F.pad(x.reshape(-1, dim), (0, 0, beside, beside))
+    blocks = rows.as_strided(x.shape, _contiguous_strides(x.shape), beside * dim)
+    near = rows.as_strided((batch * heads * num_blocks, 2 * beside + size, dim), (size * dim, dim, 1))
+    return blocks, near
+
+
+def window_scores(q: Tensor, keys_near: Tensor, size: int, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Scores of rows q (E, H, l, j, D) with the keys of their own blocks, of `size`, and of those beside them.
+
+    `keys_near` as in `with_neighbours`; `bias` broadcasts to (E, H, b, 1, i). Returns (E, H, l, j, keys).
+    """
     scores = scale * torch.unflatten(torch.bmm(q.flatten(0, 2), keys_near.mT), 0, q.shape[:3])
-    weights, lse = softmax_lse(biased(scores, None if bias is None else _row_neighbours(bias, window)), seen)
-    value = torch.unflatten(torch.bmm(weights.flatten(0, 2), values_near), 0, q.shape[:3])
+    return biased(scores, None if bias is None else _row_neighbours(bias, _window(scores, size)))
+
+
+def own_scores(scores: Tensor, size: int) -> Tensor:
+    """Of `window_scores` those with a row's own block of `size` keys, which is in the middle of its window."""
+    return scores.narrow(-1, _window(scores, size) * size, size)
+
+
+def window_group(scores: Tensor, values_near: Tensor, visible: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Exact attention of each block of rows to its window, from `window_scores`.
+
+    `values_near` as in `with_neighbours`; `visible` broadcasts to (E, H, b, 1, i). Returns values (E, H, l, j, D_v) and
+    logsumexps (E, H, l, j), -inf where a row sees no key.
+    """
+    seen = _visible_neighbours(scores, visible, size)
+    weights, lse = softmax_lse(scores, seen)
+    value = torch.unflatten(torch.bmm(weights.flatten(0, 2), values_near), 0, scores.shape[:3])
     return value, lse.masked_fill(~seen.any(-1), float("-inf"))
+
+
+def _window(scores: Tensor, size: int) -> int:
+    """How many blocks of `size` there are on each side of a row's own in `window_scores`."""
+    return scores.shape[-1] // size // 2
 
 
 def prefix_group(
@@ -130,24 +151,19 @@ def uncovered(num_blocks: int, window: int, device: torch.device) -> Tensor:
     return (block[:, None] - block[None, :]).abs() > window
 
 
-def _neighbours(x: Tensor, window: int) -> Tensor:
-    """Each block with `window` blocks on each side, from contiguous (E, H, b, i, D): (E * H * b, rows, D).
-
-    An overlapping view of one padded copy; beside a head's first and last block it shows other heads, to be masked.
-    """
-    size, dim = x.shape[3], x.shape[4]
-    rows = F.pad(x.reshape(-1, dim), (0, 0, window * size, window * size))
-    shape = (x.shape[0] * x.shape[1] * x.shape[2], (2 * window + 1) * size, dim)
-    return rows.as_strided(shape, (size * dim, dim, 1))
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, size * strides[0])
+    return strides
 
 
-def _visible_neighbours(keys: Tensor, visible: Tensor | None, window: int) -> Tensor:
-    """Which keys of `_neighbours` a block may see, broadcastable to scores (E, H, l, j, keys)."""
-    num_blocks, size = keys.shape[2], keys.shape[3]
+def _visible_neighbours(scores: Tensor, visible: Tensor | None, size: int) -> Tensor:
+    """Which keys of its window a block may see, broadcastable to `window_scores` (E, H, l, j, keys)."""
     if visible is None:
-        visible = torch.ones((1, 1, num_blocks, 1, size), dtype=torch.bool, device=keys.device)
+        visible = torch.ones((1, 1, scores.shape[2], 1, size), dtype=torch.bool, device=scores.device)
     # As numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
-    return _row_neighbours(visible.to(torch.float32), window) > 0
+    return _row_neighbours(visible.to(torch.float32), _window(scores, size)) > 0
 
 
 def _row_neighbours(of_keys: Tensor, window: int) -> Tensor:

@@ -16,12 +16,15 @@ from monarch_compile.groups import (
     centred,
     exact_rows,
     merge,
+    own_scores,
     prefix_group,
     shares,
     softmax_lse,
     split_mask,
     uncovered,
     window_group,
+    window_scores,
+    with_neighbours,
 )
 
 
@@ -61,13 +64,21 @@ def reference(
     block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
     group = q.shape[1] // k.shape[1]
     q_blocks = _grouped(_to_blocks(q, num_blocks, block_size_q, pad), group).contiguous()
-    keys, values = (_to_blocks(x, num_blocks, block_size, pad).contiguous() for x in (k, v))
+    keys, values = (_to_blocks(x, num_blocks, block_size, pad) for x in (k, v))
+    if window is None:
+        keys, values = keys.contiguous(), values.contiguous()
+    else:
+        (keys, keys_near), (values, values_near) = (with_neighbours(x, window) for x in (keys, values))
     visible = _far_keys(keys, seq_len_k, pad, key_mask, prefix)
     key_bias = None if bias is None else _by_block(bias, keys, pad)
     row_is_real, row_reads = (_rows(q_blocks, seq_len_q, pad, skipped, group) for skipped in (0, prefix))
     near = []  # values (E, H, l, j, D_v) and logsumexps (E, H, l, j) of the exact groups
+    scores = None
     if window is not None:
-        near.append(window_group(q_blocks, keys, values, visible, window, scale, key_bias))
+        near_scores = window_scores(q_blocks, keys_near, block_size, scale, key_bias)
+        near.append(window_group(near_scores, values_near, visible, block_size))
+        if init == "identity":
+            scores = own_scores(near_scores, block_size)
     if prefix:
         near.append(prefix_group(q_blocks, k, v, key_mask, prefix, scale, bias))
     near_lses = [lse.transpose(2, 3) for _, lse in near]
@@ -77,8 +88,9 @@ def reference(
     q_at = _by_offset(q_blocks)  # (E, H, j, l, D)
     qhat_at = q_at if init == "identity" else _mean_query(q_at, row_is_real)
     for step in range(num_iters):
-        qhat = qhat_at.transpose(2, 3).expand(-1, -1, num_blocks, -1, -1)  # (E, H, b, j, D)
-        scores = biased(scale * _bmm(qhat, keys, transposed=True), key_bias)  # (E, H, b, j, i)
+        if scores is None or step:
+            qhat = qhat_at.transpose(2, 3).expand(-1, -1, num_blocks, -1, -1)  # (E, H, b, j, D)
+            scores = biased(scale * _bmm(qhat, keys, transposed=True), key_bias)  # (E, H, b, j, i)
         right, local_lse = softmax_lse(scores, visible)
         a_at = _by_offset(scale * _bmm(right, keys))  # (E, H, j, b, D)
         c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)

@@ -93,6 +93,8 @@ CROSS = (  # queries of another number than keys
     Case(500, 150, 256, 256, 3, "mean", num_heads=2, queries=4999),
     Case(4999, 7, 64, 64, 2, "mean", num_heads=6, group=3, queries=1500, mask="some"),
     Case(1001, 1001, 64, 64, 1, "mean", num_heads=2, queries=513),
+    Case(8192, 64, 64, 64, 1, "mean", batch=1, queries=8064),
+    Case(16384, 128, 64, 64, 2, "mean", batch=1, queries=40000, mask="some"),
 )
 
 

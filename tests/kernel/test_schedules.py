@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -99,13 +100,13 @@ def test_facts_change_nothing(case: Case, pad: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launching, "facts_of", noted)
     launching.build.cache_clear()
     found = check(case, torch.float32, "cpu")
-    assert met == [Facts(padded=False, rest=False, wide=False)]
+    assert met == [Facts(cut=False, rest=False, wide=False)]
     monkeypatch.setattr(launching, "facts_of", lambda *_: UNKNOWN)
     assert torch.equal(found, check(case, torch.float32, "cpu"))
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-47])
 @pytest.mark.parametrize("groups", [{}, {"window": 1}, {"num_iters": 2, "window": 0}], ids=str)
 def test_a_scale_that_is_not_positive(scale: float, groups: dict[str, int]) -> None:
     """It does not commute with the largest score; here with nothing to hide."""
@@ -129,6 +130,7 @@ SCHEDULE = choose_schedule(Problem(16, 16, torch.float32, 4, 0.25, 1, "identity"
         (16, (64, 4), (64, 4), (100, 2**31), Facts(False, False, True)),
         (16, ("s0", 4), ("s0", 4), (100,), Facts(True, False, False)),
         (None, (64, 4), (64, 4), (100,), Facts(True, True, False)),
+        (0, (0, 4), (0, 4), (100,), Facts(False, True, False)),
         (16, (64, 4), (64, 4), (None,), Facts(False, False, True)),
     ],
 )
@@ -160,8 +162,74 @@ def test_known_facts_leave_no_mask_and_no_long_place() -> None:
         assert "mask=" not in body
         assert "seq_len -" not in body
         assert "[None, :].to(tl.int64)" not in body
-    assert expected_facts(replace(ir, seq_len_q=4095, seq_len_k=4095), schedule).padded
+    assert expected_facts(replace(ir, seq_len_q=4095, seq_len_k=4095), schedule).cut
     assert expected_facts(replace(ir, num_heads="H", num_kv_heads="H"), schedule).wide
+
+
+@pytest.mark.parametrize("changed", ["attend", "represent"])
+@pytest.mark.parametrize("sizes", [{"rows": 32}, {"step": 32}], ids=str)
+def test_blocks_fill_the_tiles_of_every_kernel_or_leave_a_rest(changed: str, sizes: dict[str, int]) -> None:
+    """48 blocks are whole tiles of 16, and no whole tiles of 32."""
+    tiling = Tiling(16, 16, 1, 1)
+    schedule = replace(SCHEDULE, attend=tiling, represent=tiling)
+    assert not facts_of(48, (192, 4), (192, 4), schedule, (100,)).rest
+    assert facts_of(48, (192, 4), (192, 4), replace(schedule, **{changed: replace(tiling, **sizes)}), (100,)).rest
+
+
+def test_summaries_and_the_output_count_where_inputs_are_one_element() -> None:
+    """Expanded tensors reach nowhere; what is laid out for them does."""
+    q = torch.empty((), dtype=torch.float16).expand(1, 2, 2**26, 64)
+    launcher = Launcher(problem_of(Case(4096, 64, 64, 64)), SCHEDULE)
+    sizes = {"num_heads": 2, "num_blocks": 2**20, "block_q": 64, "seq_len_q": 2**26, "seq_len_k": 2**26}
+    assert launcher._facts({**sizes, "q": q, "k": q, "v": q}).wide
+    few = {"num_heads": 2, "num_blocks": 2**10, "block_q": 64, "seq_len_q": 2**16, "seq_len_k": 2**16}
+    near = q[:, :, : 2**16]
+    assert not launcher._facts({**few, "q": near, "k": near, "v": near}).wide
+    far = torch.empty_strided((1, 2, 4, 64), (1, 64, 2**30, 1), device="meta", dtype=torch.float16)
+    assert launcher._facts({**few, "q": near, "k": near, "v": near, "rows": far}).wide
+    assert launcher._facts({**few, "num_heads": 2**9, "q": near, "k": near, "v": near}).wide
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0)])
+@pytest.mark.parametrize("block_size", [5, 64, 100, 128, 256])
+def test_unequal_lengths_get_a_schedule_that_their_kernels_have(block_size: int, capability: tuple | None) -> None:
+    """Also where the bucket of queries in a block is as large as the block of keys."""
+    for rows_key, blocks_key, iters in itertools.product((16, 64, 128), (1, 64, 128, 256, 1024), (1, 2)):
+        form = (block_size, 0.125, iters, "mean", "post", False)
+        problem = Problem(64, 64, torch.float16, *form, rows_key=rows_key)
+        ir = problem.ir(blocks_key * block_size)
+        assert ir.is_cross
+        assert -(-ir.seq_len_q // blocks_key) in (rows_key, rows_key - (blocks_key == 1))
+        assert emit(problem.ir("N"), choose_schedule(ir, capability))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("num_iters", [1, 2])
+def test_no_keys_and_no_queries(num_iters: int) -> None:
+    q = torch.empty(1, 1, 0, 16)
+    options = {"scale": 0.25, "block_size": 4, "num_iters": num_iters, "init": "identity", "pad": "post"}
+    assert launching.launch(q, q, q, None, **options).shape == (1, 1, 0, 16)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_unequal_lengths_in_turn() -> None:
+    """Tiles in turn where the number of queries in a block is known at run time only."""
+    case = Case(640, 40, 16, 16, init="mean", queries=700, batch=1)
+    q, k, v, _ = tensors(case, torch.float32, "cpu")
+    problem = replace(problem_of(case), rows_key=64)
+    plain = choose_schedule(problem.ir(640))
+    turned = replace(plain, summarize=Tiling(16, 64, 1, 2, ALL), attend=Tiling(16, 32, 1, 2, ALL), whole=True)
+    found, expected = (Launcher(problem, schedule)(q, k, v, None, 16) for schedule in (turned, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("block_size", "turns"), [(39, 2), (42, 4), (39, 4)])
+def test_offsets_in_turn_divide_the_block(block_size: int, turns: int) -> None:
+    """Else the last of a block's offsets would be met by no program."""
+    ir = problem_of(Case(640, block_size, 16, 16)).ir(640)
+    schedule = replace(choose_schedule(ir), attend=Tiling(32, 32, 1, 1, turns), whole=True)
+    with pytest.raises(CodegenError, match="cannot take tiles in turn"):
+        check_schedule(schedule, ir)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +239,7 @@ def test_known_facts_leave_no_mask_and_no_long_place() -> None:
         {"summarize": Tiling(16, 64, 1, 1, 2)},
         {"attend": Tiling(16, 32, 1, 1, ALL), "whole": False},
         {"attend": Tiling(16, 32, 1, 1, 2), "whole": True},  # an offset has two tiles
-        {"attend": Tiling(32, 32, 1, 1, 3), "whole": True},  # 3 does not divide 40
+        {"attend": Tiling(32, 32, 1, 1, 5), "whole": True},  # no kernel takes 5
         {"represent": Tiling(16, 16, 1, 1, ALL)},
     ],
 )
