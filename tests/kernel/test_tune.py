@@ -31,6 +31,7 @@ from monarch_compile.codegen.tuned import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 from monarch_compile.report import kernels_of
 
@@ -264,7 +265,7 @@ def test_results_are_kept_and_used(caplog: pytest.LogCaptureFixture) -> None:
     q, k, v = (torch.randn(1, 1, 75, 16) for _ in range(3))
     torch.testing.assert_close(
         launch(q, k, v, None, **PROBLEM.options()),
-        torch.ops.monarch_compile.attention(q, k, v, None, 0.25, 40, 1, "identity", "post", None, 0),
+        attention(q, k, v, None, 0.25, 40, 1, "identity", "post", None, 0),
         rtol=1e-5,
         atol=1e-6,
     )
