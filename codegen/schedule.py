@@ -205,7 +205,7 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     for name, (num_rows, num_steps) in sides.items():
         fits = (row.tiling for row in getattr(table, name) if (num_steps or math.inf) <= row.most)
         within = (_within(_fit(tiling, ir, num_rows, num_steps), ir, limit) for tiling in fits)
-        tilings[name] = next(t for t in within if _has_turns(t, name, ir, (blocks or math.inf) <= t.step))
+        tilings[name] = next(t for t in within if t.turns in turns_of(t, name, ir, (blocks or math.inf) <= t.step))
     whole = blocks is not None and blocks <= tilings["attend"].step
     exchange = ir.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows
     schedule = Schedule(**tilings, whole=whole, exchange=exchange)
@@ -217,12 +217,14 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
 def check_schedule(schedule: Schedule, ir: MonarchAttention) -> None:
     """Raise CodegenError where the turns of a kernel are not those that its template has for `ir`."""
     for name, tiling in schedule.tilings():
-        if not _has_turns(tiling, name, ir, schedule.whole):
+        if tiling.turns not in turns_of(tiling, name, ir, schedule.whole):
             raise CodegenError(f"{name} of {ir} cannot take tiles in turn as {schedule} asks")
 
 
-def turns_of(tiling: Tiling, name: str, ir: MonarchAttention) -> tuple[int, ...]:
-    """The turns that a kernel may take with the tiles of `tiling`, where stage 2 meets all blocks in one step."""
+def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tuple[int, ...]:
+    """The turns that a kernel may take with these tiles. whole: whether stage 2 meets all blocks in one step."""
+    if name == "attend" and not whole:
+        return (1,)
     if name == "summarize" and ir.block_size <= tiling.step:
         return 1, ALL
     if name == "attend" and (ir.is_cross or tiling.rows < tiling.step):
@@ -230,11 +232,6 @@ def turns_of(tiling: Tiling, name: str, ir: MonarchAttention) -> tuple[int, ...]
     if name == "attend":
         return (1, ALL, *(turns for turns in OFFSETS if ir.block_size % turns == 0))
     return (1,)
-
-
-def _has_turns(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> bool:
-    """Whether `tiling` takes turns as it may: only one in a stage 2 that is not `whole`."""
-    return tiling.turns in ((1,) if name == "attend" and not whole else turns_of(tiling, name, ir))
 
 
 def can_fuse(ir: MonarchAttention) -> bool:

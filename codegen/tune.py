@@ -276,7 +276,7 @@ def _in_turn(tilings: Iterator[Tiling], stage: str, ir: MonarchAttention, extent
         yield tiling
         if extent > tiling.step:
             continue
-        for turns in turns_of(tiling, stage, ir):
+        for turns in turns_of(tiling, stage, ir, whole=True):
             if turns > 1 or (turns == ALL and tiling.rows < extent):
                 yield from (replace(tiling, num_stages=stages, turns=turns) for stages in STAGES)
 
