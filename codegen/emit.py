@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from monarch_compile.codegen.facts import MAX_POSITION, UNKNOWN, Facts
 from monarch_compile.codegen.schedule import (
     ALL,
     DTYPE_BYTES,
@@ -29,9 +30,8 @@ from monarch_compile.version import __version__
 
 PITCH_MULTIPLE = 16
 """Rows of the intermediates are padded to this many elements, so that they load as whole aligned vectors."""
-MAX_POSITION = 2**31 - 1
 MAX_WINDOW_KEYS = 2**30
-"""Sizes and positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
+"""Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 
 SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q")
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
@@ -45,26 +45,6 @@ STRIDES = {
     "rows": ("rows_batch", "rows_head", "rows_row", "rows_dim"),
 }
 """A tensor's strides as kernel parameters; a tensor without an entry is laid out by us."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What of the sizes and strides may be expected when kernels are launched; at first the worst of each.
-
-    cut: whether the sequence may end inside a block.
-    rest: whether the number of blocks may be no multiple of the tiles that cover blocks.
-    wide: whether places within one sequence, or one head's summaries, may need 64 bits.
-    """
-
-    cut: bool = True
-    rest: bool = True
-    wide: bool = True
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={'yes' if value else 'no'}" for name, value in asdict(self).items())
-
-
-UNKNOWN = Facts()
 
 
 @dataclass(frozen=True)
@@ -178,9 +158,12 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
         **asdict(facts),
         **_masks(role, ir, tiling, facts),
     )
+    strides = tuple(_strides(role, ir))
+    inner = [name for group in strides for name in group[:-1]] if facts.apart > 1 else []
+    render = functools.partial(render, strides_apart=[name for name in inner if not name.startswith("mask")])
     used = set(re.findall(r"\w+", render(constants={}, parameter_groups=()).partition("@triton.jit")[2]))
-    constants = {name: value for name, value in _constants(role, ir, schedule).items() if name in used}
-    groups = (*_parameter_groups(role, ir), tuple(size for size in SIZES if size in used))
+    constants = {name: value for name, value in _constants(role, ir, schedule, facts).items() if name in used}
+    groups = (_tensors(role, ir), *strides, tuple(size for size in SIZES if size in used))
     text = render(constants=constants, parameter_groups=groups)
     return KernelSource(role.name, text, tuple(name for group in groups for name in group))
 
@@ -213,11 +196,9 @@ def _header(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) 
     )
 
 
-def _parameter_groups(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, ...]]:
-    """Parameters, a group a line: the tensors, the strides of each that has them."""
-    tensors = _tensors(role, ir)
-    yield tensors
-    for tensor in tensors:
+def _strides(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, ...]]:
+    """The strides of each tensor parameter that has them."""
+    for tensor in _tensors(role, ir):
         if tensor in STRIDES and not (tensor == "qhat" and role.from_sequence):
             yield STRIDES[tensor]
 
@@ -234,10 +215,10 @@ def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
     return (*role.tensors[:place], *added, *role.tensors[place:]) if added else role.tensors
 
 
-def _constants(role: Role, ir: MonarchAttention, schedule: Schedule) -> dict[str, Any]:
+def _constants(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) -> dict[str, Any]:
     """What may stand as a literal at the top of a kernel; its text uses some."""
     tiling, near = role_tiling(role, schedule), schedule.near or schedule.summarize
-    dims: dict[str, Any] = {"BLOCK": ir.block_size, "GROUP": ir.group}
+    dims: dict[str, Any] = {"BLOCK": ir.block_size, "GROUP": ir.group, "APART": facts.apart}
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
     window, prefix = ir.exact.window or 0, ir.exact.prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from monarch_compile.codegen.emit import SIZES, role_tiling, steps
+from monarch_compile.codegen.emit import SIZES, STRIDES, role_tiling, steps
+from monarch_compile.codegen.facts import sees_strides
 from monarch_compile.codegen.schedule import Schedule
 from monarch_compile.codegen.source import KernelSource, is_interpreted
 from monarch_compile.errors import CodegenError
@@ -50,7 +52,7 @@ class CompileReport:
 def compile_report(
     source: KernelSource, ir: MonarchAttention, schedule: Schedule, capability: tuple[int, int] = (9, 0)
 ) -> CompileReport:
-    """Compile one kernel of `emit(ir, schedule)` for `capability`, as for contiguous aligned tensors.
+    """Compile one kernel of `emit(ir, schedule)` for `capability`, as for aligned tensors that one projection gave.
 
     Raises:
         CodegenError: triton is missing or is set to interpret, or does not compile the kernel.
@@ -64,7 +66,9 @@ def compile_report(
     signature = {name: _type(name, ir) for name in source.parameters}
     places = {name: (place,) for place, name in enumerate(source.parameters)}
     constants = {places[name]: 1 for name, kind in signature.items() if kind == "constexpr"}
-    aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in SIZES]
+    strides = () if sees_strides(ir.head_dim, ir.value_dim) else itertools.chain(*STRIDES.values())
+    unseen = {*SIZES, *strides}
+    aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in unseen]
     attributes = {places[name]: ALIGNED for name in aligned}
     role = next(role for role in steps(ir, schedule) if role.name == source.name)
     tiling = role_tiling(role, schedule)

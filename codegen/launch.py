@@ -14,17 +14,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.codegen.emit import (
-    MAX_POSITION,
     MEAN,
     STRIDES,
     WEIGH,
-    Facts,
     Role,
     emit,
     pitch,
     role_tiling,
     steps,
 )
+from monarch_compile.codegen.facts import Facts, apart_of, facts_of
 from monarch_compile.codegen.schedule import ALL, TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
@@ -203,33 +202,6 @@ class Step(NamedTuple):
     tiling: Tiling
 
 
-def facts_of(
-    num_blocks: Any, queries: tuple[Any, Any], keys: tuple[Any, Any], schedule: Schedule, reaches: Sequence[Any]
-) -> Facts:
-    """The facts of a launch. queries, keys: how many, and how many to a block. reaches: elements that lie between the
-    first and the last place that a kernel goes to from one 64-bit address. Symbolic numbers tell nothing.
-    """
-    pairs = (queries, keys)
-    cut = not all(_known(num_blocks, *pair) and pair[0] == num_blocks * pair[1] for pair in pairs)
-    sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]
-    rest = not _known(num_blocks) or not num_blocks or any(num_blocks % size for size in sizes)
-    wide = not _known(*reaches) or max(reaches) > MAX_POSITION
-    return Facts(cut, rest, wide)
-
-
-def expected_facts(ir: MonarchAttention, schedule: Schedule) -> Facts:
-    """The facts of a launch of `ir` on tensors that one projection gave, as far as its sizes are known."""
-    queries, keys = (ir.seq_len_q, ir.block_size_q), (ir.seq_len_k, ir.block_size)
-    reach: Any = None
-    if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
-        reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
-    return facts_of(ir.num_blocks, queries, keys, schedule, (reach,))
-
-
-def _known(*numbers: Any) -> bool:
-    return all(isinstance(number, int) for number in numbers)
-
-
 class Launcher:
     """The loaded kernels of one problem under one schedule, and the order in which they run."""
 
@@ -322,8 +294,11 @@ class Launcher:
             if name in values:
                 sides = zip(values[name].shape[outer:], values[name].stride()[outer:], strict=True)
                 reaches.append(sum(size * stride for size, stride in sides))
+        tensors = [values[name] for name in ("q", "k", "v", "rows") if name in values]
+        strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+        apart = apart_of(problem.head_dim, problem.value_dim, problem.dtype, strides)
         keys = values["seq_len_k"], problem.block_size
-        return facts_of(num_blocks, (values["seq_len_q"], rows), keys, self.schedule, reaches)
+        return facts_of(num_blocks, (values["seq_len_q"], rows), keys, self.schedule, reaches, apart)
 
     def _rows(self, q: Tensor, num_blocks: Any) -> Any:
         return _rows(q, num_blocks) if self.problem.rows_key else self.problem.block_size

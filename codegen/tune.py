@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from monarch_compile.codegen.emit import emit, has_near, role_tiling, steps
+from monarch_compile.codegen.facts import expected_facts
 from monarch_compile.codegen.inspect_ptx import CompileReport, compile_report
-from monarch_compile.codegen.launch import Launcher, Problem, expected_facts, plainly
+from monarch_compile.codegen.launch import Launcher, Problem, plainly
 from monarch_compile.codegen.schedule import (
     ALL,
     Schedule,

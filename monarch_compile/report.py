@@ -231,7 +231,8 @@ def _predicted(
 @lru_cache(maxsize=256)
 def kernels_of(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
     from monarch_compile.codegen.emit import emit
-    from monarch_compile.codegen.launch import expected_facts, schedule_for
+    from monarch_compile.codegen.facts import expected_facts
+    from monarch_compile.codegen.launch import schedule_for
 
     try:
         schedule = schedule_for(ir)

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel.problems import Case, check, tensors
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from monarch_compile.codegen import launch as launching
-from monarch_compile.codegen.emit import UNKNOWN, Facts, emit
-from monarch_compile.codegen.launch import Launcher, Problem, expected_facts, facts_of
+from monarch_compile.codegen.emit import emit
+from monarch_compile.codegen.facts import UNKNOWN, Facts, apart_of, expected_facts, facts_of
+from monarch_compile.codegen.launch import Launcher, Problem
 from monarch_compile.codegen.schedule import ALL, Schedule, Tiling, check_schedule, choose_schedule
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import ExactGroups
@@ -86,6 +88,8 @@ def test_one_kernel_between_iterations(case: Case) -> None:
         Case(640, 40, 16, 16, mask="bias", window=1, batch=1),
         Case(640, 40, 16, 16, batch=1, num_heads=2, group=2),
         Case(64, 4, 16, 16, init="mean", queries=160),
+        Case(64, 4, 20, 44, num_heads=2, layout="packed", mask="some"),
+        Case(64, 4, 18, 18, num_iters=2, window=1, prefix=2),
     ],
     ids=str,
 )
@@ -100,7 +104,8 @@ def test_facts_change_nothing(case: Case, pad: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launching, "facts_of", noted)
     launching.build.cache_clear()
     found = check(case, torch.float32, "cpu")
-    assert met == [Facts(cut=False, rest=False, wide=False)]
+    apart = {20: 4, 18: 2}.get(case.head_dim, 1)
+    assert met == [Facts(cut=False, rest=False, wide=False, apart=apart)]
     monkeypatch.setattr(launching, "facts_of", lambda *_: UNKNOWN)
     assert torch.equal(found, check(case, torch.float32, "cpu"))
 
@@ -136,6 +141,48 @@ SCHEDULE = choose_schedule(Problem(16, 16, torch.float32, 4, 0.25, 1, "identity"
 )
 def test_facts(num_blocks: object, queries: tuple, keys: tuple, reaches: tuple, facts: Facts) -> None:
     assert facts_of(num_blocks, queries, keys, SCHEDULE, reaches) == facts
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "dtype", "strides", "apart"),
+    [
+        (72, 72, torch.float16, (72, 3456, 0), 8),
+        (72, 72, torch.float32, (72, 3456), 4),
+        (20, 24, torch.bfloat16, (20, 24), 4),
+        (72, 64, torch.float16, (72, 64, 1000), 8),
+        (72, 72, torch.float16, (73, 3456), 1),
+        (72, 72, torch.float16, (3456, 74), 2),
+        (25, 25, torch.float16, (25,), 1),
+        (64, 48, torch.float16, (64,), 1),  # seen without it
+    ],
+)
+def test_how_far_apart_rows_are(
+    head_dim: int, value_dim: int, dtype: torch.dtype, strides: tuple[int, ...], apart: int
+) -> None:
+    assert apart_of(head_dim, value_dim, dtype, strides) == apart
+
+
+def test_how_far_apart_rows_of_an_unknown_length_are() -> None:
+    """Known of a multiple of a symbol, unknown of the symbol, and neither leaves a guard."""
+    environment = ShapeEnv()
+    length = environment.create_unbacked_symint()
+    assert apart_of(72, 72, torch.float16, (72, 3456 * length)) == 8
+    assert apart_of(72, 72, torch.float16, (72, 12 * length)) == 4
+    assert apart_of(72, 72, torch.float16, (72, length)) == 1
+    assert not environment.guards
+
+
+def test_rows_known_to_be_apart_are_said_to_be() -> None:
+    ir = replace(problem_of(Case(4096, 64, 72, 72)).ir(4096), dtype=torch.float16)
+    schedule = choose_schedule(ir)
+    facts = expected_facts(ir, schedule)
+    assert facts.apart == 8
+    for source in emit(ir, schedule, facts):
+        assert ("q_head = q_head // APART * APART" in source.text) == ("q_head" in source.parameters)
+        assert "q_dim = q_dim" not in source.text
+        assert "mask_batch" not in source.text
+    assert all("APART" not in source.text for source in emit(ir, schedule))
+    assert expected_facts(replace(ir, head_dim=64, value_dim=64), schedule).apart == 1
 
 
 def test_a_sequence_that_32_bits_do_not_span_is_wide() -> None:

@@ -19,8 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monarch_compile.codegen.emit import Facts, canonical, emit, steps
-from monarch_compile.codegen.launch import expected_facts
+from monarch_compile.codegen.emit import canonical, emit, steps
+from monarch_compile.codegen.facts import Facts, expected_facts
 from monarch_compile.codegen.schedule import (
     ALL,
     SHARED_LIMITS,
@@ -123,7 +123,7 @@ schedules = st.builds(
     *(Schedule, tilings, tilings, tilings, precisions, st.one_of(st.none(), tilings)),
     *(st.booleans(), st.booleans(), st.booleans()),
 )
-facts = st.builds(Facts, st.booleans(), st.booleans(), st.booleans())
+facts = st.builds(Facts, st.booleans(), st.booleans(), st.booleans(), st.sampled_from((1, 2, 4, 8)))
 
 
 @st.composite
@@ -371,7 +371,7 @@ import dataclasses, json, sys
 import torch
 from monarch_compile.codegen.emit import emit
 from monarch_compile.codegen.inspect_ptx import compile_report
-from monarch_compile.codegen.launch import expected_facts
+from monarch_compile.codegen.facts import expected_facts
 from monarch_compile.codegen.schedule import choose_schedule
 from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
 reports = []
@@ -384,7 +384,8 @@ for change, capability in json.loads(sys.stdin.read()):
     schedule = choose_schedule(ir, tuple(capability))
     for source in emit(ir, schedule, expected_facts(ir, schedule)):
         report = dataclasses.asdict(compile_report(source, ir, schedule, tuple(capability)))
-        reports.append({**report, "ptx": "", "capability": capability, "dtype": str(ir.dtype), "text": str(schedule)})
+        place = {"capability": capability, "dtype": str(ir.dtype), "text": str(schedule)}
+        reports.append({**report, **place, "ptx": "", "halves": report["ptx"].count("ld.global.b16")})
 print(json.dumps(reports))
 """
 TO_COMPILE = [
@@ -399,6 +400,10 @@ TO_COMPILE = [
     ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "head_dim": 128, "value_dim": 128}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "pad": "pre", "mask": "key_padding", "exact": (1, 4)}, (9, 0)),
     ({"dtype": "bfloat16", "init": "mean", "exact": (0, 4), "head_dim": 128, "value_dim": 128}, (9, 0)),
+    (
+        {"dtype": "bfloat16", "exact": (1,), "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
+        (9, 0),
+    ),
 ]
 
 
@@ -424,6 +429,7 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
         # tf32x3 keeps every operand in two parts: wide float32 rows spill, up to half a KiB a thread.
         allowed = 512 if report["dtype"] == "torch.float32" else 16
         assert report["local_bytes"] <= allowed, f"spills: {report}"
+        assert not report["halves"], f"16-bit numbers load one by one, not as vectors: {report}"
         if report["name"] != "monarch_mean_query":
             assert report["has_wgmma"] or report["has_mma"], report
         if (
