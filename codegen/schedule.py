@@ -117,10 +117,14 @@ class Schedule:
 
 
 class Row(NamedTuple):
-    """A tiling for blocks of at most `most` keys (stage 1), or for at most `most` blocks (the other kernels)."""
+    """A tiling for blocks of at most `most` keys (stage 1), or for at most `most` blocks (the other kernels).
+
+    only: the compute capabilities that it is for; None: any.
+    """
 
     most: float
     tiling: Tiling
+    only: tuple[tuple[int, int], ...] | None = None
 
 
 class Rows(NamedTuple):
@@ -136,6 +140,14 @@ def _always(*sizes: int) -> tuple[Row, ...]:
 
 
 _BETWEEN = (Row(64, Tiling(64, 64, 4, 2)), Row(128, Tiling(128, 128, 8, 1)), Row(math.inf, Tiling(64, 64, 4, 2)))
+_LARGE_OPERANDS = ((9, 0), (10, 0))
+"""Whose tensor cores read operands from shared memory: elsewhere these tiles of wide heads would spill registers."""
+_WIDE_WHOLE = Row(64, Tiling(64, 64, 4, 1), _LARGE_OPERANDS)
+_ATTEND_WIDE = (
+    _WIDE_WHOLE,
+    Row(math.inf, Tiling(128, 32, 8, 2), _LARGE_OPERANDS),
+    Row(math.inf, Tiling(64, 32, 8, 2)),
+)
 TABLE: dict[tuple[int, int], Rows] = {
     (2, 64): Rows(
         summarize=(
@@ -161,13 +173,17 @@ TABLE: dict[tuple[int, int], Rows] = {
         attend=_always(64, 64, 4, 3),
         represent=_always(64, 64, 4, 2),
     ),
-    (2, 256): Rows(_always(64, 16, 8, 2), _always(64, 32, 8, 2), _always(64, 32, 8, 2)),
+    (2, 256): Rows(
+        summarize=(_WIDE_WHOLE, Row(math.inf, Tiling(64, 16, 8, 2))),
+        attend=_ATTEND_WIDE,
+        represent=_always(64, 32, 8, 2),
+    ),
     (4, 64): Rows(_always(32, 32, 4, 2), _always(32, 32, 4, 2), _always(32, 32, 4, 2)),
     (4, 128): Rows(_always(32, 32, 8, 2), _always(32, 32, 8, 2), _always(32, 32, 8, 2)),
     (4, 256): Rows(_always(16, 16, 8, 1), _always(16, 16, 8, 1), _always(16, 16, 8, 1)),
 }
-"""By bytes of an element and the largest padded head or value dim. The rows of 16-bit elements and dims to 64 and to
-128 were chosen from what an H200 took (benchmarks/results/h200_*.json), the others from registers."""
+"""By bytes of an element and the largest padded head or value dim. The rows of 16-bit elements were chosen from what an
+H200 took (benchmarks/results/h200_*.json), the others from registers."""
 
 NEAR_TABLE: dict[tuple[int, int], Rows] = {
     (2, 64): Rows(
@@ -184,7 +200,11 @@ NEAR_TABLE: dict[tuple[int, int], Rows] = {
         attend=_always(64, 64, 4, 3),
         represent=_always(64, 64, 4, 2),
     ),
-    (2, 256): Rows(_always(32, 32, 8, 2), _always(64, 32, 8, 2), _always(64, 32, 8, 2)),
+    (2, 256): Rows(
+        summarize=(_WIDE_WHOLE, Row(math.inf, Tiling(32, 32, 8, 2))),
+        attend=_ATTEND_WIDE,
+        represent=_always(64, 32, 8, 2),
+    ),
 }
 """What stands in for `TABLE` with exact groups, whose registers would spill."""
 
@@ -203,7 +223,7 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     sides = {"summarize": (ir.block_size_q, ir.block_size), "attend": (blocks, blocks), "represent": (blocks, blocks)}
     tilings: dict[str, Any] = {}
     for name, (num_rows, num_steps) in sides.items():
-        fits = (row.tiling for row in getattr(table, name) if (num_steps or math.inf) <= row.most)
+        fits = _tilings(getattr(table, name), num_steps, capability)
         within = (_within(_fit(tiling, ir, num_rows, num_steps), ir, limit) for tiling in fits)
         tilings[name] = next(t for t in within if t.turns in turns_of(t, name, ir, (blocks or math.inf) <= t.step))
     whole = blocks is not None and blocks <= tilings["attend"].step
@@ -211,7 +231,7 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     schedule = Schedule(**tilings, whole=whole, exchange=exchange)
     if ir.exact == PAPER:
         return schedule
-    return replace(schedule, near=_near(schedule.summarize, table, ir, limit), fused=can_fuse(ir))
+    return replace(schedule, near=_near(schedule.summarize, table, ir, capability), fused=can_fuse(ir))
 
 
 def check_schedule(schedule: Schedule, ir: MonarchAttention) -> None:
@@ -285,12 +305,19 @@ def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: 
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 
 
-def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, limit: int) -> Tiling:
+def _tilings(rows: tuple[Row, ...], size: int | None, capability: tuple[int, int] | None) -> Iterator[Tiling]:
+    """Those for blocks of `size` keys or for `size` blocks (None: unknown) on a device."""
+    for row in rows:
+        if (size or math.inf) <= row.most and (row.only is None or capability in row.only):
+            yield row.tiling
+
+
+def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, capability: tuple[int, int] | None) -> Tiling:
     """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
     keys = ir.exact.prefix if ir.exact.window is None else 2 * max(ir.exact.window, 1) * ir.block_size
-    widest = next(row.tiling for row in table.summarize if ir.block_size <= row.most)
+    widest = next(_tilings(table.summarize, ir.block_size, capability))
     near = replace(summarize, turns=1, step=min(NEAR_STEP, _fit(widest, ir, keys, keys).step))
-    while shared_bytes(near, ir) > limit:
+    while shared_bytes(near, ir) > shared_limit(capability):
         near = replace(near, step=near.step // 2)
     return near
 
