@@ -26,6 +26,15 @@ Quantity = Any
 MARGIN = 1.1
 """The Monarch form is worth lowering to only where it is predicted to be this many times faster."""
 
+WHOLE_TILE = 128
+"""The most blocks, or offsets of a block, that the kernels cover in one tile, a power of two."""
+
+LEAST_OFFSETS = 64
+"""Fewer queries of a block take no less time in stage 1: they do not fill the tensor cores."""
+
+LEAST_FEATURES = 32
+"""Nor do fewer features of a head."""
+
 E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = sympy.symbols(
     "E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True
 )
@@ -147,7 +156,7 @@ def exact_formula() -> Cost:
 def monarch_formula(tiled: bool = False) -> Cost:
     """The Monarch form in the symbols of this module: T iterations, the last of which gives the output.
 
-    With `tiled`, each product's block dimensions are rounded up to whole tiles of the symbol `tile`.
+    With `tiled`, each product's dimensions but the batch are what the tiles of the kernels cover of them.
     """
     repeats = {"every": T, "last": 1, "before": T - 1, "once": 1}
     shape = _whole_tiles if tiled else tuple
@@ -174,7 +183,34 @@ def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Qua
 
 
 def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
-    return tuple(TILE * sympy.ceiling(x / TILE) if x in (M, B_Q, B_K, X) else x for x in shape)
+    kinds = dict.fromkeys((M, B_Q, B_K, X), _BLOCKS) | dict.fromkeys((D, D_V), _FEATURES)
+    tiled = tuple(kinds[size](size, TILE) if size in kinds else size for size in shape)
+    return _OFFSETS(tiled[0], TILE) if shape[0] == B_Q else tiled[0], *tiled[1:]
+
+
+_BLOCKS, _OFFSETS, _FEATURES = map(sympy.Function, ("in_blocks", "in_offsets", "in_features"))
+
+
+def _in_blocks(size: int, tile: int) -> int:
+    """What tiles cover of `size` blocks or offsets: one tile up to `WHOLE_TILE`, then steps of half of it."""
+    step = WHOLE_TILE // 2
+    if tile == 1 or size == 0:
+        return size
+    return _power(size, tile) if size <= WHOLE_TILE else -(-size // step) * step
+
+
+def _in_offsets(size: int, tile: int) -> int:
+    """What tiles cover of `size` offsets of queries, in the products of stage 1."""
+    return size if tile == 1 or size == 0 else max(size, LEAST_OFFSETS)
+
+
+def _in_features(size: int, tile: int) -> int:
+    """What tiles cover of `size` features: they are never cut."""
+    return size if tile == 1 else _power(size, LEAST_FEATURES)
+
+
+def _power(size: int, least: int) -> int:
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def _moved(iteration: str) -> Quantity:
@@ -251,7 +287,8 @@ def _compiled() -> Callable[..., tuple[int, ...]]:
     exact, monarch = exact_formula(), monarch_formula(tiled=True)
     exprs = [x for cost in (exact, monarch) for x in (cost.flops, cost.bytes, cost.exps)]
     source = f"lambda {', '.join(map(str, _SYMBOLS))}: {exprs}"  # what sympy.lambdify does, in a fifth of its time
-    compiled: Callable[..., tuple[int, ...]] = eval(source, {"ceiling": math.ceil})
+    tiles = {"in_blocks": _in_blocks, "in_offsets": _in_offsets, "in_features": _in_features}
+    compiled: Callable[..., tuple[int, ...]] = eval(source, {"ceiling": math.ceil, **tiles})
     return compiled
 
 

@@ -57,7 +57,7 @@ class Device:
     kind: "cpu" or "cuda".
     exact, monarch: rates of the two forms.
     kernels_per_iter: Monarch kernels in an iteration.
-    tile: the Monarch form's matrix products are padded to multiples of this.
+    tile: the Monarch form's matrix products are padded to tiles, powers of two from this on; 1: to none.
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     row_key_s: seconds for each key that the exact rows of a prefix meet: they are few, so a head's keys come in turn.
@@ -98,14 +98,14 @@ DEVICES: dict[str, Device] = {
         overlap=1.0,
         pad_penalty=1.05,
     ),
-    # float16 fitted to CUDA-graph replays (benchmarks/results/speed_h200.json): cuDNN for exact attention, two kernels
-    # for the Monarch form.
+    # 16 bits fitted to CUDA-graph replays (benchmarks/results/speed_h200.json, h200_dims.json): cuDNN for exact
+    # attention, two kernels for the Monarch form.
     # The float32 and float64 rates are guesses on the careful side (equal for both forms), not measured.
     "h200": Device(
         name="h200",
         kind="cuda",
         exact=Form(Rates(half=435e12, single=40e12, double=20e12), bytes_per_s=3.5e12, launch_s=5e-6),
-        monarch=Form(Rates(half=320e12, single=40e12, double=20e12), bytes_per_s=3.9e12, launch_s=2.2e-6),
+        monarch=Form(Rates(half=238e12, single=40e12, double=20e12), bytes_per_s=4.5e12, launch_s=2.2e-6),
         kernels_per_iter=2,
         tile=16,
         overlap=2.0,

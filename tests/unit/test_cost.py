@@ -1,5 +1,10 @@
 """Counts against the closed forms of the mathematics, and predictions against measurements."""
 
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import sympy
 import torch
@@ -13,6 +18,7 @@ from monarch_compile.errors import InputError
 from monarch_compile.ir import ExactGroups, MonarchAttention
 from monarch_compile.lengths import auto_block_size
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
 ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}
@@ -147,6 +153,36 @@ def test_h200_predictions_are_within_a_factor_of_what_was_measured(batch, seq_le
     assert 1 / 1.5 < prediction.exact_s * 1e3 / exact_ms < 1.5
     if monarch_ms is not None:
         assert 1 / 1.5 < prediction.monarch_s * 1e3 / monarch_ms < 1.5
+
+
+def head_sizes():
+    """Rows of the recorded table of head sizes and lengths under the kernels as they are."""
+    for row in json.loads((RESULTS / "h200_dims.json").read_text(encoding="utf-8"))["rows"]:
+        wide = row["head_dim"] > 128
+        if row["what"] == ("tiles of wide heads: as they are now" if wide else "after it"):
+            yield row
+
+
+@pytest.mark.parametrize("row", head_sizes(), ids=lambda row: f"{row['seq_len']}-{row['head_dim']}-{row['window']}")
+def test_h200_predictions_hold_for_other_heads_and_odd_lengths(row):
+    sizes = {name: row[name] for name in ("seq_len", "block_size", "batch", "num_heads", "head_dim")}
+    heads = {"num_kv_heads": row["num_heads"], "value_dim": row["head_dim"], "exact": ExactGroups(row["window"])}
+    site = attention(dtype=getattr(torch, row.get("dtype", "bfloat16")), **sizes, **heads)
+    assert 0.65 < predict(site, DEVICES["h200"]).monarch_s * 1e3 / row["ms"] < 1.15
+
+
+def test_one_block_more_than_a_tile_holds_costs_a_tile():
+    times = {n: {name: predict(attention(n, 64), DEVICES[name]).monarch_s for name in DEVICES} for n in (4096, 4097)}
+    for name in ("h200", "cuda"):
+        assert times[4097][name] > 1.2 * times[4096][name]
+    assert times[4097]["cpu"] < 1.1 * times[4096]["cpu"]
+
+
+def test_features_are_counted_as_their_tile_has_them():
+    """In the products: with nothing else to wait for, heads of 72 take as long as those of 128."""
+    h200 = replace(DEVICES["h200"], monarch=replace(DEVICES["h200"].monarch, bytes_per_s=math.inf))
+    times = [predict(attention(head_dim=d, value_dim=d), h200).monarch_s for d in (64, 72, 128)]
+    assert times[0] < times[1] == times[2]
 
 
 @pytest.mark.parametrize(
