@@ -45,6 +45,8 @@ STRIDES = {
     "rows": ("rows_batch", "rows_head", "rows_row", "rows_dim"),
 }
 """A tensor's strides as kernel parameters; a tensor without an entry is laid out by us."""
+OUTER = ("q", "k", "v", "rows")
+"""Tensors of rows that are laid out by others: `Facts.apart` is of their strides but the last."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,8 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
         **_masks(role, ir, tiling, facts),
     )
     strides = tuple(_strides(role, ir))
-    inner = [name for group in strides for name in group[:-1]] if facts.apart > 1 else []
-    render = functools.partial(render, strides_apart=[name for name in inner if not name.startswith("mask")])
+    outer = [name for x in OUTER for name in STRIDES[x][:-1] if STRIDES[x] in strides]
+    render = functools.partial(render, strides_apart=outer if facts.apart > 1 else [])
     used = set(re.findall(r"\w+", render(constants={}, parameter_groups=()).partition("@triton.jit")[2]))
     constants = {name: value for name, value in _constants(role, ir, schedule, facts).items() if name in used}
     groups = (_tensors(role, ir), *strides, tuple(size for size in SIZES if size in used))

@@ -22,8 +22,8 @@ class Facts:
     cut: whether the sequence may end inside a block.
     rest: whether the number of blocks may be no multiple of the tiles that cover blocks.
     wide: whether places within one sequence, or one head's summaries, may need 64 bits.
-    apart: a number of elements that divides the strides of q, k and v: a power of two, at most a vector of 16 bytes. 1
-        where it need not be said, for Triton sees strides of whole `SEEN_APART`.
+    apart: a number of elements that divides the strides of q, k, v and exact rows: a power of two, at most a vector of
+        16 bytes. 1 where it need not be said, for Triton sees strides of whole `SEEN_APART`.
     """
 
     cut: bool = True

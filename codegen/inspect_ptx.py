@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from monarch_compile.codegen.emit import SIZES, STRIDES, role_tiling, steps
+from monarch_compile.codegen.emit import OUTER, SIZES, STRIDES, role_tiling, steps
 from monarch_compile.codegen.facts import sees_strides
 from monarch_compile.codegen.schedule import Schedule
 from monarch_compile.codegen.source import KernelSource, is_interpreted
@@ -66,7 +66,7 @@ def compile_report(
     signature = {name: _type(name, ir) for name in source.parameters}
     places = {name: (place,) for place, name in enumerate(source.parameters)}
     constants = {places[name]: 1 for name, kind in signature.items() if kind == "constexpr"}
-    strides = () if sees_strides(ir.head_dim, ir.value_dim) else itertools.chain(*STRIDES.values())
+    strides = () if sees_strides(ir.head_dim, ir.value_dim) else itertools.chain(*(STRIDES[x] for x in OUTER))
     unseen = {*SIZES, *strides}
     aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in unseen]
     attributes = {places[name]: ALIGNED for name in aligned}

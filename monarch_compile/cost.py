@@ -156,7 +156,7 @@ def exact_formula() -> Cost:
 def monarch_formula(tiled: bool = False) -> Cost:
     """The Monarch form in the symbols of this module: T iterations, the last of which gives the output.
 
-    With `tiled`, each product's dimensions but the batch are what the tiles of the kernels cover of them.
+    With `tiled`, blocks, offsets, exact keys and features of the products are what tiles cover of them, nearly.
     """
     repeats = {"every": T, "last": 1, "before": T - 1, "once": 1}
     shape = _whole_tiles if tiled else tuple
@@ -288,7 +288,7 @@ def _compiled() -> Callable[..., tuple[int, ...]]:
     exprs = [x for cost in (exact, monarch) for x in (cost.flops, cost.bytes, cost.exps)]
     source = f"lambda {', '.join(map(str, _SYMBOLS))}: {exprs}"  # what sympy.lambdify does, in a fifth of its time
     tiles = {"in_blocks": _in_blocks, "in_offsets": _in_offsets, "in_features": _in_features}
-    compiled: Callable[..., tuple[int, ...]] = eval(source, {"ceiling": math.ceil, **tiles})
+    compiled: Callable[..., tuple[int, ...]] = eval(source, tiles)
     return compiled
 
 

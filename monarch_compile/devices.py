@@ -57,7 +57,7 @@ class Device:
     kind: "cpu" or "cuda".
     exact, monarch: rates of the two forms.
     kernels_per_iter: Monarch kernels in an iteration.
-    tile: the Monarch form's matrix products are padded to tiles, powers of two from this on; 1: to none.
+    tile: the Monarch form's matrix products are padded to tiles of at least this, as cost.py has it; 1: to none.
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     row_key_s: seconds for each key that the exact rows of a prefix meet: they are few, so a head's keys come in turn.

@@ -1,9 +1,9 @@
-"""Every family of kernels once, small, for compute-sanitizer to watch:
+"""The families of kernels, small, for compute-sanitizer to watch:
 
     compute-sanitizer --tool memcheck --kernel-name kernel_substring=monarch --error-exitcode 9 \\
         python tests/kernel/sanitize.py
 
-and again with `--tool racecheck`. Needs a CUDA device and PYTHONPATH at the root. Prints the schedule of each case.
+and again with `--tool racecheck`. Needs a CUDA device and PYTHONPATH at the root. Prints each case.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ CASES = (
     Case(2048, 64, 64, 64, batch=1, window=1),  # exact groups in stage 1
     Case(2000, 39, 64, 64, 2, "mean", batch=1, window=1, prefix=4, mask="blocks", num_heads=2, group=2),  # and apart
     Case(4000, 128, 128, 128, batch=1),
+    Case(2048, 64, 72, 72, batch=1, num_heads=2, layout="packed", window=1),  # rows 8 elements apart
+    Case(2048, 64, 160, 160, batch=1, window=1),
     Case(1500, 25, 25, 80, 2, batch=1, mask="bias"),
     Case(4097, 64, 64, 64, 1, "mean", batch=1, queries=70),
     Case(4097, 40, 64, 64, 2, "mean", batch=1, queries=2500, mask="some"),

@@ -191,6 +191,14 @@ def test_bad_tilings_are_refused(bad: tuple[int, int, int, int]) -> None:
         Tiling(*bad)
 
 
+def test_wide_heads_take_large_tiles_where_operands_lie_in_shared_memory() -> None:
+    wide = dataclasses.replace(BASE, head_dim=160, value_dim=160, dtype=torch.float16, block_size=64)
+    hopper = choose_schedule(wide, (9, 0))
+    assert str(hopper.summarize) == "64x64/w4/s1"
+    for other in ((8, 0), (8, 6), None):
+        assert choose_schedule(wide, other).summarize.step < hopper.summarize.step
+
+
 def test_bad_precision_is_refused() -> None:
     with pytest.raises(CodegenError, match="tf32x3"):
         dataclasses.replace(choose_schedule(BASE), dot_precision="tf32")
@@ -400,6 +408,8 @@ TO_COMPILE = [
     ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "head_dim": 128, "value_dim": 128}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "pad": "pre", "mask": "key_padding", "exact": (1, 4)}, (9, 0)),
     ({"dtype": "bfloat16", "init": "mean", "exact": (0, 4), "head_dim": 128, "value_dim": 128}, (9, 0)),
+    ({"dtype": "float16", "num_iters": 2, "head_dim": 40, "value_dim": 40}, (9, 0)),
+    ({"dtype": "float16", "head_dim": 160, "value_dim": 160}, (9, 0)),
     (
         {"dtype": "bfloat16", "exact": (1,), "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
         (9, 0),

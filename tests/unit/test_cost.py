@@ -163,6 +163,10 @@ def head_sizes():
             yield row
 
 
+def test_the_table_of_head_sizes_has_rows():
+    assert len(list(head_sizes())) == 46
+
+
 @pytest.mark.parametrize("row", head_sizes(), ids=lambda row: f"{row['seq_len']}-{row['head_dim']}-{row['window']}")
 def test_h200_predictions_hold_for_other_heads_and_odd_lengths(row):
     sizes = {name: row[name] for name in ("seq_len", "block_size", "batch", "num_heads", "head_dim")}
@@ -173,8 +177,7 @@ def test_h200_predictions_hold_for_other_heads_and_odd_lengths(row):
 
 def test_one_block_more_than_a_tile_holds_costs_a_tile():
     times = {n: {name: predict(attention(n, 64), DEVICES[name]).monarch_s for name in DEVICES} for n in (4096, 4097)}
-    for name in ("h200", "cuda"):
-        assert times[4097][name] > 1.2 * times[4096][name]
+    assert times[4097]["h200"] > 1.2 * times[4096]["h200"]
     assert times[4097]["cpu"] < 1.1 * times[4096]["cpu"]
 
 
