@@ -145,9 +145,8 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
         dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         summarizes=role.template == "summarize",
         near=role.near or (role.template in FAR_FIELD and has_near(ir)),
-        near_plain=unmasked,
-        plain=unmasked and not ir.exact.prefix,  # a prefix may hide all keys of a block
-        near_aligned=not (facts.cut or ir.exact.prefix or ir.block_size % (schedule.near or tiling).step),
+        plain=unmasked,
+        near_aligned=not (facts.cut or ir.block_size % (schedule.near or tiling).step),
         resident=tiling.turns == ALL,
         walks=tiling.turns > 1,
         num_stages=tiling.num_stages,
@@ -245,11 +244,10 @@ def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, facts: Facts) -> di
     ragged_j = ir.is_cross or ir.block_size % tiling.rows != 0
     ragged_i = ir.block_size % tiling.step != 0
     partial = ragged_j if role.template in ("summarize", "exact") else facts.rest
-    inside = "is_key" if ragged_i or facts.cut or ir.exact.prefix else ""
+    inside = "is_key" if ragged_i or facts.cut else ""
     return {
         "masked": masked,
         "biased": ir.mask is MaskKind.KEY_BIAS,
-        "may_hide": masked or ir.exact.prefix > 0,
         "pre": ir.pad == "pre" and facts.cut,
         "ragged_j": ragged_j,
         "ragged_i": ragged_i,

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.codegen.emit import (
     MEAN,
+    OUTER,
     STRIDES,
     WEIGH,
     Role,
@@ -23,12 +24,12 @@ from monarch_compile.codegen.emit import (
     role_tiling,
     steps,
 )
-from monarch_compile.codegen.facts import Facts, apart_of, facts_of
+from monarch_compile.codegen.facts import Facts, apart_of, facts_of, sees_strides
 from monarch_compile.codegen.schedule import ALL, TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
 from monarch_compile.groups import centred, split_mask
-from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention, count_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +63,16 @@ def launch(
     Raises:
         CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
-    num_blocks = (k.shape[2] + block_size - 1) // block_size
+    group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
+    if prefix and (q.shape[2] <= prefix or k.shape[2] <= prefix):
+        return _exact_rows(q, k, v, key_mask, scale, group).transpose(1, 2).contiguous().transpose(1, 2)
+    num_blocks = count_blocks(k.shape[2], block_size, prefix)
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
     rows_key = 0 if q.shape[2] == k.shape[2] else _rows_key(_rows(q, num_blocks))
     dims, masked, exact = (int(q.shape[3]), int(v.shape[3])), key_mask is not None, ExactGroups(window, prefix)
     biased = key_mask is not None and key_mask.is_floating_point()
     if key_mask is not None and biased:
         key_mask = centred(key_mask)
-    group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
     form = (*dims, q.dtype, block_size, scale, num_iters, init, pad)
     problem = Problem(*form, masked, exact, group, rows_key, biased)
     launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
@@ -114,9 +117,17 @@ class Problem:
         groups = {"window": self.exact.window, "prefix": self.exact.prefix}
         return {name: getattr(self, name) for name in names} | groups
 
+    def num_blocks(self, seq_len: Any) -> Any:
+        """How many blocks hold the keys that follow the prefix."""
+        return count_blocks(seq_len, self.block_size, self.exact.prefix)
+
     def blocks_key(self, seq_len: int) -> int:
         """The bucket of the number of blocks, whose largest number its schedule is made for."""
-        return _blocks_key(-(-seq_len // self.block_size))
+        return _blocks_key(max(1, self.num_blocks(seq_len)))
+
+    def largest(self, blocks_key: int) -> MonarchAttention:
+        """The IR of the most keys in a bucket, which its schedule is made for."""
+        return self.ir(blocks_key * self.block_size + self.exact.prefix)
 
     def ir(self, seq_len: Dim) -> MonarchAttention:
         """The IR of this problem at one number of keys, with queries as many, or as their blocks are to hold."""
@@ -153,7 +164,7 @@ def build(problem: Problem, blocks_key: int | None, capability: tuple[int, int] 
     `interpreted` says how Triton is running: it only keeps compiled and interpreted launchers apart.
     """
     chosen = _CHOSEN.get((problem, blocks_key, capability)) if blocks_key is not None else None
-    ir = problem.ir("N" if blocks_key is None else blocks_key * problem.block_size)
+    ir = problem.ir("N") if blocks_key is None else problem.largest(blocks_key)
     return Launcher(problem, chosen or choose_schedule(ir, capability))
 
 
@@ -249,19 +260,9 @@ class Launcher:
         return output.transpose(1, 2)
 
     def _exact_rows(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The rows of the prefix, which attend to every key: (E, H, at most prefix, D_v); 0 where none is visible."""
-        prefix, scale = self.problem.exact.prefix, self.problem.scale
-        rows: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
-        if scale <= 0:  # some kernels take the largest score before they scale
-            rows, scale = rows * scale, 1.0
-        grouped = self.problem.group > 1
-        if key_mask is None:
-            return scaled_dot_product_attention(rows, k, v, scale=scale, enable_gqa=grouped)
-        key_mask = key_mask.unsqueeze(1).unsqueeze(1)
-        seen, bias = split_mask(key_mask, q.dtype)
-        mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
-        found = scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return torch.where(seen.any(-1, keepdim=True), found, 0.0)
+        prefix = self.problem.exact.prefix
+        first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
+        return _exact_rows(first, k, v, key_mask, self.problem.scale, self.problem.group)
 
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:
         problem, q, num_blocks, rows = self.problem, values["q"], values["num_blocks"], values["block_q"]
@@ -294,14 +295,35 @@ class Launcher:
             if name in values:
                 sides = zip(values[name].shape[outer:], values[name].stride()[outer:], strict=True)
                 reaches.append(sum(size * stride for size, stride in sides))
-        tensors = [values[name] for name in ("q", "k", "v", "rows") if name in values]
+        keys = values["seq_len_k"] - problem.exact.prefix, problem.block_size
+        queries = values["seq_len_q"] - problem.exact.prefix, rows
+        return facts_of(num_blocks, queries, keys, self.schedule, reaches, self._apart(values))
+
+    def _apart(self, values: Mapping[str, Any]) -> int:
+        """`Facts.apart` of what is read by strides that we did not choose."""
+        problem = self.problem
+        if sees_strides(problem.head_dim, problem.value_dim):
+            return 1
+        tensors = (values[name] for name in OUTER if name in values)
         strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
-        apart = apart_of(problem.head_dim, problem.value_dim, problem.dtype, strides)
-        keys = values["seq_len_k"], problem.block_size
-        return facts_of(num_blocks, (values["seq_len_q"], rows), keys, self.schedule, reaches, apart)
+        return apart_of(problem.head_dim, problem.value_dim, problem.dtype, strides)
 
     def _rows(self, q: Tensor, num_blocks: Any) -> Any:
         return _rows(q, num_blocks) if self.problem.rows_key else self.problem.block_size
+
+
+def _exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, group: int) -> Tensor:
+    """Exact attention of rows q (E, H, P, D) to every key: (E, H, P, D_v); 0 where a row sees none."""
+    if scale <= 0:  # some kernels take the largest score before they scale
+        q, scale = q * scale, 1.0
+    grouped = group > 1
+    if key_mask is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    key_mask = key_mask.unsqueeze(1).unsqueeze(1)
+    seen, bias = split_mask(key_mask, q.dtype)
+    mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
+    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 
 
 def _programs_per_head(role: Role, tiling: Tiling, num_blocks: Any, rows: Any) -> Any:

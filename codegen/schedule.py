@@ -144,11 +144,6 @@ _LARGE_OPERANDS = ((9, 0),)
 """Whose tensor cores read operands from shared memory: elsewhere these tiles of wide heads would spill up to half a KiB
 a thread. Here they spill up to 0.3 KiB with a window, and took half the time of tiles that spill nothing."""
 _WIDE_WHOLE = Row(64, Tiling(64, 64, 4, 1), _LARGE_OPERANDS)
-_ATTEND_WIDE = (
-    _WIDE_WHOLE,
-    Row(math.inf, Tiling(128, 32, 8, 2), _LARGE_OPERANDS),
-    Row(math.inf, Tiling(64, 32, 8, 2)),
-)
 TABLE: dict[tuple[int, int], Rows] = {
     (2, 64): Rows(
         summarize=(
@@ -176,7 +171,11 @@ TABLE: dict[tuple[int, int], Rows] = {
     ),
     (2, 256): Rows(
         summarize=(_WIDE_WHOLE, Row(math.inf, Tiling(64, 16, 8, 2))),
-        attend=_ATTEND_WIDE,
+        attend=(
+            _WIDE_WHOLE,
+            Row(math.inf, Tiling(128, 32, 8, 2), _LARGE_OPERANDS),
+            Row(math.inf, Tiling(64, 32, 8, 2)),
+        ),
         represent=_always(64, 32, 8, 2),
     ),
     (4, 64): Rows(_always(32, 32, 4, 2), _always(32, 32, 4, 2), _always(32, 32, 4, 2)),
@@ -196,16 +195,10 @@ NEAR_TABLE: dict[tuple[int, int], Rows] = {
         ),
         represent=_BETWEEN,
     ),
-    (2, 128): Rows(
+    (2, 128): TABLE[2, 128]._replace(
         summarize=(Row(64, Tiling(64, 64, 4, 1)), Row(math.inf, Tiling(64, 64, 4, 2))),
-        attend=_always(64, 64, 4, 3),
-        represent=_always(64, 64, 4, 2),
     ),
-    (2, 256): Rows(
-        summarize=(_WIDE_WHOLE, Row(math.inf, Tiling(32, 32, 8, 2))),
-        attend=_ATTEND_WIDE,
-        represent=_always(64, 32, 8, 2),
-    ),
+    (2, 256): TABLE[2, 256]._replace(summarize=(_WIDE_WHOLE, Row(math.inf, Tiling(32, 32, 8, 2)))),
 }
 """What stands in for `TABLE` with exact groups, which take more registers."""
 

@@ -83,7 +83,7 @@ class Search:
     @functools.cached_property
     def ir(self) -> MonarchAttention:
         """The largest problem of the bucket, which is the one that legality is judged by."""
-        return self.problem.ir(self.blocks_key * self.problem.block_size)
+        return self.problem.largest(self.blocks_key)
 
     @property
     def blocks_key(self) -> int:
@@ -128,7 +128,7 @@ class Search:
 
     def _call(self, schedule: Schedule, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
         q, k, v, *mask = tensors
-        num_blocks = -(-self.sizes.seq_len // self.problem.block_size)
+        num_blocks = self.problem.num_blocks(self.sizes.seq_len)
         launcher = Launcher(self.problem, schedule)
         return plainly(lambda: launcher(q, k, v, mask[0] if mask else None, num_blocks))
 
@@ -191,7 +191,7 @@ class Task(NamedTuple):
 
 def tasks(problem: Problem, sizes: Sizes, capability: tuple[int, int] | None, device: str) -> list[Task]:
     """The shipped schedule and all that differ from it in one stage: most of what a search compiles."""
-    ir = problem.ir(problem.blocks_key(sizes.seq_len) * problem.block_size)
+    ir = problem.largest(problem.blocks_key(sizes.seq_len))
     shipped = choose_schedule(ir, capability)
     near = (schedule for stage in stages(ir) for schedule in candidates(shipped, stage, ir, capability))
     return [Task(problem, sizes, schedule, capability, device) for schedule in (shipped, *near)]

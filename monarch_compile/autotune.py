@@ -187,7 +187,7 @@ def problems(
     kind, found = getattr(torch, dtype), []
     for seq_len, window in itertools.product(lengths, windows):
         groups = ExactGroups(window)
-        block = block_size or auto_block_size(seq_len, machine.device.type, window)
+        block = block_size or auto_block_size(seq_len, machine.device.type, groups)
         shape = (batch, num_heads, num_heads, seq_len, seq_len, head_dim, head_dim)
         mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
         scale = head_dim**-0.5

@@ -175,7 +175,7 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     # As a projection leaves them: (batch, seq, heads, dim) in memory.
     q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
     cpu, groups = DEVICES["cpu"], ExactGroups(window)
-    block = block_size or auto_block_size(seq_len, cpu.kind, window)
+    block = block_size or auto_block_size(seq_len, cpu.kind, groups)
     ir = MonarchAttention(
         batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim), exact=groups
     )

@@ -74,5 +74,5 @@ def _block_sizes(occurrence: Occurrence, device: Device, form: SiteForm, fixed: 
         return [int(fixed["block_size"])]
     ir = occurrence.ir
     seq_len = ir.seq_len_k if isinstance(ir.seq_len_k, int) else dict(occurrence.hints)[ir.seq_len_k]
-    best = auto_block_size(seq_len, device.kind, form.window)
+    best = auto_block_size(seq_len, device.kind, form.exact)
     return [max(1, min(seq_len, int(best * factor))) for factor in SEARCH["block_size"]]

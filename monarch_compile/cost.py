@@ -222,8 +222,9 @@ def _moved(iteration: str) -> Quantity:
 def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quantity, ...]:
     """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
-    blocks = _ceil_div(keys, ir.block_size)
-    block_rows = _ceil_div(rows, blocks) if ir.is_cross else ir.block_size
+    after_rows, after = (_after(ir.exact.prefix, n) for n in (rows, keys))
+    blocks = _ceil_div(after, ir.block_size)
+    block_rows = _ceil_div(after_rows, blocks) if ir.is_cross else ir.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.num_iters)
     groups = _group_sizes(ir.exact, ir.num_iters, ir.init, rows, keys, ir.block_size)
@@ -236,11 +237,19 @@ def _group_sizes(
     """X, G and P. One iteration from the identity start scores a row's own block anyway."""
     near: Quantity = 0
     if exact.window is not None:
-        near = _least((2 * exact.window + 1) * block_size, keys)
+        after = _after(exact.prefix, keys)
+        near = _least((2 * exact.window + 1) * block_size, after)
         if num_iters == 1 and init == "identity":
-            near = near - _least(block_size, keys)
+            near = near - _least(block_size, after)
     prefix = _least(exact.prefix, keys)
     return near + prefix, int(exact.window is not None or exact.prefix > 0), _least(exact.prefix, rows)
+
+
+def _after(prefix: int, size: Quantity) -> Quantity:
+    """How many of `size` follow the prefix, and one where none does: there is always a block."""
+    if not prefix:
+        return size
+    return max(size - prefix, 1) if isinstance(size, int) else sympy.Max(size - prefix, 1)
 
 
 def _least(a: int, b: Quantity) -> Quantity:
@@ -298,7 +307,7 @@ def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[
     keys, blocks, block_keys, dim, iters, exact_rows = *sizes[4:6], *sizes[7:9], sizes[11], sizes[-1]
     exact_flops, exact_bytes, _, flops, moved, exps = values
     gain = device.wide_gain if dim >= WIDE and dtype.itemsize == 2 else 1.0
-    padding = device.pad_penalty if blocks * block_keys != keys else 1.0
+    padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
     rows_s = device.exact.launch_s + keys * device.row_key_s if exact_rows else 0.0
     return (
         (device.exact.launch_s, device.seconds(device.exact, exact_flops / gain, exact_bytes, 0, dtype)),

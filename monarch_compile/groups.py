@@ -99,26 +99,19 @@ def _window(scores: Tensor, size: int) -> int:
 
 
 def prefix_group(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    prefix: int,
-    scale: float,
-    bias: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of q (E, H, l, j, D) to the first `prefix` of the keys k (E, H, N_k, D), v (E, H, N_k, D_v).
+    """Exact attention of q (E, H, l, j, D) to the keys of a prefix k (E, H, P, D), v (E, H, P, D_v).
 
     Returns values (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no key.
     """
-    keys, values = k[:, :, :prefix], v[:, :, :prefix]
-    seen = None if key_mask is None else key_mask[:, None, None, :prefix]
-    added = None if bias is None else bias[:, None, None, :prefix]
-    weights, lse = softmax_lse(biased(scale * q.flatten(2, 3) @ keys.mT, added), seen)
+    seen = None if key_mask is None else key_mask[:, None, None, :]
+    added = None if bias is None else bias[:, None, None, :]
+    weights, lse = softmax_lse(biased(scale * q.flatten(2, 3) @ k.mT, added), seen)
     if seen is not None:
         lse = lse.masked_fill(~seen.any(-1), float("-inf"))
     shape = q.shape[2:4]
-    return torch.unflatten(weights @ values, 2, shape), torch.unflatten(lse, 2, shape)
+    return torch.unflatten(weights @ v, 2, shape), torch.unflatten(lse, 2, shape)
 
 
 def exact_rows(

@@ -288,7 +288,7 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig)
         return Stays("single_query", "exact attention of one query reads each key once")
     start: dict[str, Any] = {"num_iters": config.num_iters, "init": config.init}
     size = config.block_size
-    block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.window)
+    block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, exact)
     ir = replace(problem, block_size=block_size, pad=config.pad, exact=exact, **start)
     if config.policy == "auto":
         reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len, queries=queries)

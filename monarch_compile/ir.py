@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,8 @@ class ExactGroups:
     """Key groups taken out of the far field and treated exactly.
 
     `window`: blocks on each side of a row's own block (0: own block only; None: no window).
-    `prefix`: leading keys that every query sees exactly.
+    `prefix`: leading keys that every query sees exactly, and as many queries that see every key so: the blocks are of
+    what follows it.
     """
 
     window: int | None = None
@@ -49,6 +50,11 @@ class ExactGroups:
 
 PAPER = ExactGroups()
 """No exact groups: the paper's form."""
+
+
+def count_blocks(seq_len: Any, block_size: int, prefix: int) -> Any:
+    """Blocks that hold what follows the prefix of a sequence; none where nothing does. Lengths may be symbolic."""
+    return (seq_len - prefix + block_size - 1) // block_size
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,9 @@ class MonarchAttention:
     @property
     def num_blocks(self) -> int | None:
         """Number of blocks M, or None while seq_len_k is symbolic."""
-        return -(-self.seq_len_k // self.block_size) if isinstance(self.seq_len_k, int) and self.block_size else None
+        if not isinstance(self.seq_len_k, int) or not self.block_size:
+            return None
+        return max(1, int(count_blocks(self.seq_len_k, self.block_size, self.exact.prefix)))
 
     @property
     def block_size_q(self) -> int | None:
@@ -104,7 +112,7 @@ class MonarchAttention:
         if not self.is_cross:
             return self.block_size
         if isinstance(self.seq_len_q, int) and self.num_blocks:
-            return -(-self.seq_len_q // self.num_blocks)
+            return max(1, int(count_blocks(self.seq_len_q, self.num_blocks, self.exact.prefix)))
         return None
 
     def __str__(self) -> str:

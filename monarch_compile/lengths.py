@@ -15,7 +15,7 @@ from typing import Any
 from monarch_compile.cost import predict
 from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
-from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.ir import PAPER, Dim, ExactGroups, MonarchAttention
 
 Size = Any
 """An int, or a torch.SymInt, which is guarded on where it is compared."""
@@ -41,15 +41,20 @@ NEVER = sys.maxsize
 """The crossover of a site that does not pay even at the last of `LENGTHS`."""
 
 
-def auto_block_size(seq_len: Size, kind: str, window: int | None) -> int:
+def auto_block_size(seq_len: Size, kind: str, exact: ExactGroups = PAPER) -> int:
     """The block size that "auto" stands for at `seq_len` keys on a device of `kind`: a row of `BLOCK_SIZES`.
+
+    It is the row of as many keys as follow the prefix, or the first.
 
     Raises:
         InputError: seq_len is below 1.
     """
-    for start, block_size in reversed(BLOCK_SIZES[kind, window is not None]):
-        if seq_len >= start:
+    steps = BLOCK_SIZES[kind, exact.window is not None]
+    for start, block_size in reversed(steps[1:]):
+        if seq_len >= start + exact.prefix:
             return block_size
+    if seq_len >= 1:
+        return steps[0][1]
     raise InputError(f"seq_len must be at least 1; found {seq_len}")
 
 
@@ -106,7 +111,7 @@ def crossover(ir: MonarchAttention, device: Device, auto: bool) -> int:
     """
 
     def pays(length: int) -> bool:
-        block_size = auto_block_size(length, device.kind, ir.exact.window) if auto else ir.block_size
+        block_size = auto_block_size(length, device.kind, ir.exact) if auto else ir.block_size
         rows = ir.seq_len_q if ir.is_cross else length
         return predict(replace(ir, seq_len_q=rows, seq_len_k=length, block_size=block_size), device).pays
 

@@ -49,8 +49,8 @@ def reference(
     `key_mask` (E, N_k) is bool, True where a key is visible, or floating: added to the scores of every row, and hiding
     a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
     The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
-    `window` and `prefix` are those of `ir.ExactGroups`; the first `prefix` rows attend to every key exactly, and
-    after the start, which they take part in, no far field hears of them.
+    `window` and `prefix` are those of `ir.ExactGroups`: blocks are of what follows the prefix, whose own rows attend to
+    every key exactly.
     """
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -59,6 +59,14 @@ def reference(
     if key_mask is not None:
         key_mask = centred(key_mask) if key_mask.is_floating_point() else key_mask
         key_mask, bias = split_mask(key_mask, q.dtype)
+    if prefix:
+        everything = q.shape[2] <= prefix or k.shape[2] <= prefix
+        rows = exact_rows(q if everything else q[:, :, :prefix], k, v, key_mask, scale, bias).transpose(1, 2)
+        if everything:
+            return rows.contiguous().transpose(1, 2).to(dtype)
+        (k_lead, k), (v_lead, v) = ((x[:, :, :prefix], x[:, :, prefix:]) for x in (k, v))
+        (mask_lead, key_mask), (bias_lead, bias) = (_cut(x, prefix) for x in (key_mask, bias))
+        q = q[:, :, prefix:]
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     num_blocks = -(-seq_len_k // block_size)
     block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
@@ -69,9 +77,9 @@ def reference(
         keys, values = keys.contiguous(), values.contiguous()
     else:
         (keys, keys_near), (values, values_near) = (with_neighbours(x, window) for x in (keys, values))
-    visible = _far_keys(keys, seq_len_k, pad, key_mask, prefix)
+    visible = _far_keys(keys, seq_len_k, pad, key_mask)
     key_bias = None if bias is None else _by_block(bias, keys, pad)
-    row_is_real, row_reads = (_rows(q_blocks, seq_len_q, pad, skipped, group) for skipped in (0, prefix))
+    row_is_real = _rows(q_blocks, seq_len_q, pad, group)
     near = []  # values (E, H, l, j, D_v) and logsumexps (E, H, l, j) of the exact groups
     scores = None
     if window is not None:
@@ -80,7 +88,7 @@ def reference(
         if init == "identity":
             scores = own_scores(near_scores, block_size)
     if prefix:
-        near.append(prefix_group(q_blocks, k, v, key_mask, prefix, scale, bias))
+        near.append(prefix_group(q_blocks, k_lead, v_lead, mask_lead, bias_lead, scale))
     near_lses = [lse.transpose(2, 3) for _, lse in near]
     far_blocks = _far_blocks(visible, num_blocks, window, q.device)
 
@@ -100,15 +108,19 @@ def reference(
             far_lse = far_lse.masked_fill(~far_blocks.any(-2), float("-inf"))
         if step < num_iters - 1:
             far_share = shares([far_lse, *near_lses])[0].unsqueeze(-2) if near else None
-            qhat_at = _next_query(left, far_share, q_at, row_reads)
+            qhat_at = _next_query(left, far_share, q_at, row_is_real)
     z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
     if near:
         z = merge([z, *(value.transpose(2, 3) for value, _ in near)], [far_lse, *near_lses])
     output = _from_blocks(z, seq_len_q, pad, group)
     if prefix:
-        rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale, bias)
-        output = torch.cat([rows.transpose(1, 2), output.transpose(1, 2)[:, prefix:]], 1).transpose(1, 2)
+        output = torch.cat([rows, output.transpose(1, 2)], 1).transpose(1, 2)
     return output.to(dtype)
+
+
+def _cut(of_keys: Tensor | None, prefix: int) -> tuple[Tensor | None, Tensor | None]:
+    """What is told of the prefix's keys, and of those that follow, (E, N_k); None where nothing is."""
+    return (None, None) if of_keys is None else (of_keys[:, :prefix], of_keys[:, prefix:])
 
 
 def _by_offset(x: Tensor) -> Tensor:
@@ -160,24 +172,21 @@ def _from_blocks(z: Tensor, seq_len: int, pad: str, group: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, 0, *cut)).transpose(1, 2)
 
 
-def _positions(num_blocks: int, size: int, seq_len: int, pad: str, prefix: int, device: torch.device) -> Tensor:
-    """Whether position (block, offset) of the padded sequence is a real one after the prefix: (blocks, size) bool."""
+def _positions(num_blocks: int, size: int, seq_len: int, pad: str, device: torch.device) -> Tensor:
+    """Whether position (block, offset) of the padded sequence is a real one: (blocks, size) bool."""
     start = 0 if pad == "post" else num_blocks * size - seq_len
     index = torch.arange(num_blocks * size, device=device).view(num_blocks, size)
-    return (index >= start + prefix) & (index < start + seq_len)
+    return (index >= start) & (index < start + seq_len)
 
 
-def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None, prefix: int) -> Tensor | None:
-    """Keys that blocks may hold, visible and after the prefix, broadcastable to (E, H, b, j, i); None: every key."""
+def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None) -> Tensor | None:
+    """Keys that blocks may hold, visible and no padding, broadcastable to (E, H, b, j, i); None: every key."""
     num_blocks, size = keys.shape[2], keys.shape[3]
     if key_mask is not None:
-        if prefix:
-            key_mask = key_mask & (torch.arange(seq_len, device=keys.device) >= prefix)
         return _by_block(key_mask, keys, pad)
-    missing = num_blocks * size - seq_len
-    if not _may_pad(missing) and not prefix:
+    if not _may_pad(num_blocks * size - seq_len):
         return None
-    return _positions(num_blocks, size, seq_len, pad, prefix, keys.device).view(1, 1, num_blocks, 1, size)
+    return _positions(num_blocks, size, seq_len, pad, keys.device).view(1, 1, num_blocks, 1, size)
 
 
 def _by_block(of_keys: Tensor, keys: Tensor, pad: str) -> Tensor:
@@ -197,13 +206,13 @@ def _far_blocks(visible: Tensor | None, num_blocks: int, window: int | None, dev
     return far[None, None, None] if seen is None else far & seen
 
 
-def _rows(q: Tensor, seq_len: int, pad: str, prefix: int, group: int) -> Tensor | None:
-    """(1, 1, j, l, 1) bool: rows that are neither padding nor before `prefix`; None where all are such."""
+def _rows(q: Tensor, seq_len: int, pad: str, group: int) -> Tensor | None:
+    """(1, 1, j, l, 1) bool: rows that are no padding; None where all are such."""
     num_blocks, offsets = q.shape[2], q.shape[3]
     size = offsets // group
-    if not _may_pad(num_blocks * size - seq_len) and not prefix:
+    if not _may_pad(num_blocks * size - seq_len):
         return None
-    real = _positions(num_blocks, size, seq_len, pad, prefix, q.device).t()
+    real = _positions(num_blocks, size, seq_len, pad, q.device).t()
     return real.expand(group, -1, -1).reshape(1, 1, offsets, num_blocks, 1)
 
 
@@ -215,15 +224,15 @@ def _mean_query(q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
     return (q_at * real).sum(3, keepdim=True) / real.sum(3, keepdim=True).clamp(min=1)
 
 
-def _next_query(left: Tensor, far_share: Tensor | None, q_at: Tensor, row_reads: Tensor | None) -> Tensor:
+def _next_query(left: Tensor, far_share: Tensor | None, q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
     """qbar / w of the next iteration, (E, H, j, b, D); 0 where no row gives the block any weight.
 
     `left` (E, H, j, b, l) sums to 1 over b; `far_share` (E, H, j, 1, l) is what each row gives its far field.
     """
     if far_share is not None:
         left = left * far_share
-    if row_reads is not None:
-        left = left * row_reads.transpose(-1, -2)
+    if row_is_real is not None:
+        left = left * row_is_real.transpose(-1, -2)
     weight = left.sum(-1)  # (E, H, j, b)
     total = _bmm(left, q_at)  # (E, H, j, b, D)
     return total / weight.masked_fill(weight == 0, 1.0).unsqueeze(-1)

@@ -112,11 +112,11 @@ def _present(content: dict[str, Any], path: Path) -> None:
 
 
 def _line(row: Row) -> str:
-    form = "" if row.form is None else f" T={row.form.num_iters} window={row.form.window} block={row.block_size}"
+    form = "" if row.form is None else f" {row.form} block={row.block_size}"
     times = ", ".join(f"{clock} {x.p50:.4f} [{x.p20:.4f}, {x.p80:.4f}]" for clock, x in row.times.items())
     failures = "; ".join(f"{clock}: {words}" for clock, words in row.failures.items())
     predicted = "" if row.predicted_ms is None else f"(predicted {row.predicted_ms:.4f})"
-    return f"{row.subject + form:<38} " + " ".join(part for part in (times, predicted, failures) if part)
+    return f"{row.subject + form:<47} " + " ".join(part for part in (times, predicted, failures) if part)
 
 
 def _chosen(preset: Preset, shapes: Sequence[str]) -> tuple[Problem, ...]:

@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.problems import Form
+
 Content = Mapping[str, Any]
 NOTHING = "–"
 PROBLEM = ("batch", "seq_len", "num_heads", "head_dim", "dtype", "masked")
@@ -39,7 +41,7 @@ def median(row: Mapping[str, Any], clock: str) -> float | None:
 def name_of(row: Mapping[str, Any]) -> str:
     """The subject, with its form where it has one."""
     form = row["form"]
-    return str(row["subject"]) if form is None else f"monarch T={form['num_iters']} window={form['window']}"
+    return str(row["subject"]) if form is None else f"monarch {Form(**form)}"
 
 
 def problem_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -82,7 +84,7 @@ def _fractions(content: Content) -> list[str]:
 
 
 def _choices(content: Content) -> list[str]:
-    head = ["batch x N, heads x D", "T", "window", "block", "exact: predicted", "measured"]
+    head = ["batch x N, heads x D", "T", "window", "prefix", "block", "exact: predicted", "measured"]
     head += ["Monarch: predicted", "measured", "choice", "right"]
     table = []
     for verdict in content["verdicts"]:
@@ -90,7 +92,7 @@ def _choices(content: Content) -> list[str]:
         pairs = [verdict[f"{kind}_ms"] for kind in ("predicted_exact", "exact", "predicted_monarch", "monarch")]
         times = [NOTHING if ms is None else f"{ms:.4g}" for ms in pairs]
         right = {True: "yes", False: "**no**", None: NOTHING}[verdict["is_right"]]
-        sizes = [str(form["num_iters"]), str(form["window"]), str(verdict["block_size"])]
+        sizes = [str(form["num_iters"]), str(form["window"]), str(form.get("prefix", 0)), str(verdict["block_size"])]
         table.append([problem_words(problem_of(verdict)), *sizes, *times, verdict["choice"], right])
     return _table(head, table)
 

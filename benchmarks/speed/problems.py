@@ -46,11 +46,16 @@ class Form:
 
     num_iters: int = 1
     window: int | None = None
+    prefix: int = 0
+
+    def __str__(self) -> str:
+        prefix = f" prefix={self.prefix}" if self.prefix else ""
+        return f"T={self.num_iters} window={self.window}{prefix}"
 
     def ir(self, problem: Problem, device: Device) -> MonarchAttention:
         """The IR of `problem` in this form on `device`."""
-        dim, dtype, groups = problem.head_dim, problem.torch_dtype, ExactGroups(self.window)
-        block = auto_block_size(problem.seq_len, device.kind, self.window)
+        dim, dtype, groups = problem.head_dim, problem.torch_dtype, ExactGroups(self.window, self.prefix)
+        block = auto_block_size(problem.seq_len, device.kind, groups)
         return MonarchAttention(
             *(problem.batch, problem.num_heads, problem.num_heads, problem.seq_len, problem.seq_len, dim, dim),
             dtype=dtype,
@@ -99,6 +104,8 @@ LENGTHS = tuple(256 << power for power in range(10))
 BATCHES = ((64, 256), (1024, 256), (8, 1024), (64, 1024), (256, 1024), (16, 4096), (64, 4096), (4, 16384), (16, 16384))
 HEADS = ((12, 64), (16, 128))
 H200_WIDE = ((1, 4096), (1, 16384))
+HEAD_DIMS = (16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
+ODD_SHAPES = ((4, 4097, 16), (1, 16385, 16), (8, 1500, 8))
 CPU_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 WINDOWS = (None, 1)
 
@@ -112,6 +119,18 @@ def _full() -> Iterator[Problem]:
         yield Problem(batch, seq_len, *heads, dtype, masked)
 
 
+def _heads() -> Iterator[Problem]:
+    """Heads of other sizes at one length."""
+    for head_dim in HEAD_DIMS:
+        yield Problem(4, 4096, 16, head_dim, "bfloat16")
+
+
+def _odd() -> Iterator[Problem]:
+    """Lengths with a class token before whole blocks, and one that cuts its last block."""
+    for batch, seq_len, num_heads in ODD_SHAPES:
+        yield Problem(batch, seq_len, num_heads, dtype="bfloat16")
+
+
 _ONE_ITERATION = tuple(Form(1, window) for window in WINDOWS)
 PRESETS: dict[str, Preset] = {
     "h200": Preset(
@@ -119,6 +138,8 @@ PRESETS: dict[str, Preset] = {
         (*(Problem(*shape) for shape in H200_SHAPES), *(Problem(*shape, *HEADS[1]) for shape in H200_WIDE)),
         (*_ONE_ITERATION, Form(2)),
     ),
+    "h200-heads": Preset("cuda", tuple(_heads()), _ONE_ITERATION),
+    "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, Form(1, 1, prefix=1))),
     "full": Preset("cuda", tuple(_full()), tuple(Form(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }

@@ -119,6 +119,7 @@ def peers(functions: Sequence[tuple[str, Peer]]) -> tuple[Subject, ...]:
 def monarch(ir: MonarchAttention, x: Inputs) -> Call:
     """The Monarch form of `ir`, compiled by the backend."""
     torch._dynamo.reset()  # as for flex
-    form = {"block_size": ir.block_size, "num_iters": ir.num_iters, "window": ir.exact.window}
+    form = {"block_size": ir.block_size, "num_iters": ir.num_iters}
+    form |= {"window": ir.exact.window, "prefix": ir.exact.prefix}
     compiled = compiled_attention({"policy": "always", "strict": True, **form})
     return functools.partial(compiled, x.q, x.k, x.v, x.mask)

@@ -179,7 +179,7 @@ def test_policy_auto_of_symbolic_lengths_hangs_on_no_order() -> None:
         for queries, keys in pairs[::order]:
             given = inputs(queries, keys)
             exact = queries == 40 or keys == 200
-            size = monarch_compile.lengths.auto_block_size(keys, "cpu", None)
+            size = monarch_compile.lengths.auto_block_size(keys, "cpu")
             expected = MODEL(*given) if exact else MODEL.by_reference(*given, block_size=size, window=None)
             torch.testing.assert_close(call(*given), expected, rtol=1e-5, atol=1e-5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 from monarch_compile.config import MonarchConfig
+from monarch_compile.ir import ExactGroups
 from monarch_compile.lengths import auto_block_size
 from monarch_compile.passes.pipeline import rewrite
 from tests.support.block import Block, key_padding
@@ -33,9 +35,10 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 MODEL = Block().eval()
 
 
-def expected(x: Tensor, visible: Tensor | None = None, **options: object) -> Tensor:
+def expected(x: Tensor, visible: Tensor | None = None, **options: Any) -> Tensor:
     """Monarch attention at the block size of the table."""
-    return MODEL.by_reference(x, visible, block_size=auto_block_size(x.shape[1], "cpu", 1), **options)
+    exact = ExactGroups(1, int(options.get("prefix", 0)))
+    return MODEL.by_reference(x, visible, block_size=auto_block_size(x.shape[1], "cpu", exact), **options)
 
 
 def inputs(seq_len: int, batch: int = 2, *, masked: bool = False) -> list[Tensor]:

@@ -50,18 +50,19 @@ def dense_monarch(
     """
     bias = torch.zeros(len(k), dtype=q.dtype) if bias is None else bias
     n_q, n_k = len(q), len(k)
-    blocks = -(-n_k // block_size)
-    rows = block_size if n_q == n_k else -(-n_q // blocks)
+    prefix = prefix if prefix < min(n_q, n_k) else max(n_q, n_k)  # every row is exact, and there are no blocks
+    blocks = -(-max(n_k - prefix, 0) // block_size)
+    rows = block_size if n_q == n_k else -(-max(n_q - prefix, 0) // max(blocks, 1))
     lay = _layout(n_q, n_k, visible, blocks, rows, block_size, pad, window, prefix)
     left = torch.zeros(rows, blocks, blocks, dtype=q.dtype)  # (j, b, l)
     for j in range(rows):
-        left[j] = torch.eye(blocks) if init == "identity" else torch.full((blocks, blocks), 1 / blocks)
+        left[j] = torch.eye(blocks) if init == "identity" else torch.full((blocks, blocks), 1 / max(blocks, 1))
     scores = scale * q @ k.mT + bias
     objectives, matrix = [], torch.zeros(n_q, n_k, dtype=q.dtype)
-    for step in range(num_iters):
-        right, a, c = _right(q, k, visible, bias, left, lay, scale, prefix, first_reader=prefix if step else 0)
-        left = _left(q, scores, a, c, lay)
-        matrix = _assemble(left, right, scores, visible, lay)
+    for _ in range(num_iters):
+        right, a, c = _right(q, k, visible, bias, left, lay, scale)
+        left = _left(q, scores, a, c, lay, left)
+        matrix = _assemble(left, right, scores, lay, prefix)
         objectives.append(objective(matrix, scores))
     return Dense(matrix, tuple(objectives))
 
@@ -72,39 +73,41 @@ def objective(matrix: Tensor, scores: Tensor) -> float:
     return float((matrix[kept] * scores[kept]).sum() - (matrix[kept] * matrix[kept].log()).sum())
 
 
-def _places(n: int, blocks: int, size: int, pad: str) -> list[list[int | None]]:
-    """For each block and offset, the row or key there, None for padding."""
-    start = 0 if pad == "post" else blocks * size - n
-    return [
-        [p - start if start <= p < start + n else None for p in range(b * size, (b + 1) * size)] for b in range(blocks)
-    ]
+def _places(n: int, blocks: int, size: int, pad: str, prefix: int) -> list[list[int | None]]:
+    """For each block and offset, the row or key there, None for padding: those that follow the prefix, in turn."""
+    missing: list[int | None] = [None] * (blocks * size - max(n - prefix, 0))
+    following = list(range(prefix, n))
+    places = following + missing if pad == "post" else missing + following
+    return [places[b * size : (b + 1) * size] for b in range(blocks)]
 
 
 def _layout(n_q, n_k, visible, blocks, rows, block_size, pad, window, prefix) -> Layout:  # type: ignore[no-untyped-def]
-    row_at, key_at = _places(n_q, blocks, rows, pad), _places(n_k, blocks, block_size, pad)
+    row_at, key_at = _places(n_q, blocks, rows, pad, prefix), _places(n_k, blocks, block_size, pad, prefix)
     block_of = {row: block for block, places in enumerate(row_at) for row in places if row is not None}
     near_at, far_at = [], []
     for row in range(n_q):
-        covered = [] if window is None else [b for b in range(blocks) if abs(b - block_of[row]) <= window]
-        near = {n for b in covered for n in key_at[b] if n is not None} | set(range(min(prefix, n_k)))
         if row < prefix:
             covered, near = list(range(blocks)), set(range(n_k))
+        else:
+            covered = [] if window is None else [b for b in range(blocks) if abs(b - block_of[row]) <= window]
+            near = {n for b in covered for n in key_at[b] if n is not None} | set(range(prefix))
         near_at.append(sorted(n for n in near if visible[n]))
         far_at.append([b for b in range(blocks) if b not in covered])
     return Layout(row_at, key_at, near_at, far_at)
 
 
-def _right(q, k, visible, bias, left, lay, scale, prefix, first_reader):  # type: ignore[no-untyped-def]
-    blocks, rows, dim = len(lay.key_at), len(lay.row_at[0]), q.shape[1]
+def _right(q, k, visible, bias, left, lay, scale):  # type: ignore[no-untyped-def]
+    rows, blocks, _ = left.shape
+    dim = q.shape[1]
     right: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
     a, c = {}, {}
     for b in range(blocks):
-        keys = [n for n in lay.key_at[b] if n is not None and visible[n] and n >= prefix]
+        keys = [n for n in lay.key_at[b] if n is not None and visible[n]]
         for j in range(rows):
             weight, total = 0.0, torch.zeros(dim, dtype=q.dtype)
             for row_block in range(blocks):
                 row = lay.row_at[row_block][j]
-                if row is not None and row >= first_reader:
+                if row is not None:
                     weight += float(left[j, b, row_block])
                     total += left[j, b, row_block] * q[row]
             mean = total / weight if weight > 0 else total
@@ -118,9 +121,9 @@ def _right(q, k, visible, bias, left, lay, scale, prefix, first_reader):  # type
     return right, a, c
 
 
-def _left(q, scores, a, c, lay):  # type: ignore[no-untyped-def]
-    blocks, rows = len(lay.row_at), len(lay.row_at[0])
-    left = torch.zeros(rows, blocks, blocks, dtype=q.dtype)
+def _left(q, scores, a, c, lay, previous):  # type: ignore[no-untyped-def]
+    left = torch.zeros_like(previous)
+    rows, blocks, _ = left.shape
     for row_block in range(blocks):
         for j in range(rows):
             row = lay.row_at[row_block][j]
@@ -134,8 +137,10 @@ def _left(q, scores, a, c, lay):  # type: ignore[no-untyped-def]
     return left
 
 
-def _assemble(left, right, scores, visible, lay):  # type: ignore[no-untyped-def]
+def _assemble(left, right, scores, lay, prefix):  # type: ignore[no-untyped-def]
     matrix = torch.zeros_like(scores)
+    for row, near in enumerate(lay.near_at[:prefix]):
+        matrix[row, near] = torch.softmax(scores[row, near], 0)
     for row_block, places in enumerate(lay.row_at):
         for j, row in enumerate(places):
             if row is None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.speed.problems import HEAD_DIMS, ODD_SHAPES, Form, Problem
 from monarch_compile import cost
 from monarch_compile.cost import exact_cost, exact_cost_of_shapes, monarch_cost, predict
 from monarch_compile.devices import DEVICES, device_for
@@ -45,7 +46,7 @@ def attention(seq_len=4096, block_size=64, batch=1, dtype=torch.float32, init="i
 
 
 def auto(seq_len, device, dtype, batch=1):
-    return attention(seq_len, auto_block_size(seq_len, device.kind, None), batch, dtype)
+    return attention(seq_len, auto_block_size(seq_len, device.kind), batch, dtype)
 
 
 def is_equal(found, expected):
@@ -156,23 +157,21 @@ def test_h200_predictions_are_within_a_factor_of_what_was_measured(batch, seq_le
 
 
 def head_sizes():
-    """Rows of the recorded table of head sizes and lengths under the kernels as they are."""
-    for row in json.loads((RESULTS / "h200_dims.json").read_text(encoding="utf-8"))["rows"]:
-        wide = row["head_dim"] > 128
-        if row["what"] == ("tiles of wide heads: as they are now" if wide else "after it"):
-            yield row
+    """Rows of the recorded tables of head sizes and of odd lengths, but for a prefix, whose rows are fitted to four."""
+    for name in ("speed_h200_heads.json", "speed_h200_odd.json"):
+        for row in json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]:
+            if row["subject"] == "monarch" and not row["form"]["prefix"]:
+                yield row
 
 
-def test_the_table_of_head_sizes_has_rows():
-    assert len(list(head_sizes())) == 46
+def test_the_tables_of_head_sizes_have_rows():
+    assert len(list(head_sizes())) == 2 * len(HEAD_DIMS) + 2 * len(ODD_SHAPES)
 
 
-@pytest.mark.parametrize("row", head_sizes(), ids=lambda row: f"{row['seq_len']}-{row['head_dim']}-{row['window']}")
+@pytest.mark.parametrize("row", head_sizes(), ids=lambda row: f"{Problem(**row['problem'])} {Form(**row['form'])}")
 def test_h200_predictions_hold_for_other_heads_and_odd_lengths(row):
-    sizes = {name: row[name] for name in ("seq_len", "block_size", "batch", "num_heads", "head_dim")}
-    heads = {"num_kv_heads": row["num_heads"], "value_dim": row["head_dim"], "exact": ExactGroups(row["window"])}
-    site = attention(dtype=getattr(torch, row.get("dtype", "bfloat16")), **sizes, **heads)
-    assert 0.65 < predict(site, DEVICES["h200"]).monarch_s * 1e3 / row["ms"] < 1.15
+    site = Form(**row["form"]).ir(Problem(**row["problem"]), DEVICES["h200"])
+    assert 0.75 < predict(site, DEVICES["h200"]).monarch_s * 1e3 / row["times"]["graph"]["p50"] < 1.2
 
 
 def test_one_block_more_than_a_tile_holds_costs_a_tile():

@@ -62,7 +62,7 @@ def _first_table() -> list[Measured]:
     for row in content["rows"]:
         batch, seq_len = row["batch"], row["seq_len"]
         for name, groups in FORMS.items():
-            block = auto_block_size(seq_len, "cuda", groups.window)
+            block = auto_block_size(seq_len, "cuda", groups)
             ir = MonarchAttention(batch, 12, 12, seq_len, seq_len, dim, dim, dtype, block, dim**-0.5, exact=groups)
             found.append(Measured(gpu, ir, min(row[exact][1] for exact in EXACT), row[name][1]))
     return found

@@ -28,7 +28,7 @@ def site(device, window, seq_len=1, batch=1, block_size=16, num_heads=12, head_d
 
 def at(ir, device, seq_len, batch=1):
     """`ir` at a length, with the block size of "auto"."""
-    block_size = auto_block_size(seq_len, DEVICES[device].kind, ir.exact.window)
+    block_size = auto_block_size(seq_len, DEVICES[device].kind, ir.exact)
     return replace(ir, batch=batch, seq_len_q=seq_len, seq_len_k=seq_len, block_size=block_size)
 
 
@@ -44,8 +44,16 @@ def test_steps_start_at_one_and_climb(steps):
 def test_a_step_holds_from_its_first_length_on(kind, windowed):
     steps = BLOCK_SIZES[kind, windowed]
     for (start, size), (_, before) in zip(steps[1:], steps, strict=False):
-        assert auto_block_size(start, kind, 1 if windowed else None) == size
-        assert auto_block_size(start - 1, kind, 1 if windowed else None) == before
+        assert auto_block_size(start, kind, ExactGroups(1 if windowed else None)) == size
+        assert auto_block_size(start - 1, kind, ExactGroups(1 if windowed else None)) == before
+
+
+@pytest.mark.parametrize(("kind", "windowed"), BLOCK_SIZES)
+def test_a_prefix_is_in_no_block(kind, windowed):
+    window = 1 if windowed else None
+    for start, size in BLOCK_SIZES[kind, windowed]:
+        assert auto_block_size(start + 5, kind, ExactGroups(window, 5)) == size
+        assert auto_block_size(start, kind, ExactGroups(window, start)) == BLOCK_SIZES[kind, windowed][0][1]
 
 
 def test_the_table_of_the_readme_is_the_one_in_force():
@@ -59,7 +67,7 @@ def test_the_table_of_the_readme_is_the_one_in_force():
 
 def test_a_length_below_one_is_refused():
     with pytest.raises(InputError, match="seq_len must be at least 1; found 0"):
-        auto_block_size(0, "cpu", 1)
+        auto_block_size(0, "cpu")
 
 
 @settings(deadline=None)
