@@ -60,6 +60,7 @@ class MonarchConfig:
     window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: the paper's
         form, no window).
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
+        Blocks are of what follows them.
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
     min_seq_len: sites with fewer keys stay exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for

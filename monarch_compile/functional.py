@@ -47,6 +47,7 @@ def monarch_attention(
         window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
             only); None: none, the paper's form. Between unequal lengths it means little, and CUDA takes None only.
         prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
+            Blocks are of what follows them.
 
     Returns:
         (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory in (batch, seq, heads, dim) order.
