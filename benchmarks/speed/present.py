@@ -88,11 +88,11 @@ def _choices(content: Content) -> list[str]:
     head += ["Monarch: predicted", "measured", "choice", "right"]
     table = []
     for verdict in content["verdicts"]:
-        form = verdict["form"]
+        form = Form(**verdict["form"])
         pairs = [verdict[f"{kind}_ms"] for kind in ("predicted_exact", "exact", "predicted_monarch", "monarch")]
         times = [NOTHING if ms is None else f"{ms:.4g}" for ms in pairs]
         right = {True: "yes", False: "**no**", None: NOTHING}[verdict["is_right"]]
-        sizes = [str(form["num_iters"]), str(form["window"]), str(form.get("prefix", 0)), str(verdict["block_size"])]
+        sizes = [str(x) for x in (form.num_iters, form.window, form.prefix, verdict["block_size"])]
         table.append([problem_words(problem_of(verdict)), *sizes, *times, verdict["choice"], right])
     return _table(head, table)
 
