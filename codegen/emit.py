@@ -30,6 +30,8 @@ from monarch_compile.version import __version__
 
 PITCH_MULTIPLE = 16
 """Rows of the intermediates are padded to this many elements, so that they load as whole aligned vectors."""
+COPIED_ROWS = 16
+"""Rows of the prefix that a program copies at once: enough that each thread loads several numbers side by side."""
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 
@@ -231,7 +233,7 @@ def _constants(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Fact
     elif role.template == "represent":
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
     elif role.template == "attend":
-        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns}
+        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns, "TILE_R": COPIED_ROWS}
     elif role.template == "exchange":
         tiles = {"TILE": tiling.rows}
     return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}

@@ -246,7 +246,7 @@ class Launcher:
             "block_q": self._rows(q, num_blocks),
         }
         values |= {"seq_len": q.shape[2], "seq_len_q": q.shape[2], "seq_len_k": k.shape[2]}
-        rows = self._exact_rows(q, k, v, key_mask) if self.problem.exact.prefix else None
+        rows = self._prefix_rows(q, k, v, key_mask) if self.problem.exact.prefix else None
         for name, tensor in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask), ("rows", rows)):
             if tensor is not None:
                 values[name] = tensor
@@ -259,7 +259,7 @@ class Launcher:
         output: Tensor = values["z"]
         return output.transpose(1, 2)
 
-    def _exact_rows(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def _prefix_rows(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         prefix = self.problem.exact.prefix
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
         return _exact_rows(first, k, v, key_mask, self.problem.scale, self.problem.group)

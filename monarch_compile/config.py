@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monarch_compile.errors import ConfigError
-from monarch_compile.ir import INITS, PADS
+from monarch_compile.ir import INITS, PADS, ExactGroups
 from monarch_compile.plan import FORM_OPTIONS, Plan
 
 POLICIES = ("auto", "always", "never")
@@ -92,6 +92,11 @@ class MonarchConfig:
             value = getattr(self, name)
             if not rule.allows(value):
                 raise ConfigError(f"option {name!r} must be {rule.wording}; found {value!r}")
+
+    @property
+    def exact(self) -> ExactGroups:
+        """The window and the prefix."""
+        return ExactGroups(self.window, self.prefix)
 
     def digest(self) -> str:
         """A short hash of every option, for cache keys."""

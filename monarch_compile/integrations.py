@@ -26,7 +26,7 @@ from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.devices import installed
 from monarch_compile.errors import ConfigError, LoweringError
 from monarch_compile.functional import monarch_attention
-from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.legality import DTYPES, MAX_HEAD_DIM
@@ -279,7 +279,6 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig)
     device, seq_len, queries = installed(place), int(problem.seq_len_k), None
     if problem.is_cross:
         config, queries = replace(config, **ACROSS), problem.seq_len_q
-    exact = ExactGroups(config.window, config.prefix)
     if seq_len < config.min_seq_len:
         return Stays("min_seq_len", f"seq_len {seq_len} is below min_seq_len {config.min_seq_len}")
     if config.policy == "never":
@@ -288,8 +287,8 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig)
         return Stays("single_query", "exact attention of one query reads each key once")
     start: dict[str, Any] = {"num_iters": config.num_iters, "init": config.init}
     size = config.block_size
-    block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, exact)
-    ir = replace(problem, block_size=block_size, pad=config.pad, exact=exact, **start)
+    block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.exact)
+    ir = replace(problem, block_size=block_size, pad=config.pad, exact=config.exact, **start)
     if config.policy == "auto":
         reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len, queries=queries)
         if reason is not None:

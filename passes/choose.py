@@ -12,7 +12,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import Device, installed
-from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size, exact_wins
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.enclosed import name_of
@@ -141,8 +141,7 @@ def _form(config: MonarchConfig) -> SiteForm | None:
 
 
 def _auto_form(config: MonarchConfig, device: Device, seq_len: Any) -> SiteForm:
-    exact = ExactGroups(config.window, config.prefix)
-    return _form_of(config, auto_block_size(seq_len, device.kind, exact))
+    return _form_of(config, auto_block_size(seq_len, device.kind, config.exact))
 
 
 def _form_of(config: MonarchConfig, block_size: int) -> SiteForm:

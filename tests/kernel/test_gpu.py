@@ -76,6 +76,8 @@ WINDOWS = (
     Case(777, 100, 256, 256, num_heads=2, window=1),
     Case(4097, 7, 64, 64, num_heads=2, window=2),
     Case(100, 300, 64, 64, num_heads=2, window=1, prefix=3),
+    Case(300, 2, 64, 64, num_heads=2, window=1, prefix=70),  # more rows than all offsets copy in one turn
+    Case(777, 45, 64, 64, num_heads=2, window=1, prefix=40),
     Case(1, 1, 64, 64, window=1, prefix=1),
     Case(4999, 300, 64, 64, 2, "mean", num_heads=2, window=1),
 )

@@ -53,6 +53,7 @@ GROUPS = (
     Case(23, 5, 16, 16, window=9, prefix=5, pad="pre"),
     Case(23, 5, 16, 16, prefix=7, mask="blocks"),
     Case(23, 5, 16, 16, window=0, prefix=6, mask="blocks"),
+    Case(50, 2, 16, 16, window=1, prefix=37),  # more rows than all offsets copy in one turn
     Case(13, 5, 25, 20, window=1, prefix=11, num_heads=2),
     Case(13, 5, 20, 25, window=1, prefix=13, mask="blocks"),
     Case(13, 5, 16, 16, prefix=40, pad="pre", mask="blocks"),

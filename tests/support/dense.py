@@ -61,7 +61,7 @@ def dense_monarch(
     objectives, matrix = [], torch.zeros(n_q, n_k, dtype=q.dtype)
     for _ in range(num_iters):
         right, a, c = _right(q, k, visible, bias, left, lay, scale)
-        left = _left(q, scores, a, c, lay, left)
+        left = _left(q, scores, a, c, lay)
         matrix = _assemble(left, right, scores, lay, prefix)
         objectives.append(objective(matrix, scores))
     return Dense(matrix, tuple(objectives))
@@ -121,9 +121,9 @@ def _right(q, k, visible, bias, left, lay, scale):  # type: ignore[no-untyped-de
     return right, a, c
 
 
-def _left(q, scores, a, c, lay, previous):  # type: ignore[no-untyped-def]
-    left = torch.zeros_like(previous)
-    rows, blocks, _ = left.shape
+def _left(q, scores, a, c, lay):  # type: ignore[no-untyped-def]
+    blocks, rows = len(lay.row_at), len(lay.row_at[0]) if lay.row_at else 0
+    left = torch.zeros(rows, blocks, blocks, dtype=q.dtype)
     for row_block in range(blocks):
         for j in range(rows):
             row = lay.row_at[row_block][j]

@@ -393,7 +393,6 @@ for change, capability in json.loads(sys.stdin.read()):
     for source in emit(ir, schedule, expected_facts(ir, schedule)):
         report = dataclasses.asdict(compile_report(source, ir, schedule, tuple(capability)))
         place = {"capability": capability, "dtype": str(ir.dtype), "text": str(schedule)}
-        place["prefix"] = ir.exact.prefix
         reports.append({**report, **place, "ptx": "", "halves": report["ptx"].count("ld.global.b16")})
 print(json.dumps(reports))
 """
@@ -402,7 +401,7 @@ TO_COMPILE = [
     ({"dtype": "bfloat16", "num_iters": 2, "init": "mean", "pad": "pre", "mask": "key_padding"}, (9, 0)),
     ({"dtype": "float16", "block_size": 39, "head_dim": 256, "value_dim": 256}, (8, 0)),
     ({"dtype": "float32", "block_size": 39, "head_dim": 80, "value_dim": 25}, (9, 0)),
-    ({"dtype": "float16", "block_size": 39, "exact": (1 << 40, 1 << 40)}, (9, 0)),
+    ({"dtype": "float16", "block_size": 39, "exact": (1 << 40, 1000)}, (9, 0)),
     ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "num_iters": 2}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "seq_len": 65536}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "seq_len": 65535}, (8, 6)),
@@ -440,8 +439,7 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
         # tf32x3 keeps every operand in two parts: wide float32 rows spill, up to half a KiB a thread.
         allowed = 512 if report["dtype"] == "torch.float32" else 16
         assert report["local_bytes"] <= allowed, f"spills: {report}"
-        one_row = report["name"] == "monarch_attend" and report["prefix"]  # of the prefix: a number for each thread
-        assert report["halves"] <= bool(one_row), f"16-bit numbers load one by one, not as vectors: {report}"
+        assert not report["halves"], f"16-bit numbers load one by one, not as vectors: {report}"
         if report["name"] != "monarch_mean_query":
             assert report["has_wgmma"] or report["has_mma"], report
         if (
