@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.codegen.emit import (
     MEAN,
@@ -25,10 +24,11 @@ from monarch_compile.codegen.emit import (
     steps,
 )
 from monarch_compile.codegen.facts import Facts, apart_of, facts_of, sees_strides
+from monarch_compile.codegen.rows import exact_rows
 from monarch_compile.codegen.schedule import ALL, TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
-from monarch_compile.groups import centred, split_mask
+from monarch_compile.groups import centred
 from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention, count_blocks
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def launch(
     """
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
     if prefix and (q.shape[2] <= prefix or k.shape[2] <= prefix):
-        return _exact_rows(q, k, v, key_mask, scale, group).transpose(1, 2).contiguous().transpose(1, 2)
+        return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
     num_blocks = count_blocks(k.shape[2], block_size, prefix)
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
     rows_key = 0 if q.shape[2] == k.shape[2] else _rows_key(_rows(q, num_blocks))
@@ -262,7 +262,7 @@ class Launcher:
     def _prefix_rows(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         prefix = self.problem.exact.prefix
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
-        return _exact_rows(first, k, v, key_mask, self.problem.scale, self.problem.group)
+        return exact_rows(first, k, v, key_mask, self.problem.scale)
 
     def _allocate_outputs(self, role: Role, values: dict[str, Any], heads: Any) -> None:
         problem, q, num_blocks, rows = self.problem, values["q"], values["num_blocks"], values["block_q"]
@@ -310,20 +310,6 @@ class Launcher:
 
     def _rows(self, q: Tensor, num_blocks: Any) -> Any:
         return _rows(q, num_blocks) if self.problem.rows_key else self.problem.block_size
-
-
-def _exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, group: int) -> Tensor:
-    """Exact attention of rows q (E, H, P, D) to every key: (E, H, P, D_v); 0 where a row sees none."""
-    if scale <= 0:  # some kernels take the largest score before they scale
-        q, scale = q * scale, 1.0
-    grouped = group > 1
-    if key_mask is None:
-        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    key_mask = key_mask.unsqueeze(1).unsqueeze(1)
-    seen, bias = split_mask(key_mask, q.dtype)
-    mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
-    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 
 
 def _programs_per_head(role: Role, tiling: Tiling, num_blocks: Any, rows: Any) -> Any:

@@ -107,8 +107,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("z", "offsets", "last", B_Q, (M, M, D_V), ("y", "z", "near")),
     Stage("near scores", "blocks", "last", M, (B_Q, D, X), (), softmax=True),
     Stage("near values", "blocks", "last", M, (B_Q, X, D_V), ("near",)),
-    Stage("exact rows", "rows", "once", 1, (P, D, N_K), (), softmax=True),
-    Stage("exact rows' values", "rows", "once", 1, (P, N_K, D_V), ()),
+    Stage("exact rows", "rows", "once", 1, (P, D, N_K), ("k",), softmax=True),
+    Stage("exact rows' values", "rows", "once", 1, (P, N_K, D_V), ("v",)),
 )
 
 TENSORS: dict[str, Quantity] = {
@@ -140,7 +140,7 @@ def exact_cost_of_shapes(
 
 
 def monarch_cost(ir: MonarchAttention) -> Cost:
-    """Cost of the Monarch form of `ir`, two kernels an iteration, padding to whole blocks included."""
+    """Cost of the Monarch form of `ir`, two kernels an iteration, padding to whole blocks and exact rows included."""
     return _symbolic_or_counted(ir)[1]
 
 
@@ -154,15 +154,20 @@ def exact_formula() -> Cost:
 
 @lru_cache(maxsize=2)
 def monarch_formula(tiled: bool = False) -> Cost:
-    """The Monarch form in the symbols of this module: T iterations, the last of which gives the output.
+    """The Monarch form in the symbols of this module, but for exact rows: T iterations, the last gives the output.
 
     With `tiled`, blocks, offsets, exact keys and features of the products are what tiles cover of them, nearly.
     """
-    repeats = {"every": T, "last": 1, "before": T - 1, "once": 1}
-    shape = _whole_tiles if tiled else tuple
-    flops = sum(repeats[s.when] * _product(H * s.count, shape(s.matmul)) for s in STAGES)
-    exps = sum(repeats[s.when] * H * s.count * s.matmul[0] * s.matmul[2] for s in STAGES if s.softmax)
-    moved = _moved("last") + (T - 1) * _moved("before")
+    flops, exps = _work({"every": T, "last": 1, "before": T - 1}, _whole_tiles if tiled else tuple)
+    moved = _moved("every", "last") + (T - 1) * _moved("every", "before")
+    return Cost(*(E * total for total in (flops, moved, exps)))
+
+
+@lru_cache(maxsize=1)
+def rows_formula() -> Cost:
+    """The exact rows of a prefix, which one more kernel computes, in the symbols of this module."""
+    flops, exps = _work({"once": 1}, tuple)
+    moved = sympy.Min(P, 1) * _moved("once")  # no row, no kernel
     return Cost(*(E * total for total in (flops, moved, exps)))
 
 
@@ -176,6 +181,13 @@ def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | Non
     exact_s, monarch_s = (launch + work for launch, work in _times(sizes, device, ir.dtype))
     start_s = device.monarch.launch_s if ir.init == "mean" else 0.0  # the mean queries are a kernel of their own
     return Prediction(exact_s, start_s + monarch_s)
+
+
+def _work(repeats: Mapping[str, Quantity], shape: Callable[[Any], Any]) -> tuple[Quantity, Quantity]:
+    """FLOPs and softmax elements of a batch element, of the stages of these iterations."""
+    stages = [(repeats[s.when], s) for s in STAGES if s.when in repeats]
+    flops = sum(times * _product(H * s.count, shape(s.matmul)) for times, s in stages)
+    return flops, sum(times * H * s.count * s.matmul[0] * s.matmul[2] for times, s in stages if s.softmax)
 
 
 def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Quantity:
@@ -213,9 +225,9 @@ def _power(size: int, least: int) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def _moved(iteration: str) -> Quantity:
-    """Bytes of the tensors that cross the border of each kernel of the "last" iteration or of one "before" it."""
-    crossing = {(s.kernel, name) for s in STAGES if s.when in ("every", iteration) for name in s.moves}
+def _moved(*when: str) -> Quantity:
+    """Bytes of the tensors that cross the border of each kernel, of the stages of some iterations."""
+    crossing = {(s.kernel, name) for s in STAGES if s.when in when for name in s.moves}
     return sum(TENSORS[name] for _, name in sorted(crossing))
 
 
@@ -265,9 +277,14 @@ def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
     sizes = _sizes(ir, _symbolic)
     if all(isinstance(size, int) for size in sizes):
         counts = _compiled()(*sizes, 1)
-        return Cost(*counts[:3]), Cost(*counts[3:])
-    exact, monarch = (_evaluated(formula, _SYMBOLS, sizes) for formula in (exact_formula(), monarch_formula()))
+        return Cost(*counts[:3]), _sum(Cost(*counts[3:6]), Cost(*counts[6:]))
+    formulas = exact_formula(), _sum(monarch_formula(), rows_formula())
+    exact, monarch = (_evaluated(formula, _SYMBOLS, sizes) for formula in formulas)
     return exact, monarch
+
+
+def _sum(a: Cost, b: Cost) -> Cost:
+    return Cost(a.flops + b.flops, a.bytes + b.bytes, a.exps + b.exps)
 
 
 def _symbolic(size: Quantity) -> Quantity:
@@ -293,11 +310,11 @@ def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., tuple[int, ...]]:
-    exact, monarch = exact_formula(), monarch_formula(tiled=True)
-    exprs = [x for cost in (exact, monarch) for x in (cost.flops, cost.bytes, cost.exps)]
+    costs = exact_formula(), monarch_formula(tiled=True), rows_formula()
+    exprs = [x for cost in costs for x in (cost.flops, cost.bytes, cost.exps)]
     source = f"lambda {', '.join(map(str, _SYMBOLS))}: {exprs}"  # what sympy.lambdify does, in a fifth of its time
     tiles = {"in_blocks": _in_blocks, "in_offsets": _in_offsets, "in_features": _in_features}
-    compiled: Callable[..., tuple[int, ...]] = eval(source, tiles)
+    compiled: Callable[..., tuple[int, ...]] = eval(source, tiles | {"Min": min})
     return compiled
 
 
@@ -305,10 +322,12 @@ def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[
     """(seconds to launch, seconds of work) of the exact and of the Monarch form; `sizes` are those of `_sizes`."""
     values = _compiled()(*sizes, device.tile)
     keys, blocks, block_keys, dim, iters, exact_rows = *sizes[4:6], *sizes[7:9], sizes[11], sizes[-1]
-    exact_flops, exact_bytes, _, flops, moved, exps = values
+    exact_flops, exact_bytes, _, flops, moved, exps, rows_flops, rows_bytes, _ = values
     gain = device.wide_gain if dim >= WIDE and dtype.itemsize == 2 else 1.0
     padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
-    rows_s = device.exact.launch_s + keys * device.row_key_s if exact_rows else 0.0
+    rows_s = 0.0
+    if exact_rows:
+        rows_s = device.exact.launch_s + device.seconds(device.exact, rows_flops / gain, rows_bytes, 0, dtype)
     return (
         (device.exact.launch_s, device.seconds(device.exact, exact_flops / gain, exact_bytes, 0, dtype)),
         (

@@ -60,8 +60,6 @@ class Device:
     tile: the Monarch form's matrix products are padded to tiles of at least this, as cost.py has it; 1: to none.
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
-    row_key_s: seconds for each key that the exact rows of a prefix meet: they are few, so a head's keys come in turn.
-        On the H200 about 2e-9 for one row and 8.4e-9 for four; what stands here is right about the recorded choices.
     wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
     ceiling: what benchmarks compare with; None where it was not measured. Predictions do not use it.
     """
@@ -74,7 +72,6 @@ class Device:
     tile: int
     overlap: float
     pad_penalty: float = 1.0
-    row_key_s: float = 0.0
     wide_gain: float = 1.0
     ceiling: Ceiling | None = None
 
@@ -110,7 +107,6 @@ DEVICES: dict[str, Device] = {
         kernels_per_iter=2,
         tile=16,
         overlap=2.0,
-        row_key_s=4e-9,
         wide_gain=1.36,
         ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),
     ),

@@ -139,7 +139,7 @@ PRESETS: dict[str, Preset] = {
         (*_ONE_ITERATION, Form(2)),
     ),
     "h200-heads": Preset("cuda", tuple(_heads()), _ONE_ITERATION),
-    "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, Form(1, 1, prefix=1))),
+    "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, *(Form(1, 1, prefix=prefix) for prefix in (1, 4)))),
     "full": Preset("cuda", tuple(_full()), tuple(Form(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }

@@ -9,7 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel.problems import DTYPES, Case, check, run, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from monarch_compile.codegen.rows import ENABLED, FEW_HEADS, exact_rows
 from monarch_compile.ops import attention
 
 pytestmark = [
@@ -203,6 +206,30 @@ def test_exact_groups_in_a_cuda_graph() -> None:
     graph.replay()
     assert torch.equal(found, expected_flipped)
     assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "allowed", "shares"),
+    [
+        (1, 4, [*ENABLED], True),
+        (1, 1, [*ENABLED], False),
+        (FEW_HEADS, 4, [*ENABLED], False),
+        (1, 4, [SDPBackend.MATH], False),  # what the caller switched off stays off
+    ],
+)
+def test_few_rows_of_few_heads_share_out_the_keys(
+    batch: int, rows: int, allowed: list[SDPBackend], shares: bool
+) -> None:
+    q, k, v, _ = tensors(replace(PLAIN, seq_len=4096, batch=batch, num_heads=2), torch.float16, "cuda")
+    with (
+        sdpa_kernel(allowed),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
+    ):
+        found = exact_rows(q[:, :, :rows], k, v, None, 0.125)
+        torch.cuda.synchronize()
+    assert any("flash_fwd_splitkv" in event.key for event in profile.key_averages()) is shares
+    expected = scaled_dot_product_attention(q[:, :, :rows].double(), k.double(), v.double(), scale=0.125)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("window", [None, 1])
