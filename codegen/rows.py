@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.backends import cuda
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.groups import split_mask
@@ -17,13 +13,8 @@ FEW_HEADS, FEW_ROWS = 64, 64
 """Up to so many heads of all batch entries, and rows of each, leave most of a GPU idle, unless the keys of a head are
 shared out."""
 
-ENABLED: dict[SDPBackend, Callable[[], bool]] = {
-    SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled,
-    SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled,
-    SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled,
-    SDPBackend.MATH: cuda.math_sdp_enabled,
-}
-"""The order in which a few rows of few heads are best served: FlashAttention alone shares out the keys of a head."""
+WHOLE_VECTORS = 8
+"""FlashAttention copies tensors whose heads are no multiple of this."""
 
 
 def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -34,20 +25,33 @@ def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: 
     if scale <= 0:  # some kernels take the largest score before they scale
         q, scale = q * scale, 1.0
     grouped = bool(q.shape[1] != k.shape[1])
-    with _backends(q):
-        if key_mask is None:
-            return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-        key_mask = key_mask.unsqueeze(1).unsqueeze(1)
-        seen, bias = split_mask(key_mask, q.dtype)
-        mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
-        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if key_mask is None and _is_to_share(q) and _flash_takes(q, k, v, grouped):
+        found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+        return found
+    if key_mask is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    key_mask = key_mask.unsqueeze(1).unsqueeze(1)
+    seen, bias = split_mask(key_mask, q.dtype)
+    mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
+    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 
 
-def _backends(q: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The order of SDPA's backends for rows q; torch's own for a single row, which cuDNN does best."""
-    batch, heads, rows, _ = q.shape
+def _is_to_share(q: Tensor) -> bool:
+    """Whether rows q are best served by FlashAttention, which alone shares out the keys of a head.
+
+    A single row is not: cuDNN, torch's first choice, does those well.
+    """
+    batch, heads, rows, dim = q.shape
     known = all(isinstance(size, int) for size in (batch, heads, rows))
-    if q.device.type != "cuda" or not known or not 1 < rows <= FEW_ROWS or batch * heads > FEW_HEADS:
-        return contextlib.nullcontext()
-    return sdpa_kernel([backend for backend, is_on in ENABLED.items() if is_on()], set_priority=True)
+    few = known and batch * heads <= FEW_HEADS and 1 < rows <= FEW_ROWS
+    return few and q.device.type == "cuda" and dim % WHOLE_VECTORS == 0
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """Whether FlashAttention takes these tensors, and the caller lets it.
+
+    It is called by name: to put it first in SDPA's own order (`sdpa_kernel`) would be seen by all of the process, and
+    if no attention ran before, what is restored is not the order that torch would have settled on.
+    """
+    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))

@@ -12,7 +12,7 @@ from kernel.problems import DTYPES, Case, check, run, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from monarch_compile.codegen.rows import ENABLED, FEW_HEADS, exact_rows
+from monarch_compile.codegen.rows import FEW_HEADS, exact_rows
 from monarch_compile.ops import attention
 
 pytestmark = [
@@ -181,7 +181,9 @@ def test_rows_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    "case", [replace(WINDOWS[1], layout="packed"), replace(WINDOWS[0], prefix=5), *CROSS[:2]], ids=str
+    "case",
+    [replace(WINDOWS[1], layout="packed"), *(replace(x, prefix=5) for x in (WINDOWS[0], WINDOWS[2])), *CROSS[:2]],
+    ids=str,
 )
 def test_compiled(case: Case, dynamic: bool) -> None:
     """Inductor traces through the operator, with known and with symbolic lengths.
@@ -208,12 +210,15 @@ def test_exact_groups_in_a_cuda_graph() -> None:
     assert not torch.equal(found, expected)
 
 
+SERVING = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+
+
 @pytest.mark.parametrize(
     ("batch", "rows", "allowed", "shares"),
     [
-        (1, 4, [*ENABLED], True),
-        (1, 1, [*ENABLED], False),
-        (FEW_HEADS, 4, [*ENABLED], False),
+        (1, 4, [*SERVING], True),
+        (1, 1, [*SERVING], False),
+        (FEW_HEADS, 4, [*SERVING], False),
         (1, 4, [SDPBackend.MATH], False),  # what the caller switched off stays off
     ],
 )
