@@ -136,7 +136,8 @@ def rewritten(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchCon
         counters["monarch"]["fallback"] += 1
         if config.strict:
             raise LoweringError(f"the passes failed on a graph: {error!r}") from error
-        logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=True)
+        foreseen = isinstance(error, LoweringError)
+        logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=not foreseen)
         return None
     _record(result.decisions)
     if config.strict:

@@ -195,12 +195,13 @@ def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Qua
 
 
 def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
-    kinds = dict.fromkeys((M, B_Q, B_K, X), _BLOCKS) | dict.fromkeys((D, D_V), _FEATURES)
+    kinds = dict.fromkeys((M, B_Q, B_K), _BLOCKS) | dict.fromkeys((D, D_V), _FEATURES)
     tiled = tuple(kinds[size](size, TILE) if size in kinds else size for size in shape)
+    tiled = tuple(_BLOCKS(X - P, TILE) + _PREFIX(P, TILE) if size == X else size for size in tiled)
     return _OFFSETS(tiled[0], TILE) if shape[0] == B_Q else tiled[0], *tiled[1:]
 
 
-_BLOCKS, _OFFSETS, _FEATURES = map(sympy.Function, ("in_blocks", "in_offsets", "in_features"))
+_BLOCKS, _PREFIX, _OFFSETS, _FEATURES = map(sympy.Function, ("in_blocks", "in_prefix", "in_offsets", "in_features"))
 
 
 def _in_blocks(size: int, tile: int) -> int:
@@ -209,6 +210,11 @@ def _in_blocks(size: int, tile: int) -> int:
     if tile == 1 or size == 0:
         return size
     return _power(size, tile) if size <= WHOLE_TILE else -(-size // step) * step
+
+
+def _in_prefix(size: int, tile: int) -> int:
+    """What tiles cover of the keys of a prefix, which have tiles of their own."""
+    return -(-size // tile) * tile
 
 
 def _in_offsets(size: int, tile: int) -> int:
@@ -313,7 +319,7 @@ def _compiled() -> Callable[..., tuple[int, ...]]:
     costs = exact_formula(), monarch_formula(tiled=True), rows_formula()
     exprs = [x for cost in costs for x in (cost.flops, cost.bytes, cost.exps)]
     source = f"lambda {', '.join(map(str, _SYMBOLS))}: {exprs}"  # what sympy.lambdify does, in a fifth of its time
-    tiles = {"in_blocks": _in_blocks, "in_offsets": _in_offsets, "in_features": _in_features}
+    tiles = {"in_blocks": _in_blocks, "in_prefix": _in_prefix, "in_offsets": _in_offsets, "in_features": _in_features}
     compiled: Callable[..., tuple[int, ...]] = eval(source, tiles | {"Min": min})
     return compiled
 

@@ -226,7 +226,7 @@ def _refusal(facts: Facts, config: MonarchConfig) -> Stays | None:
         return NOT_FOUR_DIMS
     if k[1] != v[1] or 0 in (q[1], k[1]) or q[1] % k[1] or (q[1] != k[1] and not facts.enable_gqa):
         return Stays("gqa", f"{q[1]} query heads, {k[1]} of keys and {v[1]} of values")
-    if q[2] != k[2] and not config.cross_attention:
+    if q[2] not in (1, k[2]) and not config.cross_attention:
         return Stays("cross_attention", f"seq_len_q {q[2]}, seq_len_k {k[2]}; cross_attention is False")
     if facts.is_causal:
         return Stays("mask_causal", "causal attention is not lowered yet")
@@ -237,8 +237,10 @@ def _refusal(facts: Facts, config: MonarchConfig) -> Stays | None:
         return Stays("device", f"devices must be one of {sorted(DTYPES)}, the same for all, and so the dtype")
     if dtype not in DTYPES[device.type]:
         return Stays("dtype", f"kernels exist for {DTYPES[device.type]}; found {dtype}")
-    if 0 in (*q, *v) or (device.type == "cuda" and max(q[3], v[3]) > MAX_HEAD_DIM):
-        return Stays("symbolic_dims", f"sizes must be above 0, and head_dim at most {MAX_HEAD_DIM} on CUDA")
+    if 0 in (*q, *v):
+        return Stays("empty", f"a size is 0: q {list(q)}, v {list(v)}")
+    if device.type == "cuda" and max(q[3], v[3]) > MAX_HEAD_DIM:
+        return Stays("wide_heads", f"head_dim {q[3]}, value_dim {v[3]}; at most {MAX_HEAD_DIM} on CUDA")
     if facts.scale is not None and not math.isfinite(facts.scale):
         return Stays("scale", f"the scale is {facts.scale}")
     if facts.mask_rank is not None and facts.mask_rank > 4:

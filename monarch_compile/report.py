@@ -142,7 +142,11 @@ class Report:
         if not self.num_graphs:
             return "no attention found: no graph was captured"
         found = f"{sum(s.lowered for s in self.sites)} of {len(self.sites)} attention sites lowered"
-        failed = f"; the passes failed on {len(self.failures)}, which stay exact" if self.failures else ""
+        failed = (
+            f"; the passes failed on {len(self.failures)}, which stay exact, whatever attention is in them"
+            if self.failures
+            else ""
+        )
         error = "" if self.output_error is None else f"; relative error of the output {self.output_error:.3g}"
         return f"{found if self.sites else 'no attention found'} in {graphs}{failed}{error}"
 

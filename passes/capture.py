@@ -22,6 +22,8 @@ from monarch_compile.passes.graph import modules_of, placeholders
 from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.replay import Calls
 
+FORWARD_MODE = "_enter_dual_level"
+"""What forward-mode differentiation begins with: run while it is traced, it would not be left again."""
 CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack")
 
 
@@ -60,13 +62,17 @@ class _Retrace(Interpreter):
         self._calls = Calls() if calls is None else calls
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph; autocast is as it was when this returns or raises."""
+        """Run the graph; autocast and function transforms are as they were when this returns or raises."""
+        if any(getattr(node.target, "__name__", "") == FORWARD_MODE for node in self.graph.nodes):
+            raise LoweringError("forward-mode differentiation (torch.func.jvp) cannot be traced")
         self._entered: list[Any] = []
+        depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         try:
             return super().run(*args, **kwargs)
         finally:
             while self._entered:
                 self._exit()
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
     def run_node(self, n: Node) -> Any:
         """Run a node, which is noted: a call that is kept as it is keeps the node's metadata."""

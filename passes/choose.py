@@ -21,6 +21,7 @@ from monarch_compile.passes.legality import Context, first_refusal, packed_lengt
 from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.region import AttentionRegion, Missed, Site
+from monarch_compile.passes.sizes import settle
 from monarch_compile.plan import ACROSS, SiteForm, SitePlan, site_shape
 
 
@@ -48,6 +49,7 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
     if isinstance(site, Missed):
         _planned(name, (), config)
         return Choice(_decision(site.anchor, name, "match", site.code, site.reason, site.node))
+    settle(site)
     context = Context.of(site, config)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")

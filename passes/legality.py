@@ -17,6 +17,7 @@ from monarch_compile.passes.graph import dtype_of, switches_mode
 from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
+from monarch_compile.passes.sizes import lead_of
 
 MAX_HEAD_DIM = 256
 DTYPES = {
@@ -88,11 +89,6 @@ def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:
     return region.q, region.k, region.v
 
 
-def _lead_of(operand: Operand) -> list[Any]:
-    shape = operand.node.meta["val"].shape
-    return [1 if dim is None else shape[dim] for dim in operand.dims[:-2]]
-
-
 def _is_static(size: Any) -> bool:
     return isinstance(size, int)
 
@@ -100,7 +96,7 @@ def _is_static(size: Any) -> bool:
 def _check_lead(region: AttentionRegion, context: Context) -> str | None:
     wanted = region.qk_lead, region.kv_lead(region.qk_lead), region.kv_lead(region.pv_lead)
     for operand, lead in zip(_operands(region), wanted, strict=True):
-        for own, whole in zip(_lead_of(operand), lead, strict=True):
+        for own, whole in zip(lead_of(operand), lead, strict=True):
             if not (str(own) == str(whole) or (_is_static(own) and own == 1)):
                 return f"batch and head sizes do not fit together: {own} beside {whole}"
     leads = (region.qk_lead, region.pv_lead)
@@ -121,8 +117,10 @@ def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node
 
 
 def _check_cross(region: AttentionRegion, context: Context) -> str | None:
+    n_q, n_k = region.q_shape[2], region.k_shape[2]
+    if _is_static(n_q) and n_q == 1:  # left exact with no leave asked
+        return None
     if region.is_cross and not context.config.cross_attention:
-        n_q, n_k = region.q_shape[2], region.k_shape[2]
         return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}), and option cross_attention is False"
     return None
 
@@ -139,13 +137,24 @@ def _check_values(region: AttentionRegion, context: Context) -> str | None:
 
 def _check_dims(region: AttentionRegion, context: Context) -> str | None:
     sizes = {"num_heads": region.lead[1], "head_dim": region.q_shape[3], "value_dim": region.v_shape[3]}
-    for name, size in sizes.items():
-        if not _is_static(size):
-            return f"{name} is symbolic ({size})"
-    if region.output.meta["val"].device.type == "cuda":
-        for name in ("head_dim", "value_dim"):
-            if sizes[name] > MAX_HEAD_DIM:
-                return f"{name} {sizes[name]} is above {MAX_HEAD_DIM}, the most the kernels hold"
+    found = [f"{name} is symbolic ({size})" for name, size in sizes.items() if not _is_static(size)]
+    return found[0] if found else None
+
+
+def _check_width(region: AttentionRegion, context: Context) -> str | None:
+    if region.output.meta["val"].device.type != "cuda":
+        return None
+    for name, size in (("head_dim", region.q_shape[3]), ("value_dim", region.v_shape[3])):
+        if size > MAX_HEAD_DIM:
+            return f"{name} {size} is above {MAX_HEAD_DIM}, the most the kernels hold"
+    return None
+
+
+def _check_empty(region: AttentionRegion, context: Context) -> str | None:
+    shapes = {"q": region.q_shape, "k": region.k_shape, "v": region.v_shape}
+    for name, shape in shapes.items():
+        if any(_is_static(size) and size == 0 for size in shape):
+            return f"{name} is empty: {list(shape)}"
     return None
 
 
@@ -267,11 +276,13 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("empty", _check_empty),
     Check("rank", _check_lead),
     Check("values_layout", _check_values),
     Check("cross_attention", _check_cross),
     Check("head_dim", _check_head_dim),
     Check("symbolic_dims", _check_dims),
+    Check("wide_heads", _check_width),
     Check("data_dependent", _check_dynamic),
     Check("dynamic_seq_len", _check_unguarded),
     Check("device", _check_device),

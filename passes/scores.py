@@ -263,7 +263,8 @@ def _note_filled(node: Node, walk: Walk, mask: Any, role: str, fill: Any) -> Non
     if value is None or not isinstance(mask, Node) or dtype_of(mask) != torch.bool:
         raise Miss("mask_fill", "masked scores are filled with something that is not a constant", node)
     if not value * walk.scale <= DROPPED:
-        raise Miss("mask_fill", f"masked scores are filled with {value:g}, which does not hide a key", node)
+        scaled = f" and scaled by {walk.scale:g} afterwards" if walk.scale != 1 else ""
+        raise Miss("mask_fill", f"masked scores are filled with {value:g}{scaled}, which does not hide a key", node)
     walk.note(node, mask, role)
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -64,7 +65,7 @@ def _value(node: Node, fake_mode: FakeTensorMode) -> Any:
     """A node's fake value, computed where lowering made the node."""
     if "val" not in node.meta:
         target: Any = node.target
-        with fake_mode:
+        with fake_mode, enable_python_dispatcher():  # without it some ops refuse symbolic sizes
             node.meta["val"] = target(*map_arg(inputs(node), lambda x: _value(x, fake_mode)))
     return node.meta["val"]
 

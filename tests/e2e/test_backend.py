@@ -70,6 +70,21 @@ def test_real_blocks_agree_with_the_reference(options: dict[str, object]) -> Non
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"block_size": 64, "window": None}], ids=str)
+def test_a_mask_from_lengths_in_a_padded_block(options: dict[str, object]) -> None:
+    """The comparison and the padding fuse into C++ that torch 2.13 cannot compile, if the padded thing is a bool."""
+
+    def attend(q: Tensor, lengths: Tensor) -> Tensor:
+        visible = torch.arange(q.shape[2]) < lengths[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=visible[:, None, None])
+
+    q, lengths = torch.randn(2, 3, 10, 8), torch.tensor([5, 10])
+    compiled = _compile(attend, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, lengths), attend(q, lengths), rtol=1e-5, atol=1e-5)
+    assert counters["monarch"]["lowered"] == 1
+
+
 def test_padding_never_leaks() -> None:
     """Blocks and rows with no visible key: all finite, and what a padded key holds changes nothing."""
     visible = key_padding(4, 40)

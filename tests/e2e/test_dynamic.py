@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 from monarch_compile.config import MonarchConfig
+from monarch_compile.functional import monarch_attention
 from monarch_compile.ir import ExactGroups
 from monarch_compile.lengths import auto_block_size
 from monarch_compile.passes.pipeline import rewrite
@@ -156,3 +158,26 @@ def test_a_length_that_only_the_data_tells_stays_exact() -> None:
         output = torch.compile(kept, backend=backend, fullgraph=True)(x, keep)
     torch.testing.assert_close(output, kept(x, keep))
     assert [d.code for d in reports[0].decisions] == ["data_dependent"]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [sdpa, by_hand])
+def test_tensors_that_come_in_apart_share_their_length(attend: Callable[..., Tensor]) -> None:
+    """Dynamo gives each a symbol of its own, and had one number for all of them when it compiled the first length."""
+    torch._dynamo.reset()
+    counters.clear()
+    call = torch.compile(attend, backend="monarch", options={"policy": "always", "block_size": 8})
+    for batch, seq_len in ((1, 120), (1, 200), (3, 200), (1, 71), (4, 90)):
+        q, k, v = torch.randn(3, batch, 2, seq_len, 16).unbind()
+        torch.testing.assert_close(call(q, k, v), monarch_attention(q, k, v, block_size=8), rtol=1e-5, atol=1e-5)
+    assert counters["monarch"]["exact"] == 0
+    for lengths in ((90, 200, 200), (200, 90, 90)):  # in truth of other lengths
+        q, k, v = (torch.randn(1, 2, n, 16) for n in lengths)
+        torch.testing.assert_close(call(q, k, v), attend(q, k, v), rtol=1e-5, atol=1e-5)

@@ -159,7 +159,7 @@ def _changed_calls():
         (None, (q, k, v), gqa | {"scale": 0.7}),
         (None, tuple(x.double() for x in (q, k, v)), gqa),
         ("rank", tuple(x[0] for x in (q, k, v)), gqa),
-        ("symbolic_dims", (q[..., :0], k[..., :0], v), gqa),
+        ("empty", (q[..., :0], k[..., :0], v), gqa),
     ]
 
 

@@ -237,8 +237,8 @@ def test_exact_rows_of_a_prefix_read_all_keys_and_values_once_more():
             predict(attention(seq_len, 128, dtype=torch.float16, exact=groups), h200).monarch_s
             for groups in (ExactGroups(1, 1), ExactGroups(1))
         )
-        added = h200.exact.launch_s + 12 * seq_len * 2 * 64 * 4 / h200.exact.bytes_per_s
-        assert 0.9 * added < with_rows - without < 1.1 * added
+        added = h200.exact.launch_s + 12 * seq_len * 2 * 64 * 2 / h200.exact.bytes_per_s
+        assert 0.9 * added < with_rows - without < 1.25 * added  # their keys are read by all others, too
 
 
 @pytest.mark.parametrize("device", sorted(DEVICES))
