@@ -174,5 +174,8 @@ def _dump_kernels(result: Rewrite) -> None:
 def _require_lowered(decisions: Sequence[Decision]) -> None:
     missed = [d for d in decisions if d.status == EXACT and d.code not in CHOSEN]
     if missed:
-        lines = "\n".join(f"  {d.name}: [{d.code}] {d.reason} (node {d.node})" for d in missed)
-        raise LoweringError(f"strict=True and {len(missed)} attention sites cannot be lowered:\n{lines}")
+        lines = "\n".join(
+            f"  {d.name}: [{d.code}] {d.reason} (node {d.node}); would lower with: {d.remedy}" for d in missed
+        )
+        sites = "1 attention site" if len(missed) == 1 else f"{len(missed)} attention sites"
+        raise LoweringError(f"strict=True and {sites} cannot be lowered:\n{lines}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -14,6 +16,8 @@ from torch.fx.node import map_arg
 from monarch_compile.backend import rewritten
 from monarch_compile.config import parse_options
 from monarch_compile.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None = None) -> ExportedProgram:
@@ -42,6 +46,7 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
     inputs = [node.meta.get("val") for node in source.graph.find_nodes(op="placeholder")]
     result = rewritten(source, inputs, config)
     if result is None:
+        logger.warning("nothing is lowered in this program; TORCH_LOGS='+monarch_compile.passes' tells why")
         return program
     lowered = result.after
     _name_inputs(source, lowered)
@@ -90,5 +95,5 @@ def _give_values(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             args, kwargs = (map_arg(given, lambda n: n.meta["val"]) for given in (node.args, node.kwargs))
-            with fake_mode:
+            with fake_mode, enable_python_dispatcher():  # without it some ops refuse symbolic sizes
                 node.meta["val"] = node.target(*args, **kwargs)

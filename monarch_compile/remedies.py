@@ -14,12 +14,13 @@ REMEDIES: dict[str, str] = {
     "device": "put queries, keys and values on one device that has kernels",
     "dropout_active": "model.eval(), or an attention dropout of 0",
     "dtype": "give queries, keys and values one dtype that has kernels",
-    "dynamic_seq_len": "a number for block_size, or a static length",
+    "dynamic_seq_len": "a number for block_size, and one torch.export.Dim for equal lengths; or a static length",
     "empty": "nothing: there is nothing to compute",
     "flex_attention": NEVER + "; scaled_dot_product_attention is looked at, FlexAttention is the user's choice",
     "fused_layer": "torch.backends.mha.set_fastpath_enabled(False), or need_weights=False",
     "gqa": "tensors of (batch, num_heads, seq_len, dim), with one static number of heads for keys and values",
     "head_dim": "queries and keys of one width",
+    "heads_mixed": NEVER,
     "in_body": "move the attention out of the body; into those of cond, scan and while_loop (where none writes to its "
     "inputs, outside of training) and of checkpoints without context_fn is looked",
     "mask_bias": NEVER,
@@ -43,7 +44,7 @@ REMEDIES: dict[str, str] = {
     "plan_exact": "another plan: this one keeps the site exact",
     "policy_never": "policy='auto' or 'always'",
     "probs_op": "nothing but casts, views and inactive dropout between softmax and the product with the values",
-    "probs_reused": "no output_attentions or need_weights, and no second normalisation: the probabilities must serve the "
+    "probs_reused": "no output_attentions or need_weights, no second normalisation: the probabilities must serve the "
     "product alone",
     "rank": "queries, keys and values of one rank and batch, with static leading dims beyond (batch, heads)",
     "row_shift": "mask the scores before they are shifted, or leave the shift out: softmax ignores all but rounding",

@@ -6,7 +6,7 @@ Up to the product of queries and keys: scores.py. Down to the product with the v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,13 @@ from monarch_compile.passes.graph import (
     same_shape,
     shape_of,
 )
-from monarch_compile.passes.memory import SETS_STRIDES, must_be_kept
-from monarch_compile.passes.products import MIXED, SCORES, TRANSPOSES, swaps_matrix
+from monarch_compile.passes.memory import must_be_kept
+from monarch_compile.passes.nearby import REACH_OF_EXP, head_mixer, is_between_products, is_unread_product
+from monarch_compile.passes.products import MIXED, TRANSPOSES, swaps_matrix
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
 from monarch_compile.passes.scores import CASTS, VIEWS, Walk, keeps_matrix, peel_up
 
-SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default})
+SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out})
 SDPA_OP = aten.scaled_dot_product_attention.default
 EXP_OPS = frozenset({aten.exp.default, aten.exp2.default})
 OPAQUE_OPS = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
@@ -57,9 +58,9 @@ def find_sites(gm: GraphModule) -> list[Site]:
                 raise Miss("fused_layer", f"{node.target} hides its attention inside one op", node)
             if node.target is SDPA_OP:
                 sites.append(_from_sdpa(node))
-            elif node.target in SOFTMAX_OPS and _is_between_products(node):
+            elif node.target in SOFTMAX_OPS and is_between_products(node):
                 sites.append(_from_softmax(node))
-            elif node.target in EXP_OPS and _is_between_products(node):
+            elif node.target in EXP_OPS and is_between_products(node, REACH_OF_EXP):
                 why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
                 raise Miss("normalisation", why, node)
         except Miss as miss:
@@ -113,6 +114,7 @@ def _from_sdpa(node: Node) -> AttentionRegion:
         interior=(node,),
         is_causal=bool(arg(node, 5, "is_causal", False)),
         group=group,
+        scores_dtype=dtype_of(node),
     )
 
 
@@ -134,6 +136,9 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
         raise Miss(
             "softmax_dim", f"softmax runs over dim {given}, not over the keys (one of the last two dims)", anchor
         )
+    mixer = head_mixer(anchor)
+    if mixer is not None:
+        raise Miss("heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
     walk = Walk(swapped)
     scores_node, scores = peel_up(inputs(anchor)[0], walk)
     down = _peel_down(anchor, swapped)
@@ -162,6 +167,7 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
         out_dims=mixed.out_dims,
         interior=(*interior, output),
         factors=tuple(walk.factors),
+        scores_dtype=dtype_of(scores_node),
     )
 
 
@@ -222,6 +228,9 @@ def _peel_down(anchor: Node, swapped: bool) -> Down:
         (user,) = users
         if user.target in MIXED:
             return down
+        if is_unread_product(user) or user.target is aten.baddbmm.default:
+            why = f"{user.target} as the product with the values has a layout that is not understood"
+            raise Miss("values_layout", why, user)
         if user.target in DROPOUTS:
             raise Miss("dropout_active", f"attention dropout is active (p={arg(user, 1, 'p')})", user)
         step = DOWN.get(user.target)
@@ -288,34 +297,3 @@ DOWN: dict[object, Callable[[Node, Down], bool]] = {
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther), _down_where),
     aten.mul.Tensor: _down_times,
 }
-
-
-# ---- is it attention at all? -----------------------------------------------------------------------------------------
-
-REACH = 10
-"""Steps from an anchor within which there must be a product on either side: else it is no attention."""
-
-
-def _is_between_products(anchor: Node) -> bool:
-    """Whether the anchor's input comes from a matrix product, and its output goes into one, by elementwise steps."""
-    above = _reach(anchor, lambda n: [x for x in n.all_input_nodes if x.op == "call_function"])
-    below = _reach(anchor, lambda n: list(n.users))
-    return any(n.target in SCORES for n in above) and any(n.target in MIXED for n in below)
-
-
-def _reach(anchor: Node, following: Callable[[Node], list[Node]]) -> Iterator[Node]:
-    """Nodes around the anchor, not past a product or a layer, nor past what changes both of the last two dims."""
-    frontier, seen = [anchor], {anchor}
-    for _ in range(REACH):
-        found = [n for at in frontier for n in following(at) if n not in seen]
-        seen.update(found)
-        yield from found
-        frontier = [n for n in found if n.target not in SETS_STRIDES and _is_like(n, anchor)]
-
-
-def _is_like(node: Node, anchor: Node) -> bool:
-    """Whether a node still holds scores: one of its last two dims is one of the anchor's, in its place or swapped."""
-    own, other = ([str(size) for size in shape_of(n)[-2:]] for n in (node, anchor))
-    if getattr(node.target, "__name__", "") == "getitem":
-        return True
-    return len(own) == 2 and (own[0] == other[0] or own[1] == other[1] or own == other[::-1])

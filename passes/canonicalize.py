@@ -21,6 +21,7 @@ ALIASES: dict[OpOverload, OpOverload] = {
     aten.multiply.Scalar: aten.mul.Scalar,
     aten.subtract.Tensor: aten.sub.Tensor,
     aten.special_softmax.default: aten.softmax.int,
+    aten.linalg_matmul.default: aten.matmul.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten.view.default: aten.reshape.default,
     aten.logical_and.default: aten.bitwise_and.Tensor,

@@ -133,7 +133,7 @@ def _tensor_of(node: Node) -> torch.Tensor:
 def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decision:
     q, k, v = (tuple(dim_of(n) for n in shape) for shape in (region.q_shape, region.k_shape, region.v_shape))
     mask = "causal" if region.is_causal else mask
-    return replace(decision, q_shape=q, k_shape=k, v_shape=v, mask=mask, dtype=dtype_of(region.q.node))
+    return replace(decision, q_shape=q, k_shape=k, v_shape=v, mask=mask, dtype=region.dtype)
 
 
 def _form(config: MonarchConfig) -> SiteForm | None:

@@ -17,13 +17,17 @@ from monarch_compile.passes.graph import dtype_of, switches_mode
 from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
-from monarch_compile.passes.sizes import lead_of
+from monarch_compile.passes.sizes import lead_of, told_apart
 
 MAX_HEAD_DIM = 256
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
+
+
+AUTOCAST = frozenset({torch.float16, torch.bfloat16, torch.float32})
+"""What autocast casts to one dtype, where it is in force."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,12 @@ def _check_cross(region: AttentionRegion, context: Context) -> str | None:
     return None
 
 
+def _check_told_apart(region: AttentionRegion, context: Context) -> str | None:
+    for one, other in told_apart(region):  # elsewhere than in an exported program, they are guarded on by now
+        return f"sizes {one} and {other} may differ, and an exported program takes no guards"
+    return None
+
+
 def _check_head_dim(region: AttentionRegion, context: Context) -> str | None:
     d_q, d_k = region.q_shape[3], region.k_shape[3]
     return None if str(d_q) == str(d_k) else f"q has head_dim {d_q} and k has {d_k}"
@@ -187,6 +197,8 @@ def _check_device(region: AttentionRegion, context: Context) -> str | None:
 def _check_dtype(region: AttentionRegion, context: Context) -> str | None:
     found = {dtype_of(x.node) for x in _operands(region)}
     allowed = DTYPES[region.q.node.meta["val"].device.type]
+    if region.scores_dtype == region.dtype == dtype_of(region.output) and found <= AUTOCAST:
+        return None if region.dtype in allowed else f"dtype {region.dtype}; kernels exist for {allowed}"
     if len(found) > 1:
         return f"q, k and v have different dtypes: {sorted(map(str, found))}"
     if not found <= set(allowed):
@@ -278,6 +290,7 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
 CHECKS: tuple[Check, ...] = (
     Check("empty", _check_empty),
     Check("rank", _check_lead),
+    Check("dynamic_seq_len", _check_told_apart),
     Check("values_layout", _check_values),
     Check("cross_attention", _check_cross),
     Check("head_dim", _check_head_dim),

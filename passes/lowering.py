@@ -29,7 +29,7 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) ->
         seq_len_k=dim_of(region.k_shape[2]),
         head_dim=int(region.q_shape[3]),
         value_dim=int(region.v_shape[3]),
-        dtype=region.q.node.meta["val"].dtype,
+        dtype=region.dtype,
         block_size=form.block_size,
         scale=region.scale,
         num_iters=form.num_iters,
@@ -45,10 +45,13 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
     graph, output = region.output.graph, region.output
     keeps_strides = strides_are_seen(output, in_body=enclosing(graph) is not None)
     with graph.inserting_before(output):
-        q = _scaled(graph, _operand(graph, region.q, region.qk_lead, region.lead), region.factors)
         frame = region.kv_lead(region.lead)
+        q = _operand(graph, region.q, region.qk_lead, region.lead)
         k = _operand(graph, region.k, region.kv_lead(region.qk_lead), frame)
         v = _operand(graph, region.v, region.kv_lead(region.pv_lead), frame)
+        operands = zip((q, k, v), (region.q, region.k, region.v), strict=True)
+        q, k, v = (_as_dtype(graph, x, operand, ir.dtype) for x, operand in operands)
+        q = _scaled(graph, q, region.factors)
         shapes = (region.q_shape, region.k_shape, region.v_shape)
         q, k, v = (_apart(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
@@ -152,6 +155,14 @@ def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple
         sizes = [*_sizes(graph, frame), *_sizes(graph, tail)]
         result = graph.call_function(aten.reshape.default, (result, sizes))
     return result
+
+
+def _as_dtype(graph: Graph, x: Node, operand: Operand, dtype: torch.dtype) -> Node:
+    """The operand as autocast has it, which made the products give `dtype`."""
+    if dtype_of(operand.node) == dtype:
+        return x
+    cast: Node = graph.call_function(aten.to.dtype, (x, dtype))
+    return cast
 
 
 def _apart(graph: Graph, x: Node, region: AttentionRegion, shape: tuple[Any, ...]) -> Node:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 
@@ -71,7 +72,8 @@ class AttentionRegion:
     (*pv_lead, seq_len_q, value_dim). `interior` are the nodes that disappear with the rewrite, `skipped` those between
     the products and the operands that it no longer reads. `factors` multiply the scores beside `scale`. `group` query
     heads share a key head: k and v have so many fewer heads than q. `length` is that of the sequences that are packed
-    into one, each of which attends to itself alone: the lowered form has them side by side in its batch.
+    into one, each of which attends to itself alone: the lowered form has them side by side in its batch. `scores_dtype`
+    is what the product of queries and keys gives.
     """
 
     anchor: Node
@@ -91,6 +93,14 @@ class AttentionRegion:
     factors: tuple[Factor, ...] = ()
     group: int = 1
     length: int | None = None
+    scores_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention is computed in: under autocast what its products give, whatever their inputs are."""
+        given: torch.dtype = self.q.node.meta["val"].dtype
+        result: torch.dtype = self.output.meta["val"].dtype
+        return result if self.scores_dtype == result and not self.factors else given
 
     def kv_lead(self, lead: tuple[Any, ...]) -> tuple[Any, ...]:
         """Leading dims of q as those of k and v."""

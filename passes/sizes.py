@@ -17,11 +17,16 @@ def settle(region: AttentionRegion) -> None:
     A length that changes gets a symbol for each graph input; a fresh compile sees one number. Without the guard the
     outcome would depend on which lengths came before. Exported programs take no guards.
     """
-    if TracingContext.try_get() is None:
-        return
+    if TracingContext.try_get() is not None:
+        for one, other in told_apart(region):
+            bool(one == other)
+
+
+def told_apart(region: AttentionRegion) -> Iterator[tuple[torch.SymInt, torch.SymInt]]:
+    """Sizes that attention wants equal and that were so in the captured call, but for their symbols."""
     for one, other in _wanted_equal(region):
         if _hint(one) is not None and _hint(one) == _hint(other) and str(one) != str(other):
-            bool(one == other)
+            yield one, other
 
 
 def _wanted_equal(region: AttentionRegion) -> Iterator[tuple[Any, Any]]:

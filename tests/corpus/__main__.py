@@ -20,6 +20,7 @@ def main(pattern: str = "") -> None:
     logging.disable(logging.WARNING)
     codes: Counter[str] = Counter()
     outcomes: dict[str, list[str]] = {}
+    found = 0
     print(COLUMNS)
     for group in golden.GROUPS:
         entries, sites, lowered, absent, error = 0, 0, 0, 0, 0.0
@@ -37,9 +38,14 @@ def main(pattern: str = "") -> None:
             codes.update(d.code for d in outcome.decisions if d.status != "lowered")
             if entry.want == "lowered":
                 outcomes[f"{group}-{name}"] = outcome.lines()
+        found += entries
         print(f"{group:14} {entries:7} {sites:6} {lowered:8} {sites - lowered:6} {absent:7} {error:14.1e}")
     print("\nexact sites by code:", ", ".join(f"{code} {n}" for code, n in codes.most_common()) or "none")
     print(f"\n{Coverage.of(outcomes)}")
+    if pattern and not any(
+        pattern in f"{group}-{name}" for group in golden.GROUPS for name in golden.entries_of(group)
+    ):
+        sys.exit(f"no entry's name has {pattern!r} in it")
 
 
 if __name__ == "__main__":

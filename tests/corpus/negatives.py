@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.corpus.entry import Entry
-from tests.corpus.spellings import BATCH, HEADS, SEQ_LEN, Program, attend, hidden, inputs, scored
+from tests.corpus.spellings import BATCH, HEAD_DIM, HEADS, SEQ_LEN, Program, attend, hidden, inputs, scored
 
 PLACE = torch.arange(SEQ_LEN)
 
@@ -110,6 +110,54 @@ def _pooling(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return (weights[..., None] * v).sum(-2)
 
 
+def _out_of_matmul(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = q.new_empty(BATCH, HEADS, SEQ_LEN, SEQ_LEN)
+    torch.matmul(q, k.mT, out=scores)
+    return attend(scores, v)
+
+
+def _out_of_softmax(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = scored(q, k)
+    torch.softmax(scores, -1, out=scores)
+    return scores @ v
+
+
+def _in_steps(scores: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        scores = scores + 0.1
+    return scores
+
+
+class TalkingHeads(nn.Module):
+    """Layers between the heads, as in CaiT."""
+
+    def __init__(self, before: bool, after: bool) -> None:
+        super().__init__()
+        self.before = nn.Linear(HEADS, HEADS) if before else None
+        self.after = nn.Linear(HEADS, HEADS) if after else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        scores = scored(q, k)
+        if self.before is not None:
+            scores = self.before(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        probs = scores.softmax(-1)
+        if self.after is not None:
+            probs = self.after(probs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return probs @ v
+
+
+class Gate(nn.Module):
+    """Softmaxes beside layers whose weights are computed, but of parameters alone: no keys and no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(HEAD_DIM, SEQ_LEN), nn.Linear(SEQ_LEN, HEAD_DIM)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        weight = self.second.weight.square()
+        return F.linear(self.first(q).softmax(-1), weight) + F.linear(q, self.first.weight.square()).softmax(-1) @ v
+
+
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "scores_returned": _gram,
     "probs_returned": _probs_returned,
@@ -161,6 +209,18 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "half_values": lambda q, k, v, m: torch.softmax(scored(q, k), -1).half() @ v.half(),
     "clamped": lambda q, k, v, m: attend(scored(q, k).clamp(-3, 3), v),
     "squared_relu": lambda q, k, v, m: F.relu(scored(q, k)).square() @ v,
+    "out_of_matmul": _out_of_matmul,
+    "out_of_softmax": _out_of_softmax,
+    "sum_of_products": lambda q, k, v, m: attend((q[:, :, :, None] * k[:, :, None]).sum(-1), v),
+    "linear_scores": lambda q, k, v, m: attend(F.linear(q[0, 0], k[0, 0]), v[0, 0]),
+    "linear_values": lambda q, k, v, m: F.linear(scored(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].T),
+    "inner_scores": lambda q, k, v, m: attend(torch.inner(q[0, 0], k[0, 0]), v[0, 0]),
+    "baddbmm_values": lambda q, k, v, m: torch.baddbmm(q[0], scored(q[0], k[0]).softmax(-1), v[0]),
+    "talking_heads_by_a_layer": TalkingHeads(before=True, after=False),
+    "talking_heads_by_a_layer_after": TalkingHeads(before=False, after=True),
+    "long_softcap": lambda q, k, v, m: attend(_in_steps(20 * torch.tanh(scored(q, k) / 20), 12), v),
+    "empty": lambda q, k, v, m: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]),
+    "one_query": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, :, :1], k, v),
     "cosine_of_scores": lambda q, k, v, m: attend(scored(q, k).cos(), v),
 }
 """Attention, exact for a reason."""
@@ -170,6 +230,7 @@ NO_ATTENTION: dict[str, Program] = {
     "router": _router,
     "classifier": _classifier,
     "attention_pooling": _pooling,
+    "gate": Gate(),
     "mixture": lambda q, k, v, m: torch.softmax(q[0, 0], -1).mm(k[0, 0].mT),
     "flattened": lambda q, k, v, m: scored(q, k).flatten(-2).softmax(-1).view(BATCH, HEADS, SEQ_LEN, SEQ_LEN) @ v,
 }

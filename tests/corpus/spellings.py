@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -106,6 +107,7 @@ def _lucidrains(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
 
 
 PRODUCTS: dict[str, Program] = {
+    "linalg": lambda q, k, v, m: torch.linalg.matmul(torch.linalg.matmul(q, k.mT).softmax(-1), v),
     "matmul_transpose": lambda q, k, v, m: attend(torch.matmul(q, k.transpose(-2, -1)), v),
     "mT": lambda q, k, v, m: attend(q @ k.mT, v),
     "permute": lambda q, k, v, m: attend(q @ k.permute(0, 1, 3, 2), v),
@@ -217,6 +219,7 @@ SHARED: dict[str, Program] = {
 
 ROOT = math.sqrt(HEAD_DIM)
 SCALES: dict[str, Program] = {
+    "in_many_steps": lambda q, k, v, m: attend(functools.reduce(lambda s, _: s * 1.1, range(16), q @ k.mT), v),
     "mul": lambda q, k, v, m: attend(q @ k.mT * 0.3, v),
     "mul_left": lambda q, k, v, m: attend(0.3 * (q @ k.mT), v),
     "div": lambda q, k, v, m: attend(q @ k.mT / ROOT, v),

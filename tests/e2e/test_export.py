@@ -13,7 +13,7 @@ from support.capture import run_passes
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from monarch_compile import ConfigError, LoweringError, lower_exported
+from monarch_compile import ConfigError, LoweringError, lower_exported, monarch_attention
 from monarch_compile.ops import ATTENTION_OP
 
 OPTIONS = {"policy": "always", "block_size": 7}
@@ -117,6 +117,22 @@ def test_a_dynamic_length_needs_a_number_for_block_size() -> None:
     program = export(Block().eval(), _inputs(), dynamic_shapes=shapes)
     with pytest.raises(LoweringError, match="dynamic_seq_len"):
         lower_exported(program, {"policy": "always", "strict": True})
+
+
+class ByHand(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+
+def test_lengths_are_equal_where_one_dim_says_so() -> None:
+    """An exported program takes no guards: lengths that are merely dynamic may differ."""
+    example, other = (torch.randn(3, 1, 2, n, 8).unbind() for n in (64, 100))
+    alike, apart = ({name: {2: dim} for name in ("q", "k", "v")} for dim in (Dim("n", min=8, max=4096), Dim.AUTO))
+    program = export(ByHand().eval(), example, dynamic_shapes=alike)
+    found = lower_exported(program, OPTIONS)
+    torch.testing.assert_close(found.module()(*other), monarch_attention(*other, block_size=7), rtol=1e-5, atol=1e-5)
+    with pytest.raises(LoweringError, match="may differ, and an exported program"):
+        lower_exported(export(ByHand().eval(), example, dynamic_shapes=apart), OPTIONS | {"strict": True})
 
 
 def test_it_travels(lowered: ExportedProgram) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.capture import run_passes
 from support.soundness import LOWERED, Program, agrees, attend, make_inputs, result_as_kernels_leave_it  # noqa: F401
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
+import monarch_compile
 from monarch_compile.backend import monarch
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import LoweringError
@@ -220,6 +223,48 @@ def test_what_cannot_be_traced_is_refused_aloud() -> None:
     q, k, v, _ = make_inputs()
     torch.compile(lambda q, k, v: torch.vmap(lambda a, b, c: attend(a @ b.mT, c))(q, k, v), backend=backend)(q, k, v)
     assert len(seen) == 1
+
+
+def test_forward_mode_is_refused_and_leaves_nothing_behind() -> None:
+    """Run while it is traced, it would be entered and never left."""
+
+    def tangent(x: Tensor) -> Tensor:
+        return torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[1]
+
+    x = torch.randn(4, 8)
+    expected = tangent(x)
+    for fn in (tangent, torch.vmap(tangent), torch.func.jacfwd(torch.tanh)):
+        with pytest.raises(BackendCompilerFailed, match="forward-mode"):
+            run_passes(fn, x)
+        torch.testing.assert_close(tangent(x), expected)
+    report = monarch_compile.explain(tangent, x)
+    assert "whatever attention is in them" in report.summary
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_casts_what_is_attended_to(by_hand: bool, inside: bool) -> None:
+    """Normalised queries and keys are float32 there, values are not: the products cast all of them."""
+    norm = torch.nn.LayerNorm(4)
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        q, k, v = norm(q), norm(k), v.bfloat16()
+        return attend(q @ k.mT, v) if by_hand else F.scaled_dot_product_attention(q, k, v)
+
+    def within(*x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fn(*x)
+
+    if inside:
+        output, (result,) = run_passes(within, *make_inputs(), block_size=128)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            output, (result,) = run_passes(fn, *make_inputs(), block_size=128)
+    expected = within(*make_inputs())
+    assert [d.code for d in result.decisions] == [LOWERED]
+    assert result.decisions[0].ir.dtype == torch.bfloat16
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 
 # ---- symbolic sizes --------------------------------------------------------------------------------------------------

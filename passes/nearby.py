@@ -1,0 +1,138 @@
+"""Is a softmax that of attention at all? It is if it stands between two products of matrices, read or not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterator
+
+import torch
+from torch.fx import Node
+
+from monarch_compile.passes.graph import aten, inputs, shape_of
+from monarch_compile.passes.memory import SETS_STRIDES
+from monarch_compile.passes.products import MIXED, SCORES
+
+REACH, REACH_OF_EXP = 32, 10
+"""Steps from an anchor within which there must be a product on either side: exp stands in many other places, too."""
+
+BY_WEIGHT: dict[object, int] = {
+    aten.linear.default: 1,
+    aten.addmm.default: 2,
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 1,
+}
+"""Ops that are a product if their second factor is computed, not a layer's weight; with that factor's place."""
+
+UNREAD = frozenset(
+    {
+        aten.matmul.out,
+        aten.mm.out,
+        aten.bmm.out,
+        aten.baddbmm.out,
+        aten.addmm.out,
+        aten.inner.default,
+        aten.tensordot.default,
+        aten.linalg_multi_dot.default,
+        aten.mv.default,
+    }
+)
+"""Products that are not read, so that attention made of them stays exact."""
+
+
+def is_between_products(anchor: Node, reach: int = REACH) -> bool:
+    """Whether the anchor's input comes from a matrix product, and its output goes into one, by elementwise steps."""
+    above, below = _above(anchor, reach), _below(anchor, reach)
+    return any(_is_product(n, SCORES) for n in above) and any(_is_product(n, MIXED) for n in below)
+
+
+def is_unread_product(node: Node) -> bool:
+    """Whether a node is a product of two computed tensors in a spelling that is not read."""
+    if node.target in BY_WEIGHT:
+        weight = inputs(node)[BY_WEIGHT[node.target]]
+        return isinstance(weight, Node) and _is_computed(weight)
+    return node.target in UNREAD or _is_sum_of_products(node)
+
+
+def head_mixer(anchor: Node) -> Node | None:
+    """A layer between the anchor and a product that mixes the heads of (batch, queries, keys, heads)."""
+    around = itertools.chain(_above(anchor, REACH), _below(anchor, REACH))
+    return next((n for n in around if _mixes_heads(n, anchor)), None)
+
+
+def _above(anchor: Node, reach: int) -> Iterator[Node]:
+    return _around(anchor, lambda n: [x for x in n.all_input_nodes if x.op == "call_function"], reach)
+
+
+def _below(anchor: Node, reach: int) -> Iterator[Node]:
+    return _around(anchor, lambda n: list(n.users), reach)
+
+
+def _is_product(node: Node, read: Container[object]) -> bool:
+    return node.target in read or node.target is aten.baddbmm.default or is_unread_product(node)
+
+
+def _around(anchor: Node, following: Callable[[Node], list[Node]], reach: int) -> Iterator[Node]:
+    """Nodes around the anchor, not past a product or a layer, nor past what changes both of the last two dims."""
+    frontier, seen = [anchor], {anchor}
+    for _ in range(reach):
+        found = [n for at in frontier for n in following(at) if n not in seen]
+        seen.update(found)
+        yield from found
+        frontier = [n for n in found if _is_passed(n, anchor)]
+
+
+def _is_passed(node: Node, anchor: Node) -> bool:
+    if node.target in SETS_STRIDES:
+        return _mixes_heads(node, anchor)
+    return not is_unread_product(node) and (_is_like(node, anchor) or _has_heads_last(node, anchor))
+
+
+def _is_like(node: Node, anchor: Node) -> bool:
+    """Whether a node still holds scores: one of its last two dims is one of the anchor's, in its place or swapped."""
+    own, other = ([str(size) for size in shape_of(n)[-2:]] for n in (node, anchor))
+    if getattr(node.target, "__name__", "") == "getitem":
+        return True
+    return len(own) == 2 and (own[0] == other[0] or own[1] == other[1] or own == other[::-1])
+
+
+def _has_heads_last(node: Node, anchor: Node) -> bool:
+    """Whether a node is the anchor's scores as (batch, queries, keys, heads)."""
+    own, other = ([str(size) for size in shape_of(n)] for n in (node, anchor))
+    return len(own) == len(other) == 4 and own[1:3] in (other[-2:], other[:-3:-1])
+
+
+def _mixes_heads(node: Node, anchor: Node) -> bool:
+    return node.target is aten.linear.default and _has_heads_last(node, anchor) and not is_unread_product(node)
+
+
+def _is_sum_of_products(node: Node) -> bool:
+    """Whether a node is (x[..., :, None, :] * y[..., None, :, :]).sum(dim), or with another dim of the three."""
+    product = inputs(node)[0] if node.target is aten.sum.dim_IntList else None
+    if not isinstance(product, Node) or product.target is not aten.mul.Tensor or len(shape_of(product)) < 3:
+        return False
+    shapes = [shape_of(x) if isinstance(x, Node) else () for x in inputs(product)[:2]]
+    whole = str(shape_of(product))
+    return all(len(shape) >= 2 and str(shape) != whole for shape in shapes)
+
+
+MAX_ANCESTORS = 64
+STATIC = "_dynamo_static_input_type"
+"""Where Dynamo notes that an input of the graph is a module's parameter or buffer."""
+
+
+def _is_computed(node: Node) -> bool:
+    """Whether a tensor follows from the inputs of a call, and is no parameter or made of such alone."""
+    pending, seen = [node], {node}
+    while pending and len(seen) <= MAX_ANCESTORS:
+        current = pending.pop()
+        if _is_given(current):
+            return True
+        found = [x for x in current.all_input_nodes if x not in seen]
+        seen.update(found)
+        pending += found
+    return bool(pending)
+
+
+def _is_given(node: Node) -> bool:
+    is_tensor = node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+    return is_tensor and STATIC not in node.meta.get("tensor_dict", {})
