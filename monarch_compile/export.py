@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch._dispatch.python import enable_python_dispatcher
@@ -44,7 +45,8 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
         raise ConfigError(f"an exported program is compiled later, by AOTInductor: no use for {', '.join(unused)}")
     source = program.graph_module
     inputs = [node.meta.get("val") for node in source.graph.find_nodes(op="placeholder")]
-    result = rewritten(source, inputs, config)
+    with _weights_noted(program):
+        result = rewritten(source, inputs, config)
     if result is None:
         logger.warning("nothing is lowered in this program; TORCH_LOGS='+monarch_compile.passes' tells why")
         return program
@@ -68,6 +70,22 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
         constants=program.constants,
         verifiers=[program.verifier],
     )
+
+
+@contextlib.contextmanager
+def _weights_noted(program: ExportedProgram) -> Iterator[None]:
+    """While this lasts, inputs of the program's graph that no caller gives say so."""
+    from monarch_compile.passes.graph import WEIGHT
+
+    given = set(program.graph_signature.user_inputs)
+    weights = [node for node in program.graph.find_nodes(op="placeholder") if node.name not in given]
+    for node in weights:
+        node.meta[WEIGHT] = True
+    try:
+        yield
+    finally:
+        for node in weights:
+            del node.meta[WEIGHT]
 
 
 def _outputs(gm: GraphModule) -> Any:

@@ -64,8 +64,16 @@ def find_sites(gm: GraphModule) -> list[Site]:
                 why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
                 raise Miss("normalisation", why, node)
         except Miss as miss:
-            sites.append(Missed(node, miss.code, miss.reason, miss.node))
+            sites.append(_missed(node, miss))
     return sites
+
+
+def _missed(anchor: Node, miss: Miss) -> Missed:
+    """A miss at a softmax; where a layer mixes heads, the views around it are not what is in the way."""
+    mixer = head_mixer(anchor) if miss.code in ("scores_op", "scores_view", "probs_op") else None
+    if mixer is None:
+        return Missed(anchor, miss.code, miss.reason, miss.node)
+    return Missed(anchor, "heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
 
 
 def _inside(node: Node) -> list[Site]:
@@ -136,9 +144,6 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
         raise Miss(
             "softmax_dim", f"softmax runs over dim {given}, not over the keys (one of the last two dims)", anchor
         )
-    mixer = head_mixer(anchor)
-    if mixer is not None:
-        raise Miss("heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
     walk = Walk(swapped)
     scores_node, scores = peel_up(inputs(anchor)[0], walk)
     down = _peel_down(anchor, swapped)

@@ -18,13 +18,13 @@ from monarch_compile.errors import LoweringError
 from monarch_compile.passes import bodies
 from monarch_compile.passes.enclosed import is_enclosing
 from monarch_compile.passes.fastpath import opened
-from monarch_compile.passes.graph import modules_of, placeholders
+from monarch_compile.passes.graph import WEIGHT, modules_of, placeholders
 from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.replay import Calls
 
 FORWARD_MODE = "_enter_dual_level"
 """What forward-mode differentiation begins with: run while it is traced, it would not be left again."""
-CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack")
+CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack", WEIGHT)
 
 
 def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:

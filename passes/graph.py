@@ -17,6 +17,9 @@ aten = torch.ops.aten
 SITE_NAME = "monarch_compile_site"
 """Where the node of a lowered site notes the name of its decision."""
 
+WEIGHT = "monarch_compile_weight"
+"""Where an input of an exported program's graph notes that it is a parameter, a buffer or a constant."""
+
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """The dtypes attention is computed in; a cast to another (int, bool, float8) changes what is computed."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterator
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.graph import aten, inputs, shape_of
+from monarch_compile.passes.graph import WEIGHT, aten, inputs, shape_of
 from monarch_compile.passes.memory import SETS_STRIDES
 from monarch_compile.passes.products import MIXED, SCORES
 
@@ -49,7 +49,7 @@ def is_unread_product(node: Node) -> bool:
     """Whether a node is a product of two computed tensors in a spelling that is not read."""
     if node.target in BY_WEIGHT:
         weight = inputs(node)[BY_WEIGHT[node.target]]
-        return isinstance(weight, Node) and _is_computed(weight)
+        return isinstance(weight, Node) and weight.op == "call_function" and _is_computed(weight)
     return node.target in UNREAD or _is_sum_of_products(node)
 
 
@@ -135,4 +135,4 @@ def _is_computed(node: Node) -> bool:
 
 def _is_given(node: Node) -> bool:
     is_tensor = node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
-    return is_tensor and STATIC not in node.meta.get("tensor_dict", {})
+    return is_tensor and WEIGHT not in node.meta and STATIC not in node.meta.get("tensor_dict", {})

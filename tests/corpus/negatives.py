@@ -146,6 +146,18 @@ class TalkingHeads(nn.Module):
         return probs @ v
 
 
+class PairBias(nn.Module):
+    """A bias that a layer makes of pairs of places, as in AlphaFold: nothing mixes the heads of the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Linear(HEAD_DIM, HEADS)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        pairs = k[:, 0, :, None] * v[:, 0, None]
+        return attend(scored(q, k) + self.bias(pairs).permute(0, 3, 1, 2), v)
+
+
 class Gate(nn.Module):
     """Softmaxes beside layers whose weights are computed, but of parameters alone: no keys and no values."""
 
@@ -218,6 +230,7 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "baddbmm_values": lambda q, k, v, m: torch.baddbmm(q[0], scored(q[0], k[0]).softmax(-1), v[0]),
     "talking_heads_by_a_layer": TalkingHeads(before=True, after=False),
     "talking_heads_by_a_layer_after": TalkingHeads(before=False, after=True),
+    "pair_bias": PairBias(),
     "long_softcap": lambda q, k, v, m: attend(_in_steps(20 * torch.tanh(scored(q, k) / 20), 12), v),
     "empty": lambda q, k, v, m: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]),
     "one_query": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, :, :1], k, v),

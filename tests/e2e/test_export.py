@@ -135,6 +135,23 @@ def test_lengths_are_equal_where_one_dim_says_so() -> None:
         lower_exported(export(ByHand().eval(), example, dynamic_shapes=apart), OPTIONS | {"strict": True})
 
 
+class Gate(nn.Module):
+    """Softmax between two layers: their weights are inputs of the exported graph, but neither keys nor values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 41), nn.Linear(41, 24)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.second(self.first(x).softmax(-1))
+
+
+def test_weights_of_layers_are_no_keys() -> None:
+    program = export(Gate().eval(), _inputs())
+    assert lower_exported(program, OPTIONS | {"strict": True}) is program
+    assert not any("monarch_compile_weight" in node.meta for node in program.graph.nodes)
+
+
 def test_it_travels(lowered: ExportedProgram) -> None:
     expected, file = _run(lowered), io.BytesIO()
     torch.export.save(lowered, file)
