@@ -48,7 +48,7 @@ REMEDIES: dict[str, str] = {
     "product alone",
     "rank": "queries, keys and values of one rank and batch, with static leading dims beyond (batch, heads)",
     "row_shift": "mask the scores before they are shifted, or leave the shift out: softmax ignores all but rounding",
-    "scale": "a finite scale",
+    "scale": "a finite scale that is not 0",
     "scale_not_constant": "a number, a 0-d tensor or one number a head for the scale",
     "scores_layout": "the product of queries and keys as matmul, bmm, baddbmm or einsum over one shared dim",
     "scores_op": "nothing but scales, masks, casts and views between the product and softmax",

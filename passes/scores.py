@@ -240,6 +240,9 @@ def _up_scale(node: Node, walk: Walk) -> Any:
             if not divide and spans(factor, walk.keys_place) and not same_shape(factor, node):
                 walk.note(node, factor, "times")
                 return scores
+    odd = [number for _, factor in pairs if (number := constant_of(factor)) is not None]
+    if odd:
+        raise Miss("scale", f"the scores are {'divided' if divide else 'multiplied'} by {odd[0]:g}", node)
     raise Miss("scale_not_constant", "the scores are multiplied by something that is not a constant", node)
 
 

@@ -49,6 +49,7 @@ def _bmm_values(p: Tensor, v: Tensor) -> Tensor:
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda q, k: torch.matmul(q, k.transpose(-2, -1)),
+    "linalg": lambda q, k: torch.linalg.matmul(q, k.mT),
     "at_mT": lambda q, k: q @ k.mT,
     "permute": lambda q, k: q @ k.permute(0, 1, 3, 2),
     "bmm": _bmm,

@@ -133,6 +133,16 @@ def factor_masked_below(q, k, v, m):
     return attend((scored(q, k) * q.mean()).masked_fill(~m[:, None, None], -1e9), v)
 
 
+@expect("scale")
+def factor_zero(q, k, v, m):
+    return attend(scored(q, k) * 0.0, v)
+
+
+@expect("scale")
+def factor_infinite(q, k, v, m):
+    return attend(scored(q, k) / 0.0, v)
+
+
 @expect("scale_not_constant")
 def factor_row(q, k, v, m):
     return attend(scored(q, k) * q[..., :1], v)
