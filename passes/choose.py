@@ -93,8 +93,6 @@ def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, ba
     exact = replace(base, ir=seen, stage="cost")
     if config.policy == "never":
         return Choice(replace(exact, code="policy_never", reason="policy is 'never'"))
-    if isinstance(queries, int) and queries == 1:
-        return Choice(replace(exact, code="single_query", reason="exact attention of one query reads each key once"))
     gain = f"{predict(seen, device, _hints(site)).speedup:.2f}x"
     if config.policy == "auto":
         reason = exact_wins(seen, device, auto=form is None, batch=batch, seq_len=seq_len, queries=queries)

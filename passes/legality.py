@@ -120,10 +120,14 @@ def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node
     return None
 
 
+def _check_queries(region: AttentionRegion, context: Context) -> str | None:
+    n_q = region.q_shape[2]
+    alone = region.is_cross and _is_static(n_q) and n_q == 1
+    return "exact attention of one query reads each key once" if alone else None
+
+
 def _check_cross(region: AttentionRegion, context: Context) -> str | None:
     n_q, n_k = region.q_shape[2], region.k_shape[2]
-    if _is_static(n_q) and n_q == 1:  # left exact with no leave asked
-        return None
     if region.is_cross and not context.config.cross_attention:
         return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}), and option cross_attention is False"
     return None
@@ -289,6 +293,7 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
 
 CHECKS: tuple[Check, ...] = (
     Check("empty", _check_empty),
+    Check("single_query", _check_queries),
     Check("rank", _check_lead),
     Check("dynamic_seq_len", _check_told_apart),
     Check("values_layout", _check_values),
