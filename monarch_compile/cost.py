@@ -196,8 +196,8 @@ def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Qua
 
 def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
     kinds = dict.fromkeys((M, B_Q, B_K), _BLOCKS) | dict.fromkeys((D, D_V), _FEATURES)
+    kinds[X] = lambda size, tile: _BLOCKS(size - P, tile) + _PREFIX(P, tile)
     tiled = tuple(kinds[size](size, TILE) if size in kinds else size for size in shape)
-    tiled = tuple(_BLOCKS(X - P, TILE) + _PREFIX(P, TILE) if size == X else size for size in tiled)
     return _OFFSETS(tiled[0], TILE) if shape[0] == B_Q else tiled[0], *tiled[1:]
 
 
@@ -214,7 +214,7 @@ def _in_blocks(size: int, tile: int) -> int:
 
 def _in_prefix(size: int, tile: int) -> int:
     """What tiles cover of the keys of a prefix, which have tiles of their own."""
-    return -(-size // tile) * tile
+    return int(_ceil_div(size, tile) * tile)
 
 
 def _in_offsets(size: int, tile: int) -> int:

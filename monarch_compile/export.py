@@ -8,11 +8,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from monarch_compile.backend import rewritten
 from monarch_compile.config import parse_options
@@ -107,11 +105,11 @@ def _name_inputs(source: GraphModule, target: GraphModule) -> None:
 
 def _give_values(gm: GraphModule) -> None:
     """The fake values that a program's nodes must have, for nodes that lowering made."""
+    from monarch_compile.passes.graph import fake_value
+
     values = [node.meta.get("val") for node in gm.graph.nodes]
     fake_mode = detect_fake_mode(values)
     assert fake_mode is not None  # attention was found in it, hence a tensor
     for node in gm.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            args, kwargs = (map_arg(given, lambda n: n.meta["val"]) for given in (node.args, node.kwargs))
-            with fake_mode, enable_python_dispatcher():  # without it some ops refuse symbolic sizes
-                node.meta["val"] = node.target(*args, **kwargs)
+        if node.op == "call_function":
+            fake_value(node, fake_mode)

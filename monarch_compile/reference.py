@@ -144,6 +144,8 @@ def _may_pad(missing: int) -> bool:
 
 def _padded(x: Tensor, padding: tuple[int, ...]) -> Tensor:
     """`x` with zeros (False) around it, contiguous: padding by a symbolic number that is 0 would keep x's strides."""
+    if x.dtype == torch.bool:  # as numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13)
+        return _padded(x.to(torch.float32), padding) > 0
     return F.pad(x if all(isinstance(n, int) for n in padding) else x.contiguous(), padding)
 
 
@@ -193,10 +195,7 @@ def _by_block(of_keys: Tensor, keys: Tensor, pad: str) -> Tensor:
     """A value of each key (E, N_k) where the keys lie in their blocks: (E, 1, b, 1, i), 0 (False) for padding."""
     num_blocks, size = keys.shape[2], keys.shape[3]
     missing = num_blocks * size - of_keys.shape[1]
-    # A mask as numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
-    numbers = of_keys.to(keys.dtype) if of_keys.dtype == torch.bool else of_keys
-    padded = _padded(numbers, (0, missing) if pad == "post" else (missing, 0))
-    padded = padded > 0 if of_keys.dtype == torch.bool else padded
+    padded = _padded(of_keys, (0, missing) if pad == "post" else (missing, 0))
     return padded.view(of_keys.shape[0], 1, num_blocks, 1, size)
 
 

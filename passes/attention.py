@@ -31,7 +31,7 @@ from monarch_compile.passes.graph import (
     shape_of,
 )
 from monarch_compile.passes.memory import must_be_kept
-from monarch_compile.passes.nearby import REACH_OF_EXP, head_mixer, is_between_products, is_unread_product
+from monarch_compile.passes.nearby import REACH_OF_EXP, head_mixer, is_between_products, is_unread_mix
 from monarch_compile.passes.products import MIXED, TRANSPOSES, swaps_matrix
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
 from monarch_compile.passes.scores import CASTS, VIEWS, Walk, keeps_matrix, peel_up
@@ -233,7 +233,7 @@ def _peel_down(anchor: Node, swapped: bool) -> Down:
         (user,) = users
         if user.target in MIXED:
             return down
-        if is_unread_product(user) or user.target is aten.baddbmm.default:
+        if is_unread_mix(user):
             why = f"{user.target} as the product with the values has a layout that is not understood"
             raise Miss("values_layout", why, user)
         if user.target in DROPOUTS:

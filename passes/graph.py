@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -56,6 +59,28 @@ def dtype_of(node: Node) -> torch.dtype | None:
 def same_shape(x: Node, y: Node) -> bool:
     """Whether two nodes have the same sizes, asked without guarding on symbolic ones."""
     return str(shape_of(x)) == str(shape_of(y))
+
+
+def ancestors_of(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Some nodes, and all of their graph that they are computed from."""
+    pending, seen = [*nodes], set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+            yield node
+
+
+def fake_value(node: Node, fake_mode: FakeTensorMode) -> Any:
+    """A node's fake value, computed where lowering made the node."""
+    if "val" not in node.meta:
+        target: Any = node.target
+        args: Any = map_arg(node.args, lambda n: fake_value(n, fake_mode))
+        kwargs: Any = map_arg(node.kwargs, lambda n: fake_value(n, fake_mode))
+        with fake_mode, enable_python_dispatcher():  # without it some ops refuse symbolic sizes
+            node.meta["val"] = target(*args, **kwargs)
+    return node.meta["val"]
 
 
 def call_like(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:

@@ -13,11 +13,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.enclosed import enclosing, given_value
-from monarch_compile.passes.graph import dtype_of, switches_mode
+from monarch_compile.passes.graph import ancestors_of, dtype_of, switches_mode
 from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
-from monarch_compile.passes.sizes import lead_of, told_apart
+from monarch_compile.passes.sizes import leading_sizes, told_apart
 
 MAX_HEAD_DIM = 256
 DTYPES = {
@@ -98,11 +98,9 @@ def _is_static(size: Any) -> bool:
 
 
 def _check_lead(region: AttentionRegion, context: Context) -> str | None:
-    wanted = region.qk_lead, region.kv_lead(region.qk_lead), region.kv_lead(region.pv_lead)
-    for operand, lead in zip(_operands(region), wanted, strict=True):
-        for own, whole in zip(lead_of(operand), lead, strict=True):
-            if not (str(own) == str(whole) or (_is_static(own) and own == 1)):
-                return f"batch and head sizes do not fit together: {own} beside {whole}"
+    for own, whole in leading_sizes(region):
+        if not (str(own) == str(whole) or (_is_static(own) and own == 1)):
+            return f"batch and head sizes do not fit together: {own} beside {whole}"
     leads = (region.qk_lead, region.pv_lead)
     if any(len(lead) > 2 and not all(map(_is_static, lead)) for lead in leads):
         return "attention over more than (batch, heads) leading dims, one of them symbolic, is not lowered yet"
@@ -127,8 +125,8 @@ def _check_queries(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_cross(region: AttentionRegion, context: Context) -> str | None:
-    n_q, n_k = region.q_shape[2], region.k_shape[2]
     if region.is_cross and not context.config.cross_attention:
+        n_q, n_k = region.q_shape[2], region.k_shape[2]
         return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}), and option cross_attention is False"
     return None
 
@@ -201,8 +199,8 @@ def _check_device(region: AttentionRegion, context: Context) -> str | None:
 def _check_dtype(region: AttentionRegion, context: Context) -> str | None:
     found = {dtype_of(x.node) for x in _operands(region)}
     allowed = DTYPES[region.q.node.meta["val"].device.type]
-    if region.scores_dtype == region.dtype == dtype_of(region.output) and found <= AUTOCAST:
-        return None if region.dtype in allowed else f"dtype {region.dtype}; kernels exist for {allowed}"
+    if region.gives_scores_dtype and found <= AUTOCAST:
+        found = {region.dtype}
     if len(found) > 1:
         return f"q, k and v have different dtypes: {sorted(map(str, found))}"
     if not found <= set(allowed):
@@ -216,12 +214,12 @@ def _check_scale(region: AttentionRegion, context: Context) -> str | None:
 
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
     """A write between the making of a value and its last reading, of which the rewrite knows nothing."""
-    ancestors = set(_ancestors(m.node for m in region.masks))
+    ancestors = set(ancestors_of(m.node for m in region.masks))
     found = _write_between(_readings(region, ancestors, context.order), context.order, context.writes)
     body = enclosing(region.output.graph)
     while found is None and body is not None:
         graph = body.call.graph
-        ancestors = set(_ancestors(value for node in ancestors if (value := given_value(node)) is not None))
+        ancestors = set(ancestors_of(value for node in ancestors if (value := given_value(node)) is not None))
         order = {node: i for i, node in enumerate(graph.nodes)}
         found = _write_between(_readings_before(body.call, ancestors, order), order, writes_of(graph))
         body = enclosing(graph)
@@ -271,17 +269,6 @@ def _check_context(region: AttentionRegion, context: Context) -> tuple[str, Node
 def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
     reader = strided_reader(region.output)
     return None if reader is None else ("the output is read through as_strided", reader)
-
-
-def _ancestors(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Some nodes, and all of their graph that they are computed from."""
-    pending, seen = [*nodes], set()
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending += node.all_input_nodes
-            yield node
 
 
 def _check_length(region: AttentionRegion, context: Context) -> str | None:

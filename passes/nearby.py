@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.graph import WEIGHT, aten, inputs, shape_of
+from monarch_compile.passes.graph import WEIGHT, ancestors_of, aten, inputs, shape_of
 from monarch_compile.passes.memory import SETS_STRIDES
 from monarch_compile.passes.products import MIXED, SCORES
 
@@ -42,7 +42,9 @@ UNREAD = frozenset(
 def is_between_products(anchor: Node, reach: int = REACH) -> bool:
     """Whether the anchor's input comes from a matrix product, and its output goes into one, by elementwise steps."""
     above, below = _above(anchor, reach), _below(anchor, reach)
-    return any(_is_product(n, SCORES) for n in above) and any(_is_product(n, MIXED) for n in below)
+    return any(n.target in SCORES or is_unread_product(n) for n in above) and any(
+        n.target in MIXED or is_unread_mix(n) for n in below
+    )
 
 
 def is_unread_product(node: Node) -> bool:
@@ -51,6 +53,11 @@ def is_unread_product(node: Node) -> bool:
         weight = inputs(node)[BY_WEIGHT[node.target]]
         return isinstance(weight, Node) and weight.op == "call_function" and _is_computed(weight)
     return node.target in UNREAD or _is_sum_of_products(node)
+
+
+def is_unread_mix(node: Node) -> bool:
+    """The same of a product with the values, to which nothing may be added."""
+    return node.target is aten.baddbmm.default or is_unread_product(node)
 
 
 def head_mixer(anchor: Node) -> Node | None:
@@ -65,10 +72,6 @@ def _above(anchor: Node, reach: int) -> Iterator[Node]:
 
 def _below(anchor: Node, reach: int) -> Iterator[Node]:
     return _around(anchor, lambda n: list(n.users), reach)
-
-
-def _is_product(node: Node, read: Container[object]) -> bool:
-    return node.target in read or node.target is aten.baddbmm.default or is_unread_product(node)
 
 
 def _around(anchor: Node, following: Callable[[Node], list[Node]], reach: int) -> Iterator[Node]:
@@ -115,22 +118,13 @@ def _is_sum_of_products(node: Node) -> bool:
     return all(len(shape) >= 2 and str(shape) != whole for shape in shapes)
 
 
-MAX_ANCESTORS = 64
 STATIC = "_dynamo_static_input_type"
 """Where Dynamo notes that an input of the graph is a module's parameter or buffer."""
 
 
 def _is_computed(node: Node) -> bool:
     """Whether a tensor follows from the inputs of a call, and is no parameter or made of such alone."""
-    pending, seen = [node], {node}
-    while pending and len(seen) <= MAX_ANCESTORS:
-        current = pending.pop()
-        if _is_given(current):
-            return True
-        found = [x for x in current.all_input_nodes if x not in seen]
-        seen.update(found)
-        pending += found
-    return bool(pending)
+    return any(map(_is_given, ancestors_of([node])))
 
 
 def _is_given(node: Node) -> bool:

@@ -96,11 +96,16 @@ class AttentionRegion:
     scores_dtype: torch.dtype | None = None
 
     @property
+    def gives_scores_dtype(self) -> bool:
+        """Whether both products give one dtype, to which autocast casts their inputs where it is in force."""
+        return not self.factors and self.scores_dtype == self.output.meta["val"].dtype
+
+    @property
     def dtype(self) -> torch.dtype:
         """What attention is computed in: under autocast what its products give, whatever their inputs are."""
-        given: torch.dtype = self.q.node.meta["val"].dtype
-        result: torch.dtype = self.output.meta["val"].dtype
-        return result if self.scores_dtype == result and not self.factors else given
+        node = self.output if self.gives_scores_dtype else self.q.node
+        dtype: torch.dtype = node.meta["val"].dtype
+        return dtype
 
     def kv_lead(self, lead: tuple[Any, ...]) -> tuple[Any, ...]:
         """Leading dims of q as those of k and v."""

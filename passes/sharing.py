@@ -7,14 +7,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes.graph import ORIGIN, SITE_NAME, aten, inputs
+from monarch_compile.passes.graph import ORIGIN, SITE_NAME, aten, fake_value, inputs
 
 TENSORS = 4
 """The operator's first arguments are tensors: q, k, v and, or None, the key mask."""
@@ -35,7 +33,7 @@ def share_bodies(gm: GraphModule) -> int:
         return 0
     alike: dict[str, list[Node]] = defaultdict(list)
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION_OP):
-        if _value(node, fake_mode).device.type == "cpu":
+        if fake_value(node, fake_mode).device.type == "cpu":
             alike[_key(node, fake_mode)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
@@ -56,18 +54,9 @@ def _invoke_subgraph() -> Any:
 
 def _key(node: Node, fake_mode: FakeTensorMode) -> str:
     """All that the body of a site depends on: it also names the body in the keys of compile caches."""
-    tensors = [None if x is None else _value(x, fake_mode) for x in inputs(node)[:TENSORS]]
+    tensors = [None if x is None else fake_value(x, fake_mode) for x in inputs(node)[:TENSORS]]
     facts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors]
     return f"{ATTENTION_OP} {facts} {inputs(node)[TENSORS:]}"
-
-
-def _value(node: Node, fake_mode: FakeTensorMode) -> Any:
-    """A node's fake value, computed where lowering made the node."""
-    if "val" not in node.meta:
-        target: Any = node.target
-        with fake_mode, enable_python_dispatcher():  # without it some ops refuse symbolic sizes
-            node.meta["val"] = target(*map_arg(inputs(node), lambda x: _value(x, fake_mode)))
-    return node.meta["val"]
 
 
 def _body(site: Node) -> GraphModule:

@@ -33,12 +33,17 @@ def _wanted_equal(region: AttentionRegion) -> Iterator[tuple[Any, Any]]:
     keys = region.k_shape[2]
     yield keys, region.v_shape[2]
     yield region.q_shape[2], keys
+    yield from leading_sizes(region)
+
+
+def leading_sizes(region: AttentionRegion) -> Iterator[tuple[Any, Any]]:
+    """Each leading size of q, k and v beside that of the product it goes into."""
     wanted = region.qk_lead, region.kv_lead(region.qk_lead), region.kv_lead(region.pv_lead)
     for operand, lead in zip((region.q, region.k, region.v), wanted, strict=True):
-        yield from zip(lead_of(operand), lead, strict=True)
+        yield from zip(_lead_of(operand), lead, strict=True)
 
 
-def lead_of(operand: Operand) -> list[Any]:
+def _lead_of(operand: Operand) -> list[Any]:
     """The sizes of an operand's leading dims, 1 where it is broadcast."""
     shape = operand.node.meta["val"].shape
     return [1 if dim is None else shape[dim] for dim in operand.dims[:-2]]
