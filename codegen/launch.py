@@ -29,7 +29,7 @@ from monarch_compile.codegen.schedule import ALL, TUNED_ON, Schedule, Tiling, ch
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
 from monarch_compile.groups import centred
-from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention, count_blocks
+from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention, count_blocks, is_exact
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def launch(
         CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
-    if prefix and (q.shape[2] <= prefix or k.shape[2] <= prefix):
+    if is_exact(q.shape[2], k.shape[2], block_size, prefix):
         return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
     num_blocks = count_blocks(k.shape[2], block_size, prefix)
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None

@@ -57,6 +57,18 @@ def count_blocks(seq_len: Any, block_size: int, prefix: int) -> Any:
     return (seq_len - prefix + block_size - 1) // block_size
 
 
+def is_exact(seq_len_q: Any, seq_len_k: Any, block_size: int, prefix: int) -> bool:
+    """Whether the form is exact softmax attention: every key is in the prefix or in one block, or every query in the prefix.
+
+    Symbolic lengths are guarded on. Past this check there are at least two blocks: were their number 1 by a guard alone,
+    it would stay a symbol to Inductor, which then indexes a dim that was broadcast.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    in_one_block = guard_or_false(seq_len_k - prefix <= block_size)
+    return in_one_block or bool(prefix and guard_or_false(seq_len_q <= prefix))
+
+
 @dataclass(frozen=True)
 class MonarchAttention:
     """One attention site in Monarch form.

@@ -26,6 +26,7 @@ from monarch_compile.groups import (
     window_scores,
     with_neighbours,
 )
+from monarch_compile.ir import is_exact
 
 
 def reference(
@@ -59,17 +60,18 @@ def reference(
     if key_mask is not None:
         key_mask = centred(key_mask) if key_mask.is_floating_point() else key_mask
         key_mask, bias = split_mask(key_mask, q.dtype)
-    if prefix:
-        everything = q.shape[2] <= prefix or k.shape[2] <= prefix
+    everything = is_exact(q.shape[2], k.shape[2], block_size, prefix)
+    if prefix or everything:
         rows = exact_rows(q if everything else q[:, :, :prefix], k, v, key_mask, scale, bias).transpose(1, 2)
         if everything:
             return rows.contiguous().transpose(1, 2).to(dtype)
+    if prefix:
         (k_lead, k), (v_lead, v) = ((x[:, :, :prefix], x[:, :, prefix:]) for x in (k, v))
         (mask_lead, key_mask), (bias_lead, bias) = (_cut(x, prefix) for x in (key_mask, bias))
         q = q[:, :, prefix:]
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     num_blocks = -(-seq_len_k // block_size)
-    block_size_q = block_size if seq_len_q == seq_len_k else -(-seq_len_q // num_blocks)
+    block_size_q = block_size if seq_len_q == seq_len_k else _literal_one(-(-seq_len_q // num_blocks))
     group = q.shape[1] // k.shape[1]
     q_blocks = _grouped(_to_blocks(q, num_blocks, block_size_q, pad), group).contiguous()
     keys, values = (_to_blocks(x, num_blocks, block_size, pad) for x in (k, v))
@@ -135,6 +137,13 @@ def _bmm(x: Tensor, y: Tensor, *, transposed: bool = False) -> Tensor:
     """
     x3, y3 = x.flatten(0, 2), y.flatten(0, 2)
     return torch.unflatten(torch.bmm(x3, y3.mT if transposed else y3), 0, x.shape[:3])
+
+
+def _literal_one(size: int) -> int:
+    """A size, as a number where it is 1, which a symbolic one is guarded on: Inductor knows broadcast dims by it."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return 1 if guard_or_false(size == 1) else size
 
 
 def _may_pad(missing: int) -> bool:
