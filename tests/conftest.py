@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.poison import Poisoned
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -34,6 +35,21 @@ def pytest_configure() -> None:
     import triton.language  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="session")
+def _poisoned_buffers() -> Iterator[Poisoned]:
+    poisoned = Poisoned()
+    with poisoned.installed():
+        yield poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned(_poisoned_buffers: Poisoned) -> Iterator[Poisoned]:
+    """Whatever a test compiles runs over poisoned buffers; a write past one of them is an error."""
+    del _poisoned_buffers.overwritten[:]
+    yield _poisoned_buffers
+    assert not _poisoned_buffers.overwritten, "compiled code wrote past buffers"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Buffers of compiled code between margins, filled with NaN: reads past a buffer, or of what was never written, show.
 
-Inductor's generated modules take their allocator from `torch._C._dynamo.guards` when they are imported, so the poisoned one
-has to be installed before anything is compiled in the process.
+Inductor's generated modules take their allocator from `torch._C._dynamo.guards` when they are imported, so the poisoned
+one has to be installed before anything is compiled in the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ALLOCATORS = ("_empty_strided_cpu", "_empty_strided_cuda")
 """What generated code allocates its buffers with, in `torch._C._dynamo.guards`."""
 
 LEAST_MARGIN, MOST_MARGIN = 1024, 1 << 16
-"""Elements on either side of a buffer: as many as the buffer has, within these bounds. Multiples of 64 keep alignment."""
+"""Elements on either side of a buffer: as many as it has, within these bounds. Multiples of 64 keep the alignment."""
 
 
 class Poisoned:
