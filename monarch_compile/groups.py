@@ -8,6 +8,7 @@ Index letters as in `reference`: l, b blocks; j, i offsets in a block.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -127,9 +128,16 @@ def exact_rows(
 
 
 def shares(lses: Sequence[Tensor]) -> list[Tensor]:
-    """What a row gives each of its groups, from their logsumexps; -inf is a group without keys."""
-    logits = torch.stack(list(lses), -1)
-    return list(softmax_lse(logits, logits != float("-inf"))[0].unbind(-1))
+    """What a row gives each of its groups, from their logsumexps; -inf is a group without keys.
+
+    Group by group: a stack of them would be one more buffer, whose parts Inductor of torch 2.11 loses at times.
+    """
+    top = functools.reduce(torch.maximum, lses).detach()
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = [(lse - top).exp() for lse in lses]
+    total = sum(weights[1:], start=weights[0])
+    total = total.masked_fill(total == 0, 1.0)
+    return [weight / total for weight in weights]
 
 
 def merge(values: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:

@@ -58,10 +58,10 @@ def count_blocks(seq_len: Any, block_size: int, prefix: int) -> Any:
 
 
 def is_exact(seq_len_q: Any, seq_len_k: Any, block_size: int, prefix: int) -> bool:
-    """Whether the form is exact softmax attention: every key is in the prefix or in one block, or every query in the prefix.
+    """Whether the form is exact softmax attention: all queries are in the prefix, or all keys in it and one block.
 
-    Symbolic lengths are guarded on. Past this check there are at least two blocks: were their number 1 by a guard alone,
-    it would stay a symbol to Inductor, which then indexes a dim that was broadcast.
+    Symbolic lengths are guarded on. Past this check there are at least two blocks: were their number 1 by a guard
+    alone, it would stay a symbol to Inductor, which then indexes a dim that was broadcast.
     """
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 

@@ -134,7 +134,7 @@ class DynamicProgram:
 
 
 def worst_error(program: DynamicProgram, device: str, compile_model: Callable[..., Any]) -> float:
-    """Largest relative error of any output or gradient in any call; inf where one is not finite or the graph is exact."""
+    """Largest relative error of any output or gradient in any call; inf where one is not finite."""
     compiled = compile_model(program.model(SPELLINGS[program.spelling]), program.options())
     expected = program.by_reference()
     worst = 0.0
