@@ -1,10 +1,10 @@
 """Doors for eager code: Monarch attention call by call, without torch.compile.
 
 `replace_sdpa` serves any library that calls torch.nn.functional.scaled_dot_product_attention; `register_transformers`
-gives transformers an attn_implementation, and `register_diffusers` gives diffusers an attention backend. Every call is judged with the tensors it is given: by their sizes and kinds, once for all calls
-that agree in these, and by the mask's values, at every call. One that cannot be lowered stays exact, and its reason is
-logged once. Code that torch.compile or torch.export traces stays exact here: there backend="monarch" and
-`lower_exported` judge it.
+gives transformers an attn_implementation, and `register_diffusers` gives diffusers an attention backend. Every call is
+judged with the tensors it is given: by their sizes and kinds, once for all calls that agree in these, and by the mask's
+values, at every call. One that cannot be lowered stays exact, and its reason is logged once. Code that torch.compile or
+torch.export traces stays exact here: there backend="monarch" and `lower_exported` judge it.
 """
 
 from __future__ import annotations
