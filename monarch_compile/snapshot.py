@@ -108,9 +108,7 @@ def _save_parameter(parameter: nn.Parameter) -> Saved:
         nonlocal version
         if parameter._version != version:
             version = parameter._version
-            logger.warning(
-                "the model wrote to a parameter of shape %s, which is not put back: runs differ by it", shape
-            )
+            logger.warning("the model wrote to a parameter of shape %s, which is not put back: runs differ", shape)
 
     return (), warn
 

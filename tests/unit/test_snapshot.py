@@ -179,6 +179,14 @@ def test_an_exact_form_has_no_error_in_a_model_with_state(name):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
+@pytest.mark.gpu
+def test_an_exact_form_has_no_error_in_a_model_that_draws_noise_on_cuda():
+    before = torch.cuda.get_rng_state()
+    report = explain(Noise().cuda(), an_input().cuda(), options=EXACT, measure=True)
+    assert report.output_error < 1e-2
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 def test_the_measure_still_tells_forms_apart_and_repeats_itself():
     model, options = KeepsACache(), EXACT | {"block_size": 4}
     error = explain(model, an_input(), options=options, measure=True).output_error
