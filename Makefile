@@ -5,14 +5,16 @@
 #   make lint    ruff and mypy                     make format    let ruff rewrite the sources
 #   make bench   attention alone, timed            make clean     remove .venv and caches
 # PYTHON=python3.12 make ... chooses the interpreter; ARGS="..." is handed to the command.
+# TORCH=2.14.1 make ... takes that version of torch instead of the one in constraints.txt, in a venv of its own.
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch$(TORCH))
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH),torch==$(TORCH),--constraint constraints.txt)
 
 .PHONY: setup demo test test-gpu test-nightly lint format bench clean
 .DELETE_ON_ERROR:

@@ -22,6 +22,7 @@ from monarch_compile.instrument import AttentionCall, Probe, Switch, capture
 from monarch_compile.metrics import ratio, relative_error, squares_apart
 from monarch_compile.plan import FORM_OPTIONS, Plan, SiteForm, SitePlan, site_shape
 from monarch_compile.selection import Assignment, Candidate, Growth, fitted_power, pareto, select
+from monarch_compile.snapshot import Snapshot, kept
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ def calibrate(
     The model runs eagerly, without gradients, in its own train or eval mode. The metric bounds the worst call, not the
     mean. The plan's metric is a measured one; the same inputs give the same plan.
 
+    Every run starts from the random state, buffers, attributes and inputs that there were before `calibrate`, and they
+    are put back in the end; what a `Snapshot` cannot save (parameters that forward writes to, globals, attributes of
+    classes, what hooks hold) a model must not change. A call does not see what the calls before it left behind: steps
+    that build on one another, such as decoding with a cache, are one call of a function that takes them in turn.
+
     Args:
         model: a module or function, compiled or not.
         inputs: a list of calls; each a tensor, a tuple of positional arguments, a dict of keyword arguments, or
@@ -73,9 +79,9 @@ def calibrate(
         raise InputError("calibrate makes a plan: its options cannot have one already")
     fixed = {name: value for name, value in (options or {}).items() if name in FORM_OPTIONS and value != "auto"}
     config = replace(config, policy="always", strict=False)
-    search = _Search(model, _calls(inputs), metric or relative_error, config, fixed, progress)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=CAPTURE_LIMIT):
-        return search.run(budget)
+    calls = _calls(inputs)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=CAPTURE_LIMIT), Snapshot(model, calls) as state:
+        return _Search(model, calls, state, metric or relative_error, config, fixed, progress).run(budget)
 
 
 def _calls(inputs: Any) -> list[Call]:
@@ -104,12 +110,14 @@ class _Search:
         self,
         model: Callable[..., Any],
         calls: list[Call],
+        state: Snapshot,
         metric: Metric,
         config: MonarchConfig,
         fixed: Mapping[str, Any],
         progress: bool,
     ) -> None:
         self._calls, self._metric, self._fixed, self._progress = calls, metric, fixed, progress
+        self._state = state
         self._switch = Switch()
         self._probe = Probe(config, self._switch)
         self._model = capture(model, self._probe)
@@ -138,7 +146,7 @@ class _Search:
         for number, (args, kwargs) in enumerate(self._calls, 1):
             self._switch.attention = meter if number == 1 else AttentionCall.exact
             self._say(f"exact model, call {number} of {len(self._calls)}")
-            self._references.append(self._model(*args, **kwargs))
+            self._references.append(kept(self._output(args, kwargs)))
         self._num_passes = 1
         for reference in self._references:
             value = self._value(reference, reference)
@@ -184,10 +192,15 @@ class _Search:
             values = []
             for number, ((args, kwargs), reference) in enumerate(zip(self._calls, self._references, strict=True), 1):
                 self._say(f"pass {self._num_passes + 1}, {title}, call {number} of {len(self._calls)}")
-                values.append(self._value(reference, self._model(*args, **kwargs)))
+                values.append(self._value(reference, self._output(args, kwargs)))
             self._num_passes += 1
             self._measured[key] = max(values)
         return self._measured[key]
+
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One run of the model, from the state that every run starts from."""
+        self._state.restore()
+        return self._model(*args, **kwargs)
 
     def _value(self, reference: Any, output: Any) -> float:
         value = float(self._metric(reference, output))

@@ -17,6 +17,7 @@ from monarch_compile.graphs import to_networkx
 from monarch_compile.instrument import AttentionCall, Probe, Switch, capture, monarch
 from monarch_compile.metrics import ratio, relative_error, squares_apart
 from monarch_compile.report import GraphPair, Report, Site, site_of
+from monarch_compile.snapshot import Snapshot, kept
 
 
 def explain(
@@ -36,7 +37,10 @@ def explain(
         options: as for torch.compile, those of `MonarchConfig`; Inductor's own keys are checked and ignored.
         measure: also compare the exact and the Monarch form on these inputs. The model runs once with exact attention,
             where each lowered site's own relative error is taken from what the exact model gives it, and once lowered,
-            for the relative error of the model's output. Without it the model runs once, unchanged.
+            for the relative error of the model's output. Both runs start from the same random state, buffers,
+            attributes and inputs, which are put back in the end; what a `Snapshot` cannot save (parameters that forward
+            writes to, globals, attributes of classes, what hooks hold) a model must not change. Without it the model
+            runs once, unchanged.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
@@ -47,11 +51,15 @@ def explain(
     meter = Meter()
     probe = Probe(config, Switch(meter) if measure else None)
     run = capture(model, probe)
-    output = run(*args, **kwargs)
     if probe.switch is None:
+        run(*args, **kwargs)
         return _report(probe)
-    probe.switch.attention = monarch
-    return _report(probe, meter.errors(), relative_error(output, run(*args, **kwargs)))
+    with Snapshot(model, args, kwargs) as state:
+        output = kept(run(*args, **kwargs))
+        state.restore()
+        probe.switch.attention = monarch
+        output_error = relative_error(output, run(*args, **kwargs))
+    return _report(probe, meter.errors(), output_error)
 
 
 @dataclass(eq=False)

@@ -1,11 +1,10 @@
 """Doors for eager code: Monarch attention call by call, without torch.compile.
 
-`replace_sdpa` serves any library that calls torch.nn.functional.scaled_dot_product_attention (diffusers does, by its
-default attention processor: run the pipeline inside the context); `register_transformers` gives transformers an
-attn_implementation. Every call is judged with the tensors it is given: by their sizes and kinds, once for all calls
-that agree in these, and by the mask's values, at every call. One that cannot be lowered stays exact, and its reason is
-logged once. Code that torch.compile or torch.export traces stays exact here: there backend="monarch" and
-`lower_exported` judge it.
+`replace_sdpa` serves any library that calls torch.nn.functional.scaled_dot_product_attention; `register_transformers`
+gives transformers an attn_implementation, and `register_diffusers` gives diffusers an attention backend. Every call is
+judged with the tensors it is given: by their sizes and kinds, once for all calls that agree in these, and by the mask's
+values, at every call. One that cannot be lowered stays exact, and its reason is logged once. Code that torch.compile or
+torch.export traces stays exact here: there backend="monarch" and `lower_exported` judge it.
 """
 
 from __future__ import annotations
@@ -185,6 +184,28 @@ def register_transformers(name: str = "monarch", **options: Any) -> None:
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def register_diffusers(name: str = "monarch", **options: Any) -> ReplaceSdpa:
+    """Give diffusers an attention backend of this name: its "native", inside `replace_sdpa(**options)`.
+
+    Choose it as any other, by `pipe.transformer.set_attention_backend(name)` or in `diffusers.attention_backend(name)`.
+    Attention processors that do not go through diffusers' backends (Stable Diffusion 3's, for one) stay as they are:
+    run those inside `replace_sdpa`. Registering a name again replaces its options. Context parallelism is refused.
+
+    Returns:
+        The context that each call runs in: its `lowered` and `exact` count calls, its `reasons` say why calls stayed
+        exact.
+
+    Raises:
+        ConfigError: as `replace_sdpa`, or the name is one of diffusers' own or not in lower case.
+        ImportError: diffusers 0.35 or later is not installed.
+    """
+    from monarch_compile.diffusers_backend import add_backend
+
+    replaced = replace_sdpa(**options)
+    add_backend(name, replaced)
+    return replaced
 
 
 def _config(options: Mapping[str, Any]) -> MonarchConfig:

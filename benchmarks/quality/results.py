@@ -19,7 +19,15 @@ PRESENTATION = ("__main__.py", "present.py", "results.py")
 PACKAGE = Path(monarch_compile.__file__).parent
 ATTENTION = ("reference.py", "groups.py", "ops.py")
 """Sources of the package that say what a lowered site computes. Which sites those are is in the row itself."""
-CALIBRATION = ("calibration.py", "candidates.py", "selection.py", "cost.py", "devices.py", "instrument.py")
+CALIBRATION = (
+    "calibration.py",
+    "candidates.py",
+    "selection.py",
+    "cost.py",
+    "devices.py",
+    "instrument.py",
+    "snapshot.py",
+)
 """And those that say what a plan chooses."""
 
 

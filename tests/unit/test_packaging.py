@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +37,35 @@ def test_the_package_list_is_what_is_on_disk() -> None:
         link = ROOT / package.replace(".", "/")
         assert link.is_symlink()
         assert link.resolve() == ROOT / folder
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1", "2.13.0", "2.14.1", torch.__version__])
+def test_the_metadata_takes_every_version_of_torch_that_is_supported(version: str) -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (requirement,) = (found for found in map(Requirement, dependencies) if found.name == "torch")
+    assert requirement.specifier.contains(version)
+    assert not requirement.specifier.contains("2.15.0")
+    assert "torch 2.11 to 2.14" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("given", "venv", "taken"),
+    [((), ".venv", "--constraint constraints.txt"), (("TORCH=2.14.1",), ".venv-torch2.14.1", "torch==2.14.1")],
+    ids=["pinned", "another"],
+)
+def test_make_test_runs_on_the_version_of_torch_that_is_asked_for(
+    given: tuple[str, ...], venv: str, taken: str
+) -> None:
+    command = ["make", "--dry-run", "--always-make", "test", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert len(installs) == 2
+    assert all(line.startswith(f"{venv}/bin/python ") and taken in line for line in installs)
+    assert ("constraints.txt" in done.stdout) == (not given)
+    assert f"{venv}/bin/python -m pytest" in done.stdout
+    ignored = subprocess.run(["git", "check-ignore", f"{venv}/"], cwd=ROOT, capture_output=True)
+    assert ignored.returncode in (0, 128)  # 128: no repository
 
 
 @pytest.mark.slow
