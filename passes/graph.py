@@ -97,7 +97,9 @@ def values_from(values: Mapping[Node, torch.Tensor], after: Iterable[Node]) -> d
     with contextlib.nullcontext() if shapes is None else shapes.suppress_guards(), torch.no_grad():
         for node in after:
             target: Any = node.target
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n] if n in found else fake_value(n, fake_mode))
+            args, kwargs = map_arg(
+                (node.args, node.kwargs), lambda n: found[n] if n in found else fake_value(n, fake_mode)
+            )
             with fake_mode, enable_python_dispatcher():
                 found[node] = target(*args, **kwargs)
     return found
