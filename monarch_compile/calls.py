@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import mode_stack_state_for_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -45,7 +46,7 @@ NAMES = {1: "head", 2: "query"}
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 NOT_FOUR_DIMS = Refusal("rank", "queries, keys and values must be (batch, num_heads, seq_len, dim) of one batch")
-TRACED = Refusal("traced", "the call is traced, not run: a mask's values cannot be read, and the trace would keep them")
+TRACED = Refusal("traced", "the call is traced, not run: what its tensors hold is not known")
 CAPTURED = Refusal("traced", "the mask's values cannot be read while a CUDA graph is captured")
 TRANSFORMED = Refusal("transformed", "the call is transformed by torch.func (vmap, grad, jacrev, jvp, ...)")
 FORWARD_MODE = Refusal("transformed", "the call runs under forward-mode differentiation, which the operator lacks")
@@ -69,9 +70,12 @@ def not_plain(tensors: Sequence[Any]) -> Refusal | None:
 
 
 def _traces() -> bool:
-    if torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
+    """Whether torch.jit.trace, make_fx or a mode such as FakeTensorMode watches this thread's calls."""
+    if torch._C._get_tracing_state() is not None:
         return True
-    return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    if not torch._C._len_torch_dispatch_stack() and not mode_stack_state_for_pre_dispatch().count():
+        return False
+    return get_proxy_mode() is not None or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 # ---- may calls of such sizes and options be lowered? -----------------------------------------------------------------
@@ -245,10 +249,13 @@ def eager_order(tensors: Sequence[Lies], scale: float | None, enable_gqa: bool) 
 def _eager_order(
     tensors: tuple[Lies, ...], scale: float | None, enable_gqa: bool, allowed: tuple[bool, ...]
 ) -> Order | Refusal:
+    scores = (*tensors[0].shape[:3], tensors[1].shape[2])
     try:
+        for mask in tensors[3:]:
+            torch.broadcast_shapes(mask.shape, scores)  # fake tensors would log the error
         with _fake_mode(), torch.enable_grad():
-            q, k, v, *mask = (x.fake() for x in tensors)
-            attn_mask = mask[0] if mask else None
+            q, k, v, *masks = (x.fake() for x in tensors)
+            attn_mask = masks[0] if masks else None
             found = scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa)
     except Exception as error:
         return Refusal("sdpa_raises", f"scaled_dot_product_attention refuses it: {str(error).partition(chr(10))[0]}")

@@ -74,16 +74,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the reference, a floating key_mask's too: the kernels have no backward of their own yet."""
     q, k, v, key_mask = ctx.saved_tensors
     options = dict(zip(OPTIONS, ctx.options, strict=True))
+    given = (q, k, v) if key_mask is None or not key_mask.is_floating_point() else (q, k, v, key_mask)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = key_mask) -> Tensor:
+        return meaning.reference(q, k, v, mask, **options)
+
     with autocasting.switched_off(q.device.type):
-        if key_mask is not None and key_mask.is_floating_point():
-            vjp = torch.func.vjp(lambda q, k, v, mask: meaning.reference(q, k, v, mask, **options), q, k, v, key_mask)[
-                1
-            ]
-            grads = vjp(grad)
-        else:
-            vjp = torch.func.vjp(lambda q, k, v: meaning.reference(q, k, v, key_mask, **options), q, k, v)[1]
-            grads = *vjp(grad), None
-    return (*grads, *[None] * len(OPTIONS))
+        grads = torch.func.vjp(again, *given)[1](grad)
+    return (*grads, *[None] * (4 - len(grads)), *[None] * len(OPTIONS))
 
 
 attention.register_autograd(_backward, setup_context=_save_inputs)
