@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._ops import mode_stack_state_for_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -73,7 +72,8 @@ def _traces() -> bool:
     """Whether torch.jit.trace, make_fx or a mode such as FakeTensorMode watches this thread's calls."""
     if torch._C._get_tracing_state() is not None:
         return True
-    if not torch._C._len_torch_dispatch_stack() and not mode_stack_state_for_pre_dispatch().count():
+    ops: Any = torch._ops
+    if not torch._C._len_torch_dispatch_stack() and not ops.mode_stack_state_for_pre_dispatch().count():
         return False
     return get_proxy_mode() is not None or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
@@ -252,7 +252,7 @@ def _eager_order(
     scores = (*tensors[0].shape[:3], tensors[1].shape[2])
     try:
         for mask in tensors[3:]:
-            torch.broadcast_shapes(mask.shape, scores)  # fake tensors would log the error
+            _broadcast(mask.shape, scores)  # fake tensors would log the error
         with _fake_mode(), torch.enable_grad():
             q, k, v, *masks = (x.fake() for x in tensors)
             attn_mask = masks[0] if masks else None
@@ -261,6 +261,9 @@ def _eager_order(
         return Refusal("sdpa_raises", f"scaled_dot_product_attention refuses it: {str(error).partition(chr(10))[0]}")
     strides = found.stride()
     return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
+
+
+_broadcast: Any = torch.broadcast_shapes
 
 
 @cache

@@ -148,11 +148,12 @@ class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(H * D, 3 * H * D)
+        self.out = nn.Linear(H * D, H * D)
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, H, D).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(b, n, c)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(b, n, c))
 
 
 def test_an_exported_program_of_a_dynamic_length_can_be_decomposed() -> None:
