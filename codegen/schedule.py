@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import PAPER, MonarchAttention
+from monarch_compile.ir import MAX_HEAD_DIM, PAPER, MonarchAttention
 
 DOT_PRECISIONS = ("ieee", "tf32x3")
 MIN_TILE = 16  # the least size of a tl.dot operand on every tensor core generation we emit for
-MAX_HEAD_DIM = 256
 DTYPE_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 SHARED_LIMITS = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}
 """Shared memory that one program may use, in KiB, by compute capability."""

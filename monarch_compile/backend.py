@@ -17,14 +17,12 @@ from torch.fx import Graph, GraphModule
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.errors import CodegenError, LoweringError, PlanError
+from monarch_compile.signature import CHOSEN
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite
 
 logger = logging.getLogger(__name__)
-
-CHOSEN = ("cost_exact_wins", "plan_exact", "policy_never", "min_seq_len", "single_query")
-"""Codes of sites kept exact because the user, a plan or the cost model wanted so; strict mode accepts them."""
 
 
 class CacheKey(CustomGraphPass):  # type: ignore[misc]

@@ -20,6 +20,8 @@ Dim = int | str
 """A size: an int, or the name of a symbolic size such as ``"s0"``."""
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+MAX_HEAD_DIM = 256
+"""The most features of a head that the kernels hold; the reference has no limit."""
 INITS = ("identity", "mean")
 PADS = ("post", "pre")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monarch_compile import autocast as autocasting
 from monarch_compile import reference as meaning
 from monarch_compile.errors import CodegenError
 
@@ -38,11 +39,12 @@ def attention(
     sizes = int(block_size), int(num_iters), init, pad, None if window is None else int(window), int(prefix)
     values = (float(scale), *sizes)
     options: dict[str, Any] = dict(zip(OPTIONS, values, strict=True))
-    if q.device.type != "cuda" or q.dtype == torch.float64:
-        return meaning.reference(q, k, v, key_mask, **options)
-    from monarch_compile.codegen.launch import launch
+    with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
+        if q.device.type != "cuda" or q.dtype == torch.float64:
+            return meaning.reference(q, k, v, key_mask, **options)
+        from monarch_compile.codegen.launch import launch
 
-    return launch(q, k, v, key_mask, **options)
+        return launch(q, k, v, key_mask, **options)
 
 
 def kernel_refusal(device: torch.device) -> str | None:
@@ -72,13 +74,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the reference, a floating key_mask's too: the kernels have no backward of their own yet."""
     q, k, v, key_mask = ctx.saved_tensors
     options = dict(zip(OPTIONS, ctx.options, strict=True))
-    if key_mask is not None and key_mask.is_floating_point():
-        vjp = torch.func.vjp(lambda q, k, v, mask: meaning.reference(q, k, v, mask, **options), q, k, v, key_mask)[1]
-        grads = vjp(grad)
-    else:
-        vjp = torch.func.vjp(lambda q, k, v: meaning.reference(q, k, v, key_mask, **options), q, k, v)[1]
-        grads = *vjp(grad), None
-    return (*grads, *[None] * len(OPTIONS))
+    given = (q, k, v) if key_mask is None or not key_mask.is_floating_point() else (q, k, v, key_mask)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = key_mask) -> Tensor:
+        return meaning.reference(q, k, v, mask, **options)
+
+    with autocasting.switched_off(q.device.type):
+        grads = torch.func.vjp(again, *given)[1](grad)
+    return (*grads, *[None] * (4 - len(grads)), *[None] * len(OPTIONS))
 
 
 attention.register_autograd(_backward, setup_context=_save_inputs)

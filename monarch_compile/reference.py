@@ -178,9 +178,11 @@ def _from_blocks(z: Tensor, seq_len: int, pad: str, group: int) -> Tensor:
     missing = num_blocks * size - seq_len
     if isinstance(missing, int):
         start = 0 if pad == "post" else missing
-        return rows[:, start : start + seq_len].transpose(1, 2)
+        rows = rows[:, start : start + seq_len].contiguous()  # no hole after each sequence
+        return rows.transpose(1, 2)
     cut = (0, -missing) if pad == "post" else (-missing, 0)  # a slice would be guarded on, for its layout
-    return F.pad(rows, (0, 0, 0, 0, *cut)).transpose(1, 2)
+    rows = F.pad(rows, (0, 0, 0, 0, *cut)).clone(memory_format=torch.contiguous_format)
+    return rows.transpose(1, 2)
 
 
 def _positions(num_blocks: int, size: int, seq_len: int, pad: str, device: torch.device) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -81,6 +83,26 @@ def fake_value(node: Node, fake_mode: FakeTensorMode) -> Any:
         with fake_mode, enable_python_dispatcher():  # without it some ops refuse symbolic sizes
             node.meta["val"] = target(*args, **kwargs)
     return node.meta["val"]
+
+
+def values_from(values: Mapping[Node, torch.Tensor], after: Iterable[Node]) -> dict[Node, Any]:
+    """`values`, fake, and those of the nodes `after`, in their order, computed from them instead of what was traced.
+
+    Nothing is guarded on, and no node's own value changes.
+    """
+    found: dict[Node, Any] = dict(values)
+    fake_mode = detect_fake_mode([*values.values()])
+    assert fake_mode is not None
+    shapes = fake_mode.shape_env
+    with contextlib.nullcontext() if shapes is None else shapes.suppress_guards(), torch.no_grad():
+        for node in after:
+            target: Any = node.target
+            args, kwargs = map_arg(
+                (node.args, node.kwargs), lambda n: found[n] if n in found else fake_value(n, fake_mode)
+            )
+            with fake_mode, enable_python_dispatcher():
+                found[node] = target(*args, **kwargs)
+    return found
 
 
 def call_like(like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:

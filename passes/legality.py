@@ -18,13 +18,7 @@ from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
 from monarch_compile.passes.sizes import leading_sizes, told_apart
-
-MAX_HEAD_DIM = 256
-DTYPES = {
-    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    "cuda": (torch.float16, torch.bfloat16, torch.float32),
-}
-
+from monarch_compile.signature import RULES, Refusal, Rule, Signature
 
 AUTOCAST = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """What autocast casts to one dtype, where it is in force."""
@@ -46,14 +40,6 @@ class Context:
         return Context(config, order, writes_of(graph), classify_all(region.masks))
 
 
-class Refusal(NamedTuple):
-    """Why a region stays exact."""
-
-    code: str
-    reason: str
-    node: Node
-
-
 class Check(NamedTuple):
     """`refuse` returns None, or the reason (and the culprit, else the region's output)."""
 
@@ -63,8 +49,9 @@ class Check(NamedTuple):
 
 def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
     """The first check that refuses the region."""
+    site = signature_of(region)
     for check in CHECKS:
-        found = check.refuse(region, context)
+        found = check.refuse(site, context.config) if isinstance(check, Rule) else check.refuse(region, context)
         if found is not None:
             reason, node = found if isinstance(found, tuple) else (found, region.output)
             return Refusal(check.code, reason, node)
@@ -118,62 +105,9 @@ def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node
     return None
 
 
-def _check_queries(region: AttentionRegion, context: Context) -> str | None:
-    n_q = region.q_shape[2]
-    alone = region.is_cross and _is_static(n_q) and n_q == 1
-    return "exact attention of one query reads each key once" if alone else None
-
-
-def _check_cross(region: AttentionRegion, context: Context) -> str | None:
-    if region.is_cross and not context.config.cross_attention:
-        n_q, n_k = region.q_shape[2], region.k_shape[2]
-        return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}), and option cross_attention is False"
-    return None
-
-
 def _check_told_apart(region: AttentionRegion, context: Context) -> str | None:
     for one, other in told_apart(region):  # elsewhere than in an exported program, they are guarded on by now
         return f"sizes {one} and {other} may differ, and an exported program takes no guards"
-    return None
-
-
-def _check_head_dim(region: AttentionRegion, context: Context) -> str | None:
-    d_q, d_k = region.q_shape[3], region.k_shape[3]
-    return None if str(d_q) == str(d_k) else f"q has head_dim {d_q} and k has {d_k}"
-
-
-def _check_values(region: AttentionRegion, context: Context) -> str | None:
-    n_k, n_v = region.k_shape[2], region.v_shape[2]
-    return None if str(n_k) == str(n_v) else f"k has {n_k} rows and v has {n_v}"
-
-
-def _check_dims(region: AttentionRegion, context: Context) -> str | None:
-    sizes = {"num_heads": region.lead[1], "head_dim": region.q_shape[3], "value_dim": region.v_shape[3]}
-    found = [f"{name} is symbolic ({size})" for name, size in sizes.items() if not _is_static(size)]
-    return found[0] if found else None
-
-
-def _check_width(region: AttentionRegion, context: Context) -> str | None:
-    if region.output.meta["val"].device.type != "cuda":
-        return None
-    for name, size in (("head_dim", region.q_shape[3]), ("value_dim", region.v_shape[3])):
-        if size > MAX_HEAD_DIM:
-            return f"{name} {size} is above {MAX_HEAD_DIM}, the most the kernels hold"
-    return None
-
-
-def _check_empty(region: AttentionRegion, context: Context) -> str | None:
-    shapes = {"q": region.q_shape, "k": region.k_shape, "v": region.v_shape}
-    for name, shape in shapes.items():
-        if any(_is_static(size) and size == 0 for size in shape):
-            return f"{name} is empty: {list(shape)}"
-    return None
-
-
-def _check_dynamic(region: AttentionRegion, context: Context) -> str | None:
-    for name, size in (("batch", region.lead[0]), ("seq_len", region.k_shape[2]), ("seq_len_q", region.q_shape[2])):
-        if isinstance(size, torch.SymInt) and not size.node.has_hint():
-            return f"{name} ({size}) is known only when the model runs"
     return None
 
 
@@ -187,29 +121,6 @@ def _check_unguarded(region: AttentionRegion, context: Context) -> str | None:
     if region.is_cross and not statically_known_true(n_q != n_k):
         return f"seq_len_q {n_q} may become seq_len_k {n_k}, and an exported program takes no guards"
     return None
-
-
-def _check_device(region: AttentionRegion, context: Context) -> str | None:
-    kinds = {x.node.meta["val"].device.type for x in _operands(region)}
-    if len(kinds) > 1 or not kinds <= set(DTYPES):
-        return f"devices {sorted(kinds)}; kernels exist for {sorted(DTYPES)}"
-    return None
-
-
-def _check_dtype(region: AttentionRegion, context: Context) -> str | None:
-    found = {dtype_of(x.node) for x in _operands(region)}
-    allowed = DTYPES[region.q.node.meta["val"].device.type]
-    if region.gives_scores_dtype and found <= AUTOCAST:
-        found = {region.dtype}
-    if len(found) > 1:
-        return f"q, k and v have different dtypes: {sorted(map(str, found))}"
-    if not found <= set(allowed):
-        return f"dtype {found.pop()}; kernels exist for {', '.join(map(str, allowed))}"
-    return None
-
-
-def _check_scale(region: AttentionRegion, context: Context) -> str | None:
-    return None if abs(region.scale) < float("inf") else f"the scale is {region.scale}"
 
 
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
@@ -271,32 +182,33 @@ def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node
     return None if reader is None else ("the output is read through as_strided", reader)
 
 
-def _check_length(region: AttentionRegion, context: Context) -> str | None:
-    n_k = region.k_shape[2]
-    if n_k < context.config.min_seq_len:
-        return f"seq_len {n_k} is below min_seq_len {context.config.min_seq_len}"
-    return None
+def signature_of(region: AttentionRegion) -> Signature:
+    """What the rules of all attention are asked about; dtypes as autocast has them, where it is in force."""
+    nodes = [operand.node for operand in _operands(region)]
+    dtypes = frozenset(node.meta["val"].dtype for node in nodes)
+    if region.gives_scores_dtype and dtypes <= AUTOCAST:
+        dtypes = frozenset({region.dtype})
+    devices = frozenset(node.meta["val"].device.type for node in nodes)
+    shapes = (region.q_shape, region.k_shape, region.v_shape)
+    return Signature(shapes, dtypes, devices, region.scale, region.is_causal)
 
 
-CHECKS: tuple[Check, ...] = (
-    Check("empty", _check_empty),
-    Check("single_query", _check_queries),
+def _rules(first: str, last: str) -> tuple[Rule, ...]:
+    """A part of the rules of all attention, in their order."""
+    codes = [rule.code for rule in RULES]
+    return RULES[codes.index(first) : codes.index(last) + 1]
+
+
+CHECKS: tuple[Check | Rule, ...] = (
+    *_rules("empty", "single_query"),
     Check("rank", _check_lead),
     Check("dynamic_seq_len", _check_told_apart),
-    Check("values_layout", _check_values),
-    Check("cross_attention", _check_cross),
-    Check("head_dim", _check_head_dim),
-    Check("symbolic_dims", _check_dims),
-    Check("wide_heads", _check_width),
-    Check("data_dependent", _check_dynamic),
+    *_rules("values_layout", "data_dependent"),
     Check("dynamic_seq_len", _check_unguarded),
-    Check("device", _check_device),
-    Check("dtype", _check_dtype),
-    Check("scale", _check_scale),
+    *_rules("device", "scale"),
     Check("scale_not_constant", _check_factors),
     Check("mutation", _check_mutation),
     Check("context", _check_context),
     Check("as_strided", _check_strided),
-    Check("mask_causal", lambda region, _: "causal attention is not lowered yet" if region.is_causal else None),
-    Check("min_seq_len", _check_length),
+    *_rules("dropout_active", "min_seq_len"),
 )

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.enclosed import enclosing
-from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of
+from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of, values_from
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.memory import strides_are_seen
 from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
@@ -43,7 +43,6 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) ->
 def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttention) -> Node:
     """Replace the region's output by the Monarch attention op; returns the op's node."""
     graph, output = region.output.graph, region.output
-    keeps_strides = strides_are_seen(output, in_body=enclosing(graph) is not None)
     with graph.inserting_before(output):
         frame = region.kv_lead(region.lead)
         q = _operand(graph, region.q, region.qk_lead, region.lead)
@@ -65,7 +64,8 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
             result = graph.call_function(aten.permute.default, (result, list(region.out_dims)))
         if dtype_of(output) != ir.dtype:
             result = graph.call_function(aten.to.dtype, (result, dtype_of(output)))
-        if keeps_strides:
+        lies = _lies(op, result, region)
+        if strides_are_seen(output, lies, in_body=enclosing(graph) is not None):
             result = _with_strides_of(graph, result, output)
     for node in _new_nodes(op, result):
         node.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
@@ -92,6 +92,15 @@ def _current(node: Node) -> Node:
     while REPLACED_BY in node.meta:
         node = node.meta[REPLACED_BY]
     return node
+
+
+def _lies(op: Node, result: Node, region: AttentionRegion) -> torch.Tensor:
+    """A fake tensor that lies in memory as `result`, made of the op's own, which is (batch, seq_len, heads, dim)."""
+    batch, heads, seq_len, _ = region.q_shape
+    own = region.output.meta["val"].new_empty((batch, seq_len, heads, region.v_shape[3])).transpose(1, 2)
+    values = values_from({op: own}, _new_nodes(op, result)[1:])
+    lies: torch.Tensor = values[result]
+    return lies
 
 
 def _with_strides_of(graph: Graph, result: Node, output: Node) -> Node:

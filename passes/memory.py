@@ -5,13 +5,22 @@ Their storages are shared exactly as eager execution shares memory, whatever the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from monarch_compile.passes.graph import arg, aten, inputs, modules_of, placeholders, switches_mode, value_of
+from monarch_compile.passes.graph import (
+    arg,
+    aten,
+    inputs,
+    modules_of,
+    placeholders,
+    switches_mode,
+    value_of,
+    values_from,
+)
 
 WRITES_NOTHING = frozenset({aten.detach_.default})
 """Ops whose schema claims a write although no element and no shape changes."""
@@ -121,29 +130,50 @@ def strided_reader(output: Node) -> Node | None:
     return next((n for n in _downstream(output) if n.target in GIVES_STRIDES), None)
 
 
-def strides_are_seen(output: Node, *, in_body: bool = False) -> bool:
-    """Whether the graph would notice other strides of `output`, which the lowered form has.
+def strides_are_seen(output: Node, lies: torch.Tensor, *, in_body: bool = False) -> bool:
+    """Whether the graph would notice if `output` lay in memory as `lies` does, a fake tensor.
 
-    It does if an op needs them, if a write reaches memory that a view may or may not share, or if `output` (or a
-    view of it) leaves the graph and may be viewed by eager code. What leaves the body of a higher-order op must lie as
-    the op says, which is how the other branch lies, or the carry that came in.
+    It does if an op needs its strides, if a write reaches memory that a view may or may not share, or if `output`, a
+    view of it or what inherits its strides leaves the graph and may be viewed by eager code. What leaves the body of a
+    higher-order op must lie as the op says, which is how the other branch lies, or the carry that came in.
     """
+    if _layout(lies) == _layout(value_of(output)):
+        return False
     reached = list(_downstream(output))
     if any(n.target in NEEDS_STRIDES for n in reached):
         return True
-    returned = next(iter(output.graph.find_nodes(op="output"))).all_input_nodes
+    returned = {*next(iter(output.graph.find_nodes(op="output"))).all_input_nodes}
     own = storages_of(output)
-    if in_body and not {*returned}.isdisjoint(reached):
+    if any(storages_of(n) & own for n in returned):
         return True
-    if not _is_sdpa(output) and any(storages_of(n) & own for n in returned):
+    left = returned.intersection(reached)
+    if left and (in_body or _lie_elsewhere(left, output, reached, lies)):
         return True
     may_copy = {s for n in reached if n.target in MAY_COPY for m in (n, inputs(n)[0]) for s in storages_of(m)}
     return any(storages_of(base) & may_copy for n in reached for base in mutated_inputs(n))
 
 
-def _is_sdpa(node: Node) -> bool:
-    """The strides of its output depend on the kernel that eager execution picks: nobody can count on them."""
-    return node.target is aten.scaled_dot_product_attention.default
+def _lie_elsewhere(left: Iterable[Node], output: Node, reached: Sequence[Node], lies: torch.Tensor) -> bool:
+    """Whether one of the nodes `left`, computed from `output` by nodes `reached`, would have other strides than it has.
+
+    True, which costs a copy, where that cannot be told.
+    """
+    if any(map(is_mutating, reached)):
+        return True
+    after = [node for node in output.graph.nodes if node in {*reached} and node is not output]
+    try:
+        values = values_from({output: lies}, after)
+    except Exception:  # an op may refuse the layout, or be no function of tensors alone
+        return True
+    return any(_layout(values[node]) != _layout(value_of(node)) for node in left)
+
+
+def _layout(value: object) -> list[str]:
+    """Strides, but for those of dims of size 1; to be compared without guarding on symbolic ones."""
+    if not isinstance(value, torch.Tensor):
+        return []
+    sizes = zip(value.shape, value.stride(), strict=True)
+    return [str(stride) for size, stride in sizes if not (isinstance(size, int) and size == 1)]
 
 
 def _downstream(node: Node) -> Iterator[Node]:

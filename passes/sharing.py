@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes.graph import ORIGIN, SITE_NAME, aten, fake_value, inputs
+from monarch_compile.passes.graph import ORIGIN, SITE_NAME, fake_value, inputs
 
 TENSORS = 4
 """The operator's first arguments are tensors: q, k, v and, or None, the key mask."""
@@ -67,11 +67,7 @@ def _body(site: Node) -> GraphModule:
         tensors.append(None if given is None else graph.placeholder(f"tensor_{place}"))
         if tensors[-1] is not None:
             tensors[-1].meta["val"] = given.meta["val"]
-    op = graph.call_function(ATTENTION_OP, (*tensors, *inputs(site)[TENSORS:]))
-    # Without a hole after each sequence, where its last block is not whole: merging the heads stays a view.
-    rows = graph.call_function(aten.transpose.int, (op, 1, 2))
-    rows = graph.call_function(aten.contiguous.default, (rows,))
-    graph.output((graph.call_function(aten.transpose.int, (rows, 1, 2)),))
+    graph.output((graph.call_function(ATTENTION_OP, (*tensors, *inputs(site)[TENSORS:])),))
     return GraphModule({}, graph)
 
 

@@ -12,12 +12,13 @@ import monarch_compile
 from monarch_compile.passes.masks import KINDS, LOWERED_KINDS
 from monarch_compile.remedies import REMEDIES
 
-PASSES = Path(monarch_compile.__file__).parent / "passes"
-CODE = re.compile(r'(?:Miss|Missed|Check|Refusal)\((?:[\w.]+, )?"(\w+)"|code ?= ?"(\w+)"')
+PACKAGE = Path(monarch_compile.__file__).parent
+SOURCES = [*(PACKAGE / "passes").glob("*.py"), PACKAGE / "signature.py", PACKAGE / "calls.py"]
+CODE = re.compile(r'(?:Miss|Missed|Check|Rule|Refusal)\((?:[\w.]+, )?"(\w+)"|code ?= ?"(\w+)"')
 
 
 def test_every_code_has_a_remedy() -> None:
-    found = {a or b for path in PASSES.glob("*.py") for a, b in CODE.findall(path.read_text(encoding="utf-8"))}
+    found = {a or b for path in SOURCES for a, b in CODE.findall(path.read_text(encoding="utf-8"))}
     found |= {f"mask_{kind}" for kind in KINDS if kind not in LOWERED_KINDS}
     assert len(found) > 30
     assert found - {"lowered"} == set(REMEDIES)
