@@ -22,19 +22,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from monarch_compile.calls import EAGER, Calls
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.devices import installed
 from monarch_compile.errors import ConfigError, LoweringError
 from monarch_compile.functional import monarch_attention
 from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import auto_block_size, exact_wins
+from monarch_compile.lengths import WHY, auto_block_size, exact_wins, what_decides
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.legality import DTYPES, MAX_HEAD_DIM
 from monarch_compile.plan import ACROSS
 
 logger = logging.getLogger(__name__)
 
-CHOSEN = ("cost_exact_wins", "policy_never", "min_seq_len", "single_query")
+CHOSEN = (*WHY, "policy_never", "min_seq_len", "single_query")
 """Codes of calls kept exact by choice; strict accepts them."""
 
 
@@ -54,6 +55,7 @@ class Facts:
     is_causal: bool
     scale: float | None
     enable_gqa: bool
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class ReplaceSdpa(TorchFunctionMode):
             (query.dtype, key.dtype, value.dtype),
             (query.device, key.device, value.device),
             None if attn_mask is None else attn_mask.ndim,
-            (dropout_p, is_causal, scale, enable_gqa),
+            (dropout_p, is_causal, scale, enable_gqa, _trains(query, key, value, attn_mask)),
         )
         masks: Masks = {}
         if attn_mask is not None and (isinstance(decision, dict) or (self._strict and decision.code in CHOSEN)):
@@ -208,10 +210,10 @@ def _decider(config: MonarchConfig) -> Callable[..., Form | Stays]:
         dtypes: Triple[torch.dtype],
         devices: Triple[torch.device],
         mask_rank: int | None,
-        options: tuple[float, bool, float | None, bool],
+        options: tuple[float, bool, float | None, bool, bool],
     ) -> Form | Stays:
         facts = Facts(shapes, dtypes, devices, mask_rank, *options)
-        return _refusal(facts, config) or _form(_problem(facts), facts.devices[0], config)
+        return _refusal(facts, config) or _form(facts, config)
 
     return decide
 
@@ -276,9 +278,15 @@ def _problem(facts: Facts) -> MonarchAttention:
     return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], facts.dtypes[0], 1, scale, mask=mask)
 
 
-def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig) -> Form | Stays:
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass will go through attention of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _form(facts: Facts, config: MonarchConfig) -> Form | Stays:
     """The options' form, chosen as the backend chooses it, or why exact attention is wanted."""
-    device, seq_len, queries = installed(place), int(problem.seq_len_k), None
+    problem = _problem(facts)
+    device, seq_len, queries = installed(facts.devices[0]), int(problem.seq_len_k), None
     if problem.is_cross:
         config, queries = replace(config, **ACROSS), problem.seq_len_q
     if seq_len < config.min_seq_len:
@@ -292,8 +300,11 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig)
     block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.exact)
     ir = replace(problem, block_size=block_size, pad=config.pad, exact=config.exact, **start)
     if config.policy == "auto":
-        reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len, queries=queries)
+        calls = Calls(EAGER, facts.trains)
+        ask: dict[str, Any] = {"batch": problem.batch, "seq_len": seq_len, "queries": queries, "calls": calls}
+        reason = exact_wins(ir, device, auto=size == "auto", **ask)
         if reason is not None:
-            return Stays("cost_exact_wins", f"{reason}; found {seq_len}")
+            code = what_decides(ir, device, {}, calls)
+            return Stays(code, "; ".join(part for part in (reason, WHY[code], f"found {seq_len}") if part))
     groups = {"window": config.window, "prefix": config.prefix}
     return {"block_size": block_size, "pad": config.pad, **start, **groups}
