@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 REPLAYED = "replayed"
-"""A CUDA graph, or C++, launches the kernels: that takes no time that counts."""
+"""A CUDA graph, or C++, launches the kernels: a site takes nothing of the host."""
 COMPILED = "compiled"
 """Inductor's Python wrapper launches them."""
 EAGER = "eager"

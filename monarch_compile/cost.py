@@ -188,7 +188,7 @@ def predict(
     exact_s, monarch_s = _forward(counts, sizes, device, ir)
     host = device.host(calls.launcher)
     if host is not None:
-        monarch_s *= host.work
+        monarch_s *= host.work if ir.exact == PAPER else host.near_work
     if calls.trains:
         exact_back_s, monarch_back_s = _backward(counts, device, ir)
         exact_s += exact_back_s

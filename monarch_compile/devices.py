@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from monarch_compile.calls import COMPILED, EAGER
+from monarch_compile.calls import COMPILED, EAGER, REPLAYED
 from monarch_compile.errors import InputError
 
 
@@ -76,8 +76,8 @@ class Host:
     call_s: a call of a compiled graph, whatever is in it. dense_s: a product with weights, and what is fused beside it.
     exact_s: exact attention. site_s, kernel_s: Monarch attention, once and for each kernel. rows_s: rows of a prefix.
     exact_back_s, monarch_back_s: their backward passes; near: factor on the latter where there are exact groups.
-    work, back_work: factors on the device's time of the Monarch form's forward and backward pass: of eager calls, in
-    which nothing is fused.
+    work, near_work, back_work: factors on the device's time of the Monarch form's forward pass (with exact groups:
+    near_work) and backward pass: of eager calls, in which nothing is fused.
     """
 
     exact_s: float = 0.0
@@ -90,6 +90,7 @@ class Host:
     call_s: float = 0.0
     dense_s: float = 0.0
     work: float = 1.0
+    near_work: float = 1.0
     back_work: float = 1.0
 
     def times(self, factor: float) -> Host:
@@ -127,7 +128,7 @@ class Device:
     wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
     exact_back, monarch_back: rates of their backward passes.
     dense: FLOP per second of products with weights and what is fused beside them, rather too high than too low.
-    compiled, eager: what calls take of the host; None where it has nothing else to do than to compute.
+    replayed, compiled, eager: what calls take of the host; None where it is itself the device.
     ceiling: what benchmarks compare with, and what descriptions of other devices are scaled by; None: not measured.
     """
 
@@ -143,13 +144,14 @@ class Device:
     pad_penalty: float = 1.0
     wide_gain: float = 1.0
     dense: Rates = Rates(math.inf, math.inf, math.inf)
+    replayed: Host | None = None
     compiled: Host | None = None
     eager: Host | None = None
     ceiling: Ceiling | None = None
 
     def host(self, launcher: str) -> Host | None:
-        """What a way of calling takes of the host; None: nothing, or nothing that the device's rates do not hold."""
-        return {COMPILED: self.compiled, EAGER: self.eager}.get(launcher)
+        """What a way of calling takes of the host; None: nothing that the device's rates do not hold."""
+        return {REPLAYED: self.replayed, COMPILED: self.compiled, EAGER: self.eager}[launcher]
 
     def seconds(self, form: Form, flops: float, moved: float, exps: float, dtype: torch.dtype) -> float:
         """Seconds of work of a form, without launches: `flops`, `moved` bytes and `exps` softmax elements."""
@@ -158,6 +160,7 @@ class Device:
         return total
 
 
+_REPLAYED = Host(call_s=85e-6)
 _COMPILED = Host(
     exact_s=21e-6,
     kernel_s=11e-6,
@@ -178,14 +181,15 @@ _EAGER = Host(
     near=2.0,
     back_work=3.0,
 )
-"""What calls take of the host (benchmarks/results/h100_rates.json: one vCPU of the machine that holds an H100)."""
+"""What calls take of the host: of one vCPU of a machine that holds an H100 (benchmarks/results/h100_rates.json, and
+never_slower_h100.json for replays, of which each copies the graph's inputs)."""
 
 _FITTED_BACK = Backward(values_per_s=85e9, exps_per_s=42e9, launch_s=60e-6, near=1.25)
 
 DEVICES: dict[str, Device] = {
     # float32 on one thread of a 2.5 GHz AVX-512 server core; its speed-ups: benchmarks/results/cpu_attention.json, from
     # a busy machine; times from quieter runs. Other types are guesses. The low bandwidth stands for the copies
-    # that the reference makes between its products.
+    # that the reference makes between its products. Backward passes and eager calls: benchmarks/results/cpu_rates.json.
     "cpu": Device(
         name="cpu",
         kind="cpu",
@@ -195,8 +199,9 @@ DEVICES: dict[str, Device] = {
         tile=1,
         overlap=1.0,
         exact_back=Backward(Rates(half=22e9, single=22e9, double=11e9)),
-        monarch_back=Backward(values_per_s=1e9, exps_per_s=0.3e9),
+        monarch_back=Backward(values_per_s=0.54e9, exps_per_s=0.07e9, near=2.6),
         pad_penalty=1.05,
+        eager=Host(work=1.45, near_work=2.2, back_work=2.7),
     ),
     # Fitted to CUDA-graph replays on an H100 of 80 GB HBM3 (benchmarks/results/h100_rates.json): the fastest of cuDNN,
     # flash and memory-efficient attention, two kernels for the Monarch form, and steps of training through Inductor.
@@ -213,6 +218,7 @@ DEVICES: dict[str, Device] = {
         monarch_back=_FITTED_BACK,
         wide_gain=1.4,
         dense=Rates(half=500e12, single=400e12, double=50e12),
+        replayed=_REPLAYED,
         compiled=_COMPILED,
         eager=_EAGER,
         ceiling=Ceiling(half_flops=762e12, bytes_per_s=3.01e12),
@@ -232,6 +238,7 @@ DEVICES: dict[str, Device] = {
         monarch_back=_FITTED_BACK,
         wide_gain=1.36,
         dense=Rates(half=500e12, single=400e12, double=50e12),
+        replayed=_REPLAYED,
         compiled=_COMPILED,
         eager=_EAGER,
         ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),
@@ -248,6 +255,7 @@ DEVICES: dict[str, Device] = {
         exact_back=Backward(Rates(half=60e12, single=6e12, double=3e12), launch_s=20e-6),
         monarch_back=Backward(values_per_s=40e9, exps_per_s=20e9, launch_s=60e-6, near=1.25),
         dense=Rates(half=250e12, single=125e12, double=20e12),
+        replayed=_REPLAYED,
         compiled=_COMPILED,
         eager=_EAGER,
     ),
@@ -300,6 +308,7 @@ def scaled(ceiling: Ceiling) -> Device:
         exact_back=back(like.exact_back),
         monarch_back=back(like.monarch_back),
         dense=like.dense.times(flops),
+        replayed=like.replayed and like.replayed.times(launch),
         compiled=like.compiled and like.compiled.times(launch),
         eager=like.eager and like.eager.times(launch),
         ceiling=ceiling,

@@ -100,7 +100,7 @@ def exact_wins(
 
 WHY: dict[str, str] = {
     "cost_exact_wins": "",
-    "host_exact_wins": "launches without a CUDA graph take more of the host than the device gains",
+    "host_exact_wins": "the host, which launches the kernels, takes longer than the device",
     "backward_exact_wins": "in training, for the backward pass is that of the reference, not a kernel",
 }
 """Codes of sites that exact attention wins, and what of their calls decides it."""
@@ -112,13 +112,11 @@ def what_decides(ir: MonarchAttention, device: Device, hints: Mapping[str, int],
     def pays(**other: Any) -> bool:
         return predict(ir, device, hints, replace(calls, **other)).pays
 
-    if calls.trains and pays(trains=False):
+    if pays():  # here it would, but not at every length and batch that is weighed with these
+        return "cost_exact_wins"
+    if calls.trains and (pays(trains=False) or predict(ir, device, hints).pays):
         return "backward_exact_wins"
-    if calls.launcher != REPLAYED and pays(launcher=REPLAYED):
-        return "host_exact_wins"
-    if calls.trains and pays(trains=False, launcher=REPLAYED):
-        return "backward_exact_wins"
-    return "cost_exact_wins"
+    return "host_exact_wins" if pays(launcher=REPLAYED, share=0.0) else "cost_exact_wins"
 
 
 @lru_cache(maxsize=256)
