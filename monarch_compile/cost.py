@@ -389,7 +389,8 @@ def _ahead(sizes: tuple[int, ...], device: Device, host: Host, dtype: torch.dtyp
     """Seconds by which, without the site, the host is ahead of the device; below 0, the device waits for it."""
     passes = 3 if calls.trains else 1  # a backward pass has two products for each of the forward
     dense_s = calls.dense_flops * sizes[0] * sizes[3] / device.dense.of(dtype)
-    return passes * (dense_s - calls.dense_ops * host.dense_s) - calls.share * host.call_s
+    call_s = host.call_s + (host.call_back_s if calls.trains else 0.0)
+    return passes * (dense_s - calls.dense_ops * host.dense_s) - calls.share * call_s
 
 
 def _launching(host: Host, device: Device, ir: MonarchAttention, trains: bool) -> tuple[float, float]:

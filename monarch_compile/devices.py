@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -73,7 +73,8 @@ class Backward:
 class Host:
     """Seconds that a way of calling takes of the host; the device works meanwhile on what it was given before.
 
-    call_s: a call of a compiled graph, whatever is in it. dense_s: a product with weights, and what is fused beside it.
+    call_s, call_back_s: a call of a compiled graph, and of its backward pass, whatever is in it.
+    dense_s: a product with weights, and what is fused beside it.
     exact_s: exact attention. site_s, kernel_s: Monarch attention, once and for each kernel. rows_s: rows of a prefix.
     exact_back_s, monarch_back_s: their backward passes; near: factor on the latter where there are exact groups.
     work, near_work, back_work: factors on the device's time of the Monarch form's forward pass (with exact groups:
@@ -88,6 +89,7 @@ class Host:
     monarch_back_s: float = 0.0
     near: float = 1.0
     call_s: float = 0.0
+    call_back_s: float = 0.0
     dense_s: float = 0.0
     work: float = 1.0
     near_work: float = 1.0
@@ -95,7 +97,7 @@ class Host:
 
     def times(self, factor: float) -> Host:
         """The same on a host where launches take so many times as long."""
-        names = ("exact_s", "site_s", "kernel_s", "rows_s", "exact_back_s", "monarch_back_s", "call_s", "dense_s")
+        names = [field.name for field in fields(self) if field.name.endswith("_s")]
         return replace(self, **{name: getattr(self, name) * factor for name in names})
 
 
@@ -160,15 +162,16 @@ class Device:
         return total
 
 
-_REPLAYED = Host(call_s=85e-6)
+_REPLAYED = Host(call_s=85e-6, call_back_s=400e-6)
 _COMPILED = Host(
     exact_s=21e-6,
     kernel_s=11e-6,
     rows_s=25e-6,
     exact_back_s=50e-6,
-    monarch_back_s=400e-6,
+    monarch_back_s=650e-6,
     near=1.85,
     call_s=31e-6,
+    call_back_s=400e-6,
     dense_s=32e-6,
 )
 _EAGER = Host(
@@ -209,8 +212,8 @@ DEVICES: dict[str, Device] = {
     "h100": Device(
         name="h100",
         kind="cuda",
-        exact=Form(Rates(half=430e12, single=30e12, double=20e12), bytes_per_s=3.0e12, launch_s=6.4e-6),
-        monarch=Form(Rates(half=290e12, single=27e12, double=20e12), bytes_per_s=3.4e12, launch_s=2.2e-6),
+        exact=Form(Rates(half=430e12, single=30e12, double=20e12), bytes_per_s=3.0e12, launch_s=5.6e-6),
+        monarch=Form(Rates(half=290e12, single=27e12, double=20e12), bytes_per_s=3.4e12, launch_s=2.8e-6),
         kernels_per_iter=2,
         tile=16,
         overlap=1.6,
