@@ -120,12 +120,10 @@ def test_a_description_is_scaled_by_its_ceilings() -> None:
     assert like.ceiling is not None
     same = scaled(like.ceiling)
     assert replace(same, name=like.name) == like
-    half = scaled(
-        replace(like.ceiling, half_flops=like.ceiling.half_flops / 2, bytes_per_s=like.ceiling.bytes_per_s / 2)
-    )
-    for one, other in ((predict(site(65536), like), predict(site(65536), half)),):
-        assert 1.9 < other.exact_s / one.exact_s < 2
-        assert 1.9 < other.monarch_s / one.monarch_s < 2
+    rates = {name: getattr(like.ceiling, name) / 2 for name in ("half_flops", "bytes_per_s")}
+    full, half = (predict(site(65536), device) for device in (like, scaled(replace(like.ceiling, **rates))))
+    assert 1.9 < half.exact_s / full.exact_s < 2
+    assert 1.9 < half.monarch_s / full.monarch_s < 2
     slow = scaled(replace(like.ceiling, launch_s=2 * like.ceiling.launch_s)).compiled
     assert slow is not None
     assert like.compiled is not None
