@@ -37,14 +37,22 @@ DEVICE_ALONE = Calls()
 
 @dataclass(frozen=True)
 class Launcher:
-    """Who launches the kernels of graphs: of those with static sizes, and of those with symbolic ones."""
+    """Who launches the kernels of graphs: of those with static sizes, and of those with symbolic ones.
+
+    infers: whether no backward pass follows, whatever the inputs ask for.
+    """
 
     static: str
     dynamic: str
+    infers: bool = False
 
     def of(self, *, symbolic: bool) -> str:
         """That of a graph."""
         return self.dynamic if symbolic else self.static
+
+
+AHEAD_OF_TIME = Launcher(REPLAYED, REPLAYED, infers=True)
+"""AOTInductor compiles programs, whose parameters still want gradients, to C++ without a backward pass."""
 
 
 def launcher_of(patches: Mapping[str, Any] | None = None) -> Launcher:

@@ -127,7 +127,7 @@ def _choose(state: State) -> str:
     names = _distinct([site_name(site.anchor) + place_of(site.anchor.graph) for site in state.sites])
     if state.config.plan is not None:
         state.config.plan.check_graph(names)
-    trained = trained_nodes(state.graph, state.example_inputs)
+    trained = frozenset() if state.launcher.infers else trained_nodes(state.graph, state.example_inputs)
     around = Surroundings.of(state.graph, state.sites, state.launcher, trained)
     state.choices = [choose(site, name, state.config, around) for site, name in zip(state.sites, names, strict=True)]
     return f"{sum(c.lowers for c in state.choices)} sites to lower"

@@ -24,6 +24,7 @@ from monarch_compile.decision import Decision
 from monarch_compile.devices import DEVICES
 from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import WHY, crossover, exact_wins, what_decides
+from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes import choose
 from monarch_compile.passes.pipeline import rewrite
 from monarch_compile.passes.surroundings import Surroundings, trained_nodes
@@ -249,6 +250,25 @@ def test_a_site_trains_where_a_backward_pass_goes_through_it() -> None:
     with torch.no_grad():
         assert not captured(Block(), torch.randn(2, 32, 16)).trains
     assert not captured(Block().requires_grad_(False), torch.randn(2, 32, 16)).trains
+
+
+class Projected(nn.Module):
+    """Attention that needs gradients for its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(self.q(x), x, x)
+
+
+@pytest.mark.usefixtures("on_h100")
+def test_an_exported_program_is_weighed_for_inference_though_its_parameters_want_gradients() -> None:
+    program = torch.export.export(Projected(), (torch.randn(4, 12, 4096, 16),))
+    assert any(node.meta["val"].requires_grad for node in program.graph.find_nodes(op="placeholder"))
+    lowered = monarch_compile.lower_exported(program)
+    assert lowered.graph.find_nodes(op="call_function", target=ATTENTION_OP)
 
 
 @pytest.mark.usefixtures("on_h100")
