@@ -356,7 +356,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     if capability < MIN_CAPABILITY:
         raise CodegenError(f"kernels need compute capability {MIN_CAPABILITY} or later; {device} has {capability}")
     name = torch.cuda.get_device_name(device)
-    if not any(known in name for known in TUNED_ON):
+    if name not in TUNED_ON:
         logger.info(
             "schedules ship for %s; those for %s come from a heuristic: `monarch-compile tune` or "
             'options={"autotune": True} looks for better ones',

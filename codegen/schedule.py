@@ -26,8 +26,9 @@ WARP_SCORES = 512
 WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 """Accumulators that a warp holds without spilling, by bytes of an operand (tf32x3 keeps each operand in two parts)."""
 
-TUNED_ON = ("H200",)
-"""Parts of the names of the GPUs that the tables below were tuned on."""
+TUNED_ON = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
+"""The GPUs that the tables below were tuned on: made on the first; on the second, a search found nothing faster
+(benchmarks/results/h100_tuned.json)."""
 
 ALL = 0
 """`Tiling.turns`: all tiles of a block or of an offset."""

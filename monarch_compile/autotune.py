@@ -20,6 +20,7 @@ from monarch_compile.benchmark import cuda_graph_times
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
 from monarch_compile.lengths import auto_block_size
+from monarch_compile.measured import real_tensors
 
 if TYPE_CHECKING:
     from monarch_compile.codegen.schedule import Schedule
@@ -94,7 +95,7 @@ def tuned_now(ir: MonarchAttention, machine: Machine, tune: Tune) -> tuple[Tuned
     from monarch_compile.codegen.launch import Problem
     from monarch_compile.codegen.tuned import write
 
-    with _real_tensors(), torch.no_grad():
+    with real_tensors(), torch.no_grad():  # a backend is called while Dynamo traces
         result, rejected = tune(
             Problem.of(ir), sizes_of(ir), device=machine.device, capability=machine.capability, timer=graph_timer
         )
@@ -144,13 +145,6 @@ def _schedule(ir: MonarchAttention, machine: Machine, tune: Tune) -> Schedule | 
         return None
     logger.info("tuned %s: %.4f -> %.4f ms with %s", ir, result.shipped_ms, result.ms, result.schedule)
     return result.schedule
-
-
-def _real_tensors() -> Any:
-    """A backend is called while Dynamo traces: tuning needs tensors that are there."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    return _disable_current_modes()
 
 
 def _number(size: int | str, otherwise: int) -> int:

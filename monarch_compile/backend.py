@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule
 
+from monarch_compile.calls import Launcher, launcher_of
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.errors import CodegenError, LoweringError, PlanError
@@ -64,7 +65,7 @@ def monarch(
     from torch._inductor.compile_fx import compile_fx
 
     config, patches = parse_options(options, mode)
-    result = rewritten(gm, example_inputs, config)
+    result = rewritten(gm, example_inputs, config, launcher_of(patches))
     lowered = gm
     if result is not None:
         lowered = result.after
@@ -122,12 +123,14 @@ def _autotune(decisions: Sequence[Decision]) -> str:
     return f"-{ensure(tunable(irs), machine)}"
 
 
-def rewritten(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite | None:
+def rewritten(
+    gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig, launcher: Launcher
+) -> Rewrite | None:
     """The graph with attention lowered, or None where Dynamo's own graph is to be compiled as it is."""
     from monarch_compile.passes.pipeline import rewrite
 
     try:
-        result = rewrite(gm, example_inputs, config)
+        result = rewrite(gm, example_inputs, config, launcher)
     except PlanError:  # a wrong plan is the caller's to mend: going on without it would hide that
         raise
     except Exception as error:

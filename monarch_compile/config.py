@@ -98,6 +98,14 @@ class MonarchConfig:
         """The window and the prefix."""
         return ExactGroups(self.window, self.prefix)
 
+    def mode_patches(self) -> dict[str, Any]:
+        """What the mode changes in Inductor's config."""
+        if self.mode is None:
+            return {}
+        from torch._inductor import list_mode_options
+
+        return dict(list_mode_options(self.mode))
+
     def digest(self) -> str:
         """A short hash of every option, for cache keys."""
         return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:16]
@@ -123,11 +131,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     if ours.get("plan") is not None:
         ours["plan"] = _loaded_plan(ours)
     config = MonarchConfig(**ours)
-    if config.mode is not None:
-        from torch._inductor import list_mode_options
-
-        patches = {**list_mode_options(config.mode), **patches}
-    return config, patches
+    return config, {**config.mode_patches(), **patches}
 
 
 def _loaded_plan(ours: Mapping[str, Any]) -> Any:

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 
-from monarch_compile.devices import WIDE, Device
+from monarch_compile.calls import DEVICE_ALONE, Calls
+from monarch_compile.devices import WIDE, Device, Host
 from monarch_compile.errors import InputError
-from monarch_compile.ir import Dim, ExactGroups, MonarchAttention
+from monarch_compile.ir import PAPER, Dim, ExactGroups, MonarchAttention
 
 Quantity = Any
 """An int, or a sympy expression in the symbolic sizes of an IR."""
@@ -63,7 +64,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of one forward pass of a site."""
+    """Predicted seconds of one forward pass of a site, and of the backward pass where its calls train.
+
+    They are those by which the site makes its graph take longer: of the device, or of the host where that is the limit.
+    """
 
     exact_s: float
     monarch_s: float
@@ -171,16 +175,29 @@ def rows_formula() -> Cost:
     return Cost(*(E * total for total in (flops, moved, exps)))
 
 
-def predict(ir: MonarchAttention, device: Device, hints: Mapping[str, int] | None = None) -> Prediction:
+def predict(
+    ir: MonarchAttention, device: Device, hints: Mapping[str, int] | None = None, calls: Calls = DEVICE_ALONE
+) -> Prediction:
     """Predicted times of the site of `ir` on `device`; `hints` gives a value for each symbolic size.
 
     Raises:
         InputError: a size is symbolic and has no hint.
     """
     sizes = _numbers(ir, hints or {})
-    exact_s, monarch_s = (launch + work for launch, work in _times(sizes, device, ir.dtype))
-    start_s = device.monarch.launch_s if ir.init == "mean" else 0.0  # the mean queries are a kernel of their own
-    return Prediction(exact_s, start_s + monarch_s)
+    counts = _Counts(*_compiled()(*sizes, device.tile))
+    exact_s, monarch_s = _forward(counts, sizes, device, ir)
+    host = device.host(calls.launcher)
+    if host is not None:
+        monarch_s *= host.work if ir.exact == PAPER else host.near_work
+    if calls.trains:
+        exact_back_s, monarch_back_s = _backward(counts, device, ir)
+        exact_s += exact_back_s
+        monarch_s += monarch_back_s * (host.back_work if host is not None else 1.0)
+    if host is None:
+        return Prediction(exact_s, monarch_s)
+    ahead = _ahead(sizes, device, host, ir.dtype, calls)
+    exact_host_s, monarch_host_s = _launching(host, device, ir, calls.trains)
+    return Prediction(max(exact_s, exact_host_s - ahead), max(monarch_s, monarch_host_s - ahead))
 
 
 def _work(repeats: Mapping[str, Quantity], shape: Callable[[Any], Any]) -> tuple[Quantity, Quantity]:
@@ -324,20 +341,64 @@ def _compiled() -> Callable[..., tuple[int, ...]]:
     return compiled
 
 
-def _times(sizes: tuple[int, ...], device: Device, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
-    """(seconds to launch, seconds of work) of the exact and of the Monarch form; `sizes` are those of `_sizes`."""
-    values = _compiled()(*sizes, device.tile)
-    keys, blocks, block_keys, dim, iters, exact_rows = *sizes[4:6], *sizes[7:9], sizes[11], sizes[-1]
-    exact_flops, exact_bytes, _, flops, moved, exps, rows_flops, rows_bytes, _ = values
-    gain = device.wide_gain if dim >= WIDE and dtype.itemsize == 2 else 1.0
+class _Counts(NamedTuple):
+    """What both forms compute and move; `rows`: the exact rows of a prefix, `tiled`: as tiles have it."""
+
+    exact_flops: int
+    exact_bytes: int
+    exact_exps: int
+    tiled_flops: int
+    bytes: int
+    exps: int
+    rows_flops: int
+    rows_bytes: int
+    rows_exps: int
+
+
+def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: MonarchAttention) -> tuple[float, float]:
+    """Seconds of the device for the exact and the Monarch form; `sizes` are those of `_sizes`."""
+    keys, blocks, block_keys, exact_rows = sizes[4], sizes[5], sizes[7], sizes[-1]
+    gain = device.wide_gain if sizes[8] >= WIDE and ir.dtype.itemsize == 2 else 1.0
+
+    def exactly(flops: int, moved: int) -> float:
+        return device.exact.launch_s + device.seconds(device.exact, flops / gain, moved, 0, ir.dtype)
+
     padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
-    rows_s = 0.0
-    if exact_rows:
-        rows_s = device.exact.launch_s + device.seconds(device.exact, rows_flops / gain, rows_bytes, 0, dtype)
-    return (
-        (device.exact.launch_s, device.seconds(device.exact, exact_flops / gain, exact_bytes, 0, dtype)),
-        (
-            device.monarch.launch_s * device.kernels_per_iter * iters + rows_s,
-            device.seconds(device.monarch, flops, moved, exps, dtype) * padding,
-        ),
+    work_s = device.seconds(device.monarch, counts.tiled_flops, counts.bytes, counts.exps, ir.dtype) * padding
+    rows_s = exactly(counts.rows_flops, counts.rows_bytes) if exact_rows else 0.0
+    launch_s = device.monarch.launch_s * _kernels(device, ir)
+    return exactly(counts.exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
+
+
+def _kernels(device: Device, ir: MonarchAttention) -> int:
+    """Monarch kernels of a site; the mean queries are one of their own."""
+    return device.kernels_per_iter * ir.num_iters + (ir.init == "mean")
+
+
+def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[float, float]:
+    """Seconds of the device for the backward passes of the exact and the Monarch form."""
+    gain = device.wide_gain if max(ir.head_dim, ir.value_dim) >= WIDE and ir.dtype.itemsize == 2 else 1.0
+    rows_s = device.exact_back.seconds(counts.rows_flops / gain, 0, 0, ir.dtype) if counts.rows_flops else 0.0
+    monarch_s = device.monarch_back.seconds(
+        counts.tiled_flops, counts.bytes / ir.dtype.itemsize, counts.exps, ir.dtype, ir.exact != PAPER
     )
+    return device.exact_back.seconds(counts.exact_flops / gain, 0, 0, ir.dtype), rows_s + monarch_s
+
+
+def _ahead(sizes: tuple[int, ...], device: Device, host: Host, dtype: torch.dtype, calls: Calls) -> float:
+    """Seconds by which, without the site, the host is ahead of the device; below 0, the device waits for it."""
+    passes = 3 if calls.trains else 1  # a backward pass has two products for each of the forward
+    dense_s = calls.dense_flops * sizes[0] * sizes[3] / device.dense.of(dtype)
+    call_s = host.call_s + (host.call_back_s if calls.trains else 0.0)
+    return passes * (dense_s - calls.dense_ops * host.dense_s) - calls.share * call_s
+
+
+def _launching(host: Host, device: Device, ir: MonarchAttention, trains: bool) -> tuple[float, float]:
+    """Seconds of the host for the exact and the Monarch form."""
+    exact_s, monarch_s = host.exact_s, host.site_s + host.kernel_s * _kernels(device, ir)
+    if ir.exact.prefix:
+        monarch_s += host.rows_s
+    if trains:
+        exact_s += host.exact_back_s
+        monarch_s += host.monarch_back_s * (host.near if ir.exact != PAPER else 1.0)
+    return exact_s, monarch_s

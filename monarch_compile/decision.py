@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.ir import Dim, MonarchAttention
 from monarch_compile.remedies import remedy_for
 
@@ -26,6 +27,7 @@ class Decision:
     ir: the IR of the lowered form; also present where a legal site was kept exact by the cost model.
     q_shape, k_shape, v_shape: (batch, heads, seq_len, dim); empty when unknown.
     mask: "none", "key_padding", or the kind that was refused.
+    calls: how the site is called, as far as its time depends on it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Decision:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     mask: str = "none"
+    calls: Calls = DEVICE_ALONE
 
     @property
     def remedy(self) -> str:

@@ -28,16 +28,21 @@ BOUNDS = {"cpu": (torch.float32, 1e-5), "cuda": (torch.float16, 5e-3)}
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """A device: its name and capability, what runs lowered attention there, and its cost model's description."""
+    """A device: its name and capability, what runs lowered attention there, its description in the cost model.
+
+    ceilings: of the device at its best, where they were measured.
+    """
 
     device: str
     name: str
     capability: str
     kernels: str
     cost_model: str
+    ceilings: str = ""
 
     def __str__(self) -> str:
-        return f"{self.device}: {self.name} ({self.capability}); kernels: {self.kernels}; cost model: {self.cost_model}"
+        model = self.cost_model + (f" ({self.ceilings})" if self.ceilings else "")
+        return f"{self.device}: {self.name} ({self.capability}); kernels: {self.kernels}; cost model: {model}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,8 @@ def _versions() -> dict[str, str]:
 
 
 def _device(place: str) -> DeviceFacts:
-    cost_model = installed(place).name
+    described = installed(place)
+    cost_model, ceilings = described.name, str(described.ceiling or "")
     if place == "cpu":
         found = environment()
         capability = f"{found['cpu_capability']}, torch threads: {found['threads']}"
@@ -166,7 +172,7 @@ def _device(place: str) -> DeviceFacts:
     refusal = kernel_refusal(torch.device(place))
     kernels = "Triton" if refusal is None else f"none, attention stays exact: {refusal}"
     major, minor = torch.cuda.get_device_capability(place)
-    return DeviceFacts(place, torch.cuda.get_device_name(place), f"{major}.{minor}", kernels, cost_model)
+    return DeviceFacts(place, torch.cuda.get_device_name(place), f"{major}.{minor}", kernels, cost_model, ceilings)
 
 
 def _cache() -> CacheFacts:

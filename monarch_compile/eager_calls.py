@@ -20,10 +20,11 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from monarch_compile.calls import EAGER, Calls
 from monarch_compile.config import MonarchConfig
 from monarch_compile.devices import installed
 from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import auto_block_size, exact_wins
+from monarch_compile.lengths import WHY, auto_block_size, exact_wins, what_decides
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.plan import ACROSS
 from monarch_compile.signature import Refusal, Signature, first_broken
@@ -93,6 +94,7 @@ class Facts:
     is_causal: bool
     scale: float | None
     enable_gqa: bool
+    trains: bool = False
 
     @property
     def signature(self) -> Signature:
@@ -113,7 +115,7 @@ def decider(config: MonarchConfig) -> Callable[..., Form | Refusal]:
         dtypes: Triple[torch.dtype],
         devices: Triple[torch.device],
         mask_rank: int | None,
-        options: tuple[float, bool, float | None, bool],
+        options: tuple[float, bool, float | None, bool, bool],
     ) -> Form | Refusal:
         return judge(Facts(shapes, dtypes, devices, mask_rank, *options), config)
 
@@ -133,7 +135,7 @@ def judge(facts: Facts, config: MonarchConfig) -> Form | Refusal:
     if missing is not None:
         return Refusal("no_kernels", missing)
     masked = MaskKind.NONE if facts.mask_rank is None else MaskKind.KEY_PADDING  # no form depends on which mask it is
-    return _form(_problem(site, masked), place, config)
+    return _form(_problem(site, masked), place, config, Calls(EAGER, facts.trains))
 
 
 def _call_refusal(facts: Facts) -> Refusal | None:
@@ -157,7 +159,7 @@ def _problem(site: Signature, mask: MaskKind) -> MonarchAttention:
     return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype, 1, site.scale, mask=mask)
 
 
-def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig) -> Form | Refusal:
+def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig, calls: Calls) -> Form | Refusal:
     """The options' form, chosen as the backend chooses it, or why exact attention is wanted."""
     device, seq_len, queries = installed(place), int(problem.seq_len_k), None
     if problem.is_cross:
@@ -169,9 +171,11 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig)
     block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.exact)
     ir = replace(problem, block_size=block_size, pad=config.pad, exact=config.exact, **start)
     if config.policy == "auto":
-        reason = exact_wins(ir, device, auto=size == "auto", batch=problem.batch, seq_len=seq_len, queries=queries)
+        ask: dict[str, Any] = {"batch": problem.batch, "seq_len": seq_len, "queries": queries, "calls": calls}
+        reason = exact_wins(ir, device, auto=size == "auto", **ask)
         if reason is not None:
-            return Refusal("cost_exact_wins", f"{reason}; found {seq_len}")
+            code = what_decides(ir, device, {}, calls)
+            return Refusal(code, "; ".join(part for part in (reason, WHY[code], f"found {seq_len}") if part))
     groups = {"window": config.window, "prefix": config.prefix}
     return {"block_size": block_size, "pad": config.pad, **start, **groups}
 

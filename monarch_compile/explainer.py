@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from monarch_compile.calls import launcher_of
 from monarch_compile.config import parse_options
 from monarch_compile.decision import LOWERED
 from monarch_compile.graphs import to_networkx
@@ -34,7 +35,8 @@ def explain(
 
     Args:
         model: a module or function, compiled or not.
-        options: as for torch.compile, those of `MonarchConfig`; Inductor's own keys are checked and ignored.
+        options: as for torch.compile, those of `MonarchConfig`; of Inductor's own keys, those count that
+            decide who launches kernels.
         measure: also compare the exact and the Monarch form on these inputs. The model runs once with exact attention,
             where each lowered site's own relative error is taken from what the exact model gives it, and once lowered,
             for the relative error of the model's output. Both runs start from the same random state, buffers,
@@ -47,9 +49,9 @@ def explain(
         PlanError: the options' plan cannot be read or does not fit the model.
         InputError: `measure` is asked for and the model's output holds no floating tensor.
     """
-    config, _ = parse_options(options)
+    config, patches = parse_options(options)
     meter = Meter()
-    probe = Probe(config, Switch(meter) if measure else None)
+    probe = Probe(config, Switch(meter) if measure else None, launcher=launcher_of(patches))
     run = capture(model, probe)
     if probe.switch is None:
         run(*args, **kwargs)

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from monarch_compile.backend import rewritten
+from monarch_compile.calls import AHEAD_OF_TIME
 from monarch_compile.config import parse_options
 from monarch_compile.errors import ConfigError
 
@@ -44,7 +45,7 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
     source = program.graph_module
     inputs = [node.meta.get("val") for node in source.graph.find_nodes(op="placeholder")]
     with _weights_noted(program):
-        result = rewritten(source, inputs, config)
+        result = rewritten(source, inputs, config, AHEAD_OF_TIME)
     if result is None:
         logger.warning("nothing is lowered in this program; TORCH_LOGS='+monarch_compile.passes' tells why")
         return program

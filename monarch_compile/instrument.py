@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from monarch_compile.calls import Launcher
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import MonarchError, PlanError
 from monarch_compile.groups import split_mask
@@ -98,6 +99,7 @@ class Probe:
     switch: Switch | None = None
     rewrites: list[Rewrite] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    launcher: Launcher | None = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The graph's callable."""
@@ -105,7 +107,7 @@ class Probe:
 
         unchanged: Callable[..., Any] = gm.forward
         try:
-            result = rewrite(gm, example_inputs, self.config)
+            result = rewrite(gm, example_inputs, self.config, self.launcher)
         except PlanError:
             raise
         except Exception as error:  # the backend falls back on the same error, and so does this

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from monarch_compile import autocast
+from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.eager_calls import (
     Lies,
     decider,
@@ -28,7 +29,6 @@ from monarch_compile.eager_calls import (
     key_mask,
     not_plain,
 )
-from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import ConfigError, LoweringError
 from monarch_compile.functional import monarch_attention
 from monarch_compile.signature import CHOSEN, Refusal
@@ -80,7 +80,7 @@ class ReplaceSdpa(TorchFunctionMode):
             (dtypes[0], dtypes[1], dtypes[2]),
             (query.device, key.device, value.device),
             None if attn_mask is None else attn_mask.ndim,
-            (dropout_p, is_causal, scale, enable_gqa),
+            (dropout_p, is_causal, scale, enable_gqa, _trains(query, key, value, attn_mask)),
         )
         looked_at = attn_mask is not None and self._strict  # a choice does not excuse a mask that is not legal
         if isinstance(decision, Refusal) and not (looked_at and decision.code in CHOSEN):
@@ -182,3 +182,8 @@ def _config(options: Mapping[str, Any]) -> MonarchConfig:
     if unused:
         raise ConfigError(f"without torch.compile there is no use for {', '.join(unused)}")
     return config
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass will go through attention of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

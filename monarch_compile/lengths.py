@@ -8,10 +8,12 @@ came first.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from monarch_compile.calls import DEVICE_ALONE, REPLAYED, Calls
 from monarch_compile.cost import predict
 from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
@@ -59,18 +61,29 @@ def auto_block_size(seq_len: Size, kind: str, exact: ExactGroups = PAPER) -> int
 
 
 def exact_wins(
-    ir: MonarchAttention, device: Device, *, auto: bool, batch: Size, seq_len: Size, queries: Size | None = None
+    ir: MonarchAttention,
+    device: Device,
+    *,
+    auto: bool,
+    batch: Size,
+    seq_len: Size,
+    queries: Size | None = None,
+    calls: Calls = DEVICE_ALONE,
 ) -> str | None:
     """Why exact attention is kept at this batch and length; None where the Monarch form pays.
 
     ir: the site; its own batch, lengths and, with `auto`, block size do not count.
-    seq_len: the number of keys. queries: that of queries, where it is another one.
+    seq_len: the number of keys. queries: that of queries, where it is another one. calls: how it is called.
     """
     rows: Dim = "N" if queries is None else next(n for n in reversed(ROWS) if queries >= n)
     site = replace(ir, batch=1, seq_len_q=rows, seq_len_k="N")
-    if isinstance(batch, int) and isinstance(seq_len, int) and seq_len >= _start(site, device, auto, _counted(batch)):
+    if (
+        isinstance(batch, int)
+        and isinstance(seq_len, int)
+        and seq_len >= _start(site, device, auto, _counted(batch), calls)
+    ):
         return None  # plain numbers have no range to guard: the other batches need not be weighed
-    starts = crossovers(site, device, auto)
+    starts = crossovers(site, device, auto, calls)
     wins = "exact attention wins" if queries is None else f"with {rows} or a few more queries exact attention wins"
     first, last = min(starts), max(starts)
     if first == NEVER:
@@ -85,10 +98,31 @@ def exact_wins(
     return wins + (f" below {start} keys" if start != NEVER else "") + " at this batch"
 
 
+WHY: dict[str, str] = {
+    "cost_exact_wins": "",
+    "host_exact_wins": "the host, which launches the kernels, takes longer than the device",
+    "backward_exact_wins": "in training, for the backward pass is that of the reference, not a kernel",
+}
+"""Codes of sites that exact attention wins, and what of their calls decides it."""
+
+
+def what_decides(ir: MonarchAttention, device: Device, hints: Mapping[str, int], calls: Calls) -> str:
+    """The code of a site that exact attention wins, by what would let it pay at these sizes: no guard hangs on it."""
+
+    def pays(**other: Any) -> bool:
+        return predict(ir, device, hints, replace(calls, **other)).pays
+
+    if pays():  # here it would, but not at every length and batch that is weighed with these
+        return "cost_exact_wins"
+    if calls.trains and (pays(trains=False) or predict(ir, device, hints).pays):
+        return "backward_exact_wins"
+    return "host_exact_wins" if pays(launcher=REPLAYED, share=0.0) else "cost_exact_wins"
+
+
 @lru_cache(maxsize=256)
-def crossovers(ir: MonarchAttention, device: Device, auto: bool) -> tuple[int, ...]:
+def crossovers(ir: MonarchAttention, device: Device, auto: bool, calls: Calls = DEVICE_ALONE) -> tuple[int, ...]:
     """For each batch of `BATCHES`, the length from which on it and all up to the next pay."""
-    return tuple(_start(ir, device, auto, batch) for batch in BATCHES)
+    return tuple(_start(ir, device, auto, batch, calls) for batch in BATCHES)
 
 
 def _counted(batch: Size) -> int:
@@ -96,14 +130,14 @@ def _counted(batch: Size) -> int:
     return max(size for size in BATCHES if batch >= size)
 
 
-def _start(ir: MonarchAttention, device: Device, auto: bool, batch: int) -> int:
+def _start(ir: MonarchAttention, device: Device, auto: bool, batch: int, calls: Calls) -> int:
     """The length from which on a batch of `BATCHES` and all up to the next pay."""
     place = BATCHES.index(batch)
-    return max(crossover(replace(ir, batch=size), device, auto) for size in BATCHES[place : place + 2])
+    return max(crossover(replace(ir, batch=size), device, auto, calls) for size in BATCHES[place : place + 2])
 
 
 @lru_cache(maxsize=1024)
-def crossover(ir: MonarchAttention, device: Device, auto: bool) -> int:
+def crossover(ir: MonarchAttention, device: Device, auto: bool, calls: Calls = DEVICE_ALONE) -> int:
     """The least of `LENGTHS` from which on lowering is predicted to pay at the batch of `ir`; else `NEVER`.
 
     Queries are as many as keys, unless the IR is one of cross-attention. With `auto`, the block size is that of each
@@ -113,7 +147,7 @@ def crossover(ir: MonarchAttention, device: Device, auto: bool) -> int:
     def pays(length: int) -> bool:
         block_size = auto_block_size(length, device.kind, ir.exact) if auto else ir.block_size
         rows = ir.seq_len_q if ir.is_cross else length
-        return predict(replace(ir, seq_len_q=rows, seq_len_k=length, block_size=block_size), device).pays
+        return predict(replace(ir, seq_len_q=rows, seq_len_k=length, block_size=block_size), device, calls=calls).pays
 
     start = NEVER
     for length in reversed(LENGTHS):

@@ -7,6 +7,7 @@ NEVER = "nothing: a Monarch matrix cannot hold it"
 
 REMEDIES: dict[str, str] = {
     "as_strided": "read the result by views and slices instead of as_strided",
+    "backward_exact_wins": "longer sequences, torch.no_grad() where no gradient is wanted, or policy='always'",
     "context": "switch grad mode or autocast before the queries are scaled or after the values are mixed",
     "cost_exact_wins": "longer sequences, or policy='always'",
     "cross_attention": "cross_attention=True, where a measurement shows that the approximation is good enough",
@@ -21,6 +22,7 @@ REMEDIES: dict[str, str] = {
     "gqa": "tensors of (batch, num_heads, seq_len, dim), with one static number of heads for keys and values",
     "head_dim": "queries and keys of one width",
     "heads_mixed": NEVER,
+    "host_exact_wins": "mode='reduce-overhead', whose CUDA graphs spare the host, larger batches, or policy='always'",
     "in_body": "move the attention out of the body; into those of cond, scan and while_loop (where none writes to its "
     "inputs, outside of training) and of checkpoints without context_fn is looked",
     "mask_bias": NEVER,

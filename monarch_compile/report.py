@@ -179,7 +179,7 @@ class Report:
 def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: int = 0) -> Site:
     """The site that a decision is about, with costs, predicted times and kernels; `hints` values symbolic sizes."""
     ir = decision.ir
-    exact_s, monarch_s = _predicted(ir, decision.device, hints)
+    exact_s, monarch_s = _predicted(decision, hints)
     kernels, note = kernels_of(ir) if ir is not None and decision.status == LOWERED else ((), "")
     if kernels and decision.device != "cuda":
         note = f"On {decision.device} Inductor compiles the reference instead; on CUDA these run."
@@ -220,13 +220,11 @@ def _exact_cost(decision: Decision) -> Cost | None:
     return exact_cost_of_shapes(*shapes, decision.dtype)
 
 
-def _predicted(
-    ir: MonarchAttention | None, device: str, hints: Mapping[str, int] | None
-) -> tuple[float | None, float | None]:
-    if ir is None:
+def _predicted(decision: Decision, hints: Mapping[str, int] | None) -> tuple[float | None, float | None]:
+    if decision.ir is None:
         return None, None
     try:
-        prediction = predict(ir, installed(device), hints)
+        prediction = predict(decision.ir, installed(decision.device), hints, decision.calls)
     except InputError:  # a size without a hint, or a device that the cost model does not describe
         return None, None
     return prediction.exact_s, prediction.monarch_s

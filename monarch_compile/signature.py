@@ -14,6 +14,7 @@ import torch
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.ir import MAX_HEAD_DIM
+from monarch_compile.lengths import WHY
 
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -21,7 +22,7 @@ DTYPES = {
 }
 """Kind of device -> dtypes that attention is lowered in."""
 
-CHOSEN = frozenset({"cost_exact_wins", "plan_exact", "policy_never", "min_seq_len", "single_query"})
+CHOSEN = frozenset({*WHY, "plan_exact", "policy_never", "min_seq_len", "single_query"})
 """Codes of attention kept exact because the user, a plan or the cost model wanted so; strict mode accepts them."""
 
 

@@ -13,7 +13,7 @@ from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import Device, installed
 from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import auto_block_size, exact_wins
+from monarch_compile.lengths import WHY, auto_block_size, exact_wins, what_decides
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of
@@ -22,6 +22,7 @@ from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.region import AttentionRegion, Missed, Site
 from monarch_compile.passes.sizes import settle
+from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.plan import ACROSS, SiteForm, SitePlan, site_shape
 
 
@@ -40,8 +41,10 @@ class Choice:
         return self.decision.status == LOWERED
 
 
-def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
+def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -> Choice:
     """Decide about one site: matched? legal? worth it? `name` is the site's, distinct in its graph.
+
+    around: what its graph does beside it.
 
     Raises:
         PlanError: the options have a plan that does not fit the site.
@@ -75,6 +78,7 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
     if plan is not None and plan.form is None:
         reason = f"the plan keeps it exact: {plan.reason}"
         return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=name_of(site.output)))
+    base = replace(base, calls=around.calls(site))
     return _weigh(site, context, None if plan is None else plan.form, base)
 
 
@@ -93,11 +97,15 @@ def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, ba
     exact = replace(base, ir=seen, stage="cost")
     if config.policy == "never":
         return Choice(replace(exact, code="policy_never", reason="policy is 'never'"))
-    gain = f"{predict(seen, device, _hints(site)).speedup:.2f}x"
+    hints, calls = _hints(site), base.calls
+    gain = f"{predict(seen, device, hints, calls).speedup:.2f}x"
     if config.policy == "auto":
-        reason = exact_wins(seen, device, auto=form is None, batch=batch, seq_len=seq_len, queries=queries)
+        ask: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "queries": queries, "calls": calls}
+        reason = exact_wins(seen, device, auto=form is None, **ask)
         if reason is not None:
-            return Choice(replace(exact, code="cost_exact_wins", reason=f"{reason}; predicted gain {gain} here"))
+            code = what_decides(seen, device, hints, calls)
+            why = "; ".join(part for part in (reason, WHY[code], f"predicted gain {gain} here") if part)
+            return Choice(replace(exact, code=code, reason=why))
     ir = to_ir(site, facts, form or _auto_form(config, device, seq_len))
     reason = f"predicted {gain} against exact attention"
     return Choice(replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason), site, facts, ir)

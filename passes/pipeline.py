@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 import monarch_compile
+from monarch_compile.calls import Launcher, launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.passes.attention import find_sites
@@ -37,6 +38,7 @@ from monarch_compile.passes.operands import as_they_lie, hoist_scales
 from monarch_compile.passes.region import AttentionRegion, Site
 from monarch_compile.passes.room import with_room
 from monarch_compile.passes.softmaxes import Folded, fold_softmaxes, unfold_softmaxes
+from monarch_compile.passes.surroundings import Surroundings, trained_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class State:
 
     graph: GraphModule
     config: MonarchConfig
-    trains: bool = False
+    launcher: Launcher
+    example_inputs: Sequence[Any]
     before: GraphModule | None = None
     folded: list[tuple[GraphModule, tuple[Folded, ...]]] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
@@ -82,7 +85,7 @@ class Pass:
 
 
 def _open_bodies(state: State) -> str:
-    return f"{open_bodies(state.graph, trains=state.trains)} bodies of other ops opened"
+    return f"{open_bodies(state.graph, trains=is_trained(state.example_inputs))} bodies of other ops opened"
 
 
 def _fold_aliases(state: State) -> str:
@@ -124,7 +127,9 @@ def _choose(state: State) -> str:
     names = _distinct([site_name(site.anchor) + place_of(site.anchor.graph) for site in state.sites])
     if state.config.plan is not None:
         state.config.plan.check_graph(names)
-    state.choices = [choose(site, name, state.config) for site, name in zip(state.sites, names, strict=True)]
+    trained = frozenset() if state.launcher.infers else trained_nodes(state.graph, state.example_inputs)
+    around = Surroundings.of(state.graph, state.sites, state.launcher, trained)
+    state.choices = [choose(site, name, state.config, around) for site, name in zip(state.sites, names, strict=True)]
     return f"{sum(c.lowers for c in state.choices)} sites to lower"
 
 
@@ -166,15 +171,20 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite:
-    """Run the pipeline on a graph from Dynamo. `gm` itself is not changed."""
-    result: Rewrite = with_room(_rewrite, gm, example_inputs, config)
+def rewrite(
+    gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig, launcher: Launcher | None = None
+) -> Rewrite:
+    """Run the pipeline on a graph from Dynamo. `gm` itself is not changed.
+
+    launcher: who launches kernels, if not what the mode of `config` says.
+    """
+    result: Rewrite = with_room(_rewrite, gm, example_inputs, config, launcher or launcher_of(config.mode_patches()))
     return result
 
 
-def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig) -> Rewrite:
+def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig, launcher: Launcher) -> Rewrite:
     dump = Dump.from_environment()
-    state = State(to_aten(gm, example_inputs), config, is_trained(example_inputs))
+    state = State(to_aten(gm, example_inputs), config, launcher, example_inputs)
     dump.graph("capture", state.graph)
     for step in PIPELINE:
         start = time.perf_counter()

@@ -311,3 +311,18 @@ def test_a_compiled_function_inside_the_context():
     assert rewrite.num_lowered == 0
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
     assert replaced.lowered == 0
+
+
+def test_a_call_that_trains_is_judged_apart_and_eager_calls_count() -> None:
+    """At 1500 keys, an eager call gains and one with a backward pass loses; compiled, both gain."""
+    q = torch.randn(1, 12, 1500, 64)
+    with replace_sdpa() as door:
+        F.scaled_dot_product_attention(q, q, q)
+        assert (door.lowered, door.exact) == (1, 0)
+        trained = q.clone().requires_grad_()
+        F.scaled_dot_product_attention(trained, trained, trained)
+        assert (door.lowered, door.exact) == (1, 1)
+        assert list(door.reasons) == ["backward_exact_wins"]
+        with torch.no_grad():
+            F.scaled_dot_product_attention(trained, trained, trained)
+        assert (door.lowered, door.exact) == (2, 1)

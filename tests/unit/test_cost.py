@@ -262,7 +262,9 @@ def test_prediction_needs_hints_for_symbolic_sizes():
         ("cpu", None, "cpu"),
         ("cuda", None, "cuda"),
         ("cuda", "NVIDIA H200", "h200"),
-        ("cuda", "NVIDIA H100 80GB HBM3", "h200"),
+        ("cuda", "NVIDIA H100 80GB HBM3", "h100"),
+        ("cuda", "NVIDIA H100 PCIe", "cuda"),  # other memory and clocks: measured where it is
+        ("cuda", "NVIDIA GH200 480GB", "cuda"),
         ("cuda", "Tesla T4", "cuda"),
     ],
 )
