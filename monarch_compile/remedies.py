@@ -15,7 +15,8 @@ REMEDIES: dict[str, str] = {
     "device": "put queries, keys and values on one device that has kernels",
     "dropout_active": "model.eval(), or an attention dropout of 0",
     "dtype": "give queries, keys and values one dtype that has kernels",
-    "dynamic_seq_len": "a number for block_size, and one torch.export.Dim for equal lengths; or a static length",
+    "dynamic_seq_len": "a number for block_size, one torch.export.Dim for equal lengths, and an example of more than "
+    "one block; or a static length",
     "empty": "nothing: there is nothing to compute",
     "flex_attention": NEVER + "; scaled_dot_product_attention is looked at, FlexAttention is the user's choice",
     "fused_layer": "torch.backends.mha.set_fastpath_enabled(False), or need_weights=False",

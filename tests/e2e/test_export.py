@@ -119,6 +119,14 @@ def test_a_dynamic_length_needs_a_number_for_block_size() -> None:
         lower_exported(program, {"policy": "always", "strict": True})
 
 
+def test_an_example_of_one_block_says_nothing_of_longer_ones() -> None:
+    """What is compiled ahead of time for one block of keys would be wrong for several: nothing checks the length."""
+    model, n = Block().eval(), Dim("n", min=2, max=256)
+    for example, length, lowers in ((41, n, False), (65, n, True), (41, Dim("n", min=2, max=64), True)):
+        program = export(model, _inputs(example), dynamic_shapes={"x": {1: length}, "visible": {1: length}})
+        assert _sites(lower_exported(program, {"policy": "always", "block_size": 64})) == lowers
+
+
 class ByHand(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT * 8**-0.5).softmax(-1) @ v
