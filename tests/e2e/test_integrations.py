@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.capture import run_passes
 
-from monarch_compile import ConfigError, LoweringError, calls
+from monarch_compile import ConfigError, LoweringError, eager_calls
 from monarch_compile.integrations import register_transformers, replace_sdpa
 
 OPTIONS = {"policy": "always", "block_size": 8}
@@ -127,9 +127,9 @@ def test_the_choice_is_not_a_lack_of_support():
 def test_equal_calls_are_decided_on_once(options, arguments, lowered, monkeypatch):
     q, k, v = _qkv(seq_len=43)
     asked = []
-    judge = calls.judge
-    monkeypatch.setattr(calls, "judge", lambda *given: asked.append(given) or judge(*given))
-    calls.decider.cache_clear()
+    judge = eager_calls.judge
+    monkeypatch.setattr(eager_calls, "judge", lambda *given: asked.append(given) or judge(*given))
+    eager_calls.decider.cache_clear()
     for _ in range(5):
         with replace_sdpa(**options) as replaced:
             F.scaled_dot_product_attention(q.clone(), k, v, **arguments)
@@ -167,7 +167,7 @@ def test_a_decision_serves_no_other_call():
     """Two rounds of calls that differ in one fact: each is judged as itself, however the others were."""
     alone = []
     for code, tensors, arguments in _changed_calls():
-        calls.decider.cache_clear()
+        eager_calls.decider.cache_clear()
         with replace_sdpa(**OPTIONS) as replaced:
             alone.append(_outcome(tensors, arguments))
         assert [*replaced.reasons] == ([code] if code else [])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.pipeline import Rewrite, rewrite
@@ -26,7 +28,20 @@ def run_passes(
 
     torch._dynamo.reset()
     compiled = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)
-    return compiled(*args), found
+    try:
+        return compiled(*args), found
+    except Unsupported:
+        skip_what_dynamo_refuses(fn, *args, dynamic=dynamic)
+        raise
+
+
+def skip_what_dynamo_refuses(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> None:
+    """Skip a test of a program that Dynamo of this torch cannot capture whole, whatever the backend."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(fn, backend="eager", dynamic=dynamic, fullgraph=True)(*args)
+    except Unsupported as refusal:
+        pytest.skip(f"torch {torch.__version__} cannot capture this: {str(refusal).partition(chr(10))[0]}")
 
 
 def decisions_of(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:

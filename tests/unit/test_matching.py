@@ -120,7 +120,7 @@ def test_operands_are_taken_where_they_lie() -> None:
     def fn(x: Tensor) -> Tensor:
         q, k, v = (x * 0.25).view(2, 7, 3, 4), x.view(2, 7, 3, 4), x.view(2, 7, 3, 4)
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k.clone(), v, scale=1.0)
+        return F.scaled_dot_product_attention(q, k.clone(), v, scale=1.0).transpose(1, 2).reshape(2, 7, 12)
 
     x = torch.randn(2, 7, 12)
     output, (result,) = run_passes(fn, x)
