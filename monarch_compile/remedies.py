@@ -7,9 +7,11 @@ NEVER = "nothing: a Monarch matrix cannot hold it"
 
 REMEDIES: dict[str, str] = {
     "as_strided": "read the result by views and slices instead of as_strided",
+    "attention_kernel": "scaled_dot_product_attention, which picks a kernel by itself, instead of a kernel's own op",
     "context": "switch grad mode or autocast before the queries are scaled or after the values are mixed",
     "cost_exact_wins": "longer sequences, or policy='always'",
     "cross_attention": "cross_attention=True, where a measurement shows that the approximation is good enough",
+    "custom_op": "scaled_dot_product_attention instead of an operator of one's own",
     "data_dependent": "a batch and a length that follow from the shapes of the inputs",
     "device": "put queries, keys and values on one device that has kernels",
     "dropout_active": "model.eval(), or an attention dropout of 0",
