@@ -60,6 +60,7 @@ REMEDIES: dict[str, str] = {
     "softcap": NEVER,
     "softmax_dim": "softmax over the keys, in one of the last two dims",
     "symbolic_dims": "static num_heads and head_dim",
+    "tensor_subclass": "plain queries, keys and values; DTensors, outside of training",
     "values_layout": "the product with the values as probabilities @ values",
     "wide_heads": "heads of at most 256 features, or a CPU",
 }

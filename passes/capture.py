@@ -16,7 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from monarch_compile.errors import LoweringError
-from monarch_compile.passes import bodies
+from monarch_compile.passes import bodies, subclasses
 from monarch_compile.passes.enclosed import is_enclosing
 from monarch_compile.passes.fastpath import opened
 from monarch_compile.passes.graph import WEIGHT, modules_of, placeholders
@@ -139,6 +139,8 @@ class _Retrace(Interpreter):
 
     def _call(self, trace: Callable[..., Any], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `trace` gives: traced, or recorded like a call before it."""
+        if subclasses.is_kept(args, kwargs):
+            return subclasses.keep(self._node, args, kwargs, lambda: trace(target, args, kwargs))
         return self._calls.run(target, args, kwargs, lambda: trace(target, args, kwargs))
 
     def _exit(self) -> None:

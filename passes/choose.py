@@ -41,8 +41,9 @@ class Choice:
         return self.decision.status == LOWERED
 
 
-def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
-    """Decide about one site: matched? legal? worth it? `name` is the site's, distinct in its graph.
+def choose(site: Site, name: str, config: MonarchConfig, *, trains: bool = False) -> Choice:
+    """Decide about one site: matched? legal? worth it? `name` is the site's, distinct in its graph;
+    `trains`: the graph is differentiated.
 
     Raises:
         PlanError: the options have a plan that does not fit the site.
@@ -51,7 +52,7 @@ def choose(site: Site, name: str, config: MonarchConfig) -> Choice:
         _planned(name, (), config)
         return Choice(_decision(site.anchor, name, "match", site.code, site.reason, site.node))
     settle(site)
-    context = Context.of(site, config)
+    context = Context.of(site, config, trains=trains)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))

@@ -10,8 +10,10 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.config import MonarchConfig
+from monarch_compile.dtensors import is_dtensor, shards_attention
 from monarch_compile.passes.enclosed import enclosing, given_value
 from monarch_compile.passes.graph import ancestors_of, dtype_of, switches_mode
 from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
@@ -38,12 +40,13 @@ class Context:
     order: dict[Node, int]
     writes: tuple[Write, ...]
     facts: tuple[MaskFact, ...]
+    trains: bool = False
 
     @staticmethod
-    def of(region: AttentionRegion, config: MonarchConfig) -> Context:
+    def of(region: AttentionRegion, config: MonarchConfig, *, trains: bool = False) -> Context:
         graph = region.output.graph
         order = {node: i for i, node in enumerate(graph.nodes)}
-        return Context(config, order, writes_of(graph), classify_all(region.masks))
+        return Context(config, order, writes_of(graph), classify_all(region.masks), trains)
 
 
 class Refusal(NamedTuple):
@@ -95,6 +98,20 @@ def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:
 
 def _is_static(size: Any) -> bool:
     return isinstance(size, int)
+
+
+def _check_subclass(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """A subclass means what it likes by an op; of DTensor alone it is known: shards of batches or heads stand alone."""
+    nodes = [*(x.node for x in _operands(region)), *(m.node for m in region.masks), *(f.node for f in region.factors)]
+    wrapped = [node for node in nodes if is_traceable_wrapper_subclass(node.meta["val"])]
+    if not wrapped:
+        return None
+    kind = type(wrapped[0].meta["val"]).__name__
+    if not all(is_dtensor(node.meta["val"]) for node in nodes):
+        return f"the attention is of {kind}s, a tensor subclass whose kernels are its own", wrapped[0]
+    if context.trains:
+        return f"the attention is of {kind}s, and is differentiated", wrapped[0]
+    return None if shards_attention() else (f"this torch cannot be told how {kind}s are sharded", wrapped[0])
 
 
 def _check_lead(region: AttentionRegion, context: Context) -> str | None:
@@ -279,6 +296,7 @@ def _check_length(region: AttentionRegion, context: Context) -> str | None:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("tensor_subclass", _check_subclass),
     Check("empty", _check_empty),
     Check("single_query", _check_queries),
     Check("rank", _check_lead),

@@ -124,7 +124,8 @@ def _choose(state: State) -> str:
     names = _distinct([site_name(site.anchor) + place_of(site.anchor.graph) for site in state.sites])
     if state.config.plan is not None:
         state.config.plan.check_graph(names)
-    state.choices = [choose(site, name, state.config) for site, name in zip(state.sites, names, strict=True)]
+    pairs = zip(state.sites, names, strict=True)
+    state.choices = [choose(site, name, state.config, trains=state.trains) for site, name in pairs]
     return f"{sum(c.lowers for c in state.choices)} sites to lower"
 
 
