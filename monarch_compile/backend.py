@@ -159,7 +159,7 @@ def rewritten(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchCon
     _record(result.decisions)
     if config.strict:
         _require_lowered(result.decisions)
-    return result if result.num_lowered else None
+    return result if result.num_lowered or result.num_apart else None
 
 
 def _record(decisions: Sequence[Decision]) -> None:

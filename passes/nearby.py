@@ -13,6 +13,12 @@ from monarch_compile.passes.graph import WEIGHT, ancestors_of, aten, inputs, sha
 from monarch_compile.passes.memory import SETS_STRIDES
 from monarch_compile.passes.products import MIXED, SCORES
 
+SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out, aten._safe_softmax.default})
+OWN_MASK = frozenset({aten._masked_softmax.default})
+"""Softmaxes that also apply a mask."""
+EXP = frozenset({aten.exp.default, aten.exp2.default})
+"""Found by these is what is no softmax over the keys: one that is has been folded."""
+
 REACH, REACH_OF_EXP = 32, 10
 """Steps from an anchor within which there must be a product on either side: exp stands in many other places, too."""
 
