@@ -40,7 +40,14 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     fakes = [_fakify(x, fake_mode, context) for x in example_inputs]
     with fake_mode, preserve_node_meta():
         run = _Retrace(gm, Held(lambda x: _fakify(x, fake_mode, context))).run
-        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        trace = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)
+        try:
+            traced = trace(*fakes)
+        except Exception as error:
+            transform = _function_transform(gm)
+            if transform is None:
+                raise
+            raise LoweringError(f"a function transform cannot be traced ({transform})") from error
     _require_no_fake_constants(traced)
     _carry_metadata(gm, traced)
     traced.graph.eliminate_dead_code(must_be_kept)
@@ -146,6 +153,12 @@ class _Retrace(Interpreter):
     def _exit(self) -> None:
         with torch._C.DisableTorchFunction():
             autocast_mode._exit_autocast(self._entered.pop())  # type: ignore[no-untyped-call]
+
+
+def _function_transform(gm: GraphModule) -> Node | None:
+    """What enters a function transform (vmap, torch.func.grad), or is called inside of one."""
+    calls = gm.graph.nodes
+    return next((n for n in calls if str(getattr(n.target, "__module__", "")).startswith("torch._functorch")), None)
 
 
 def _require_no_fake_constants(traced: GraphModule) -> None:
