@@ -40,6 +40,4 @@ def _shardings(q: Any, k: Any, v: Any, key_mask: Any, *options: Any) -> list[tup
     if q.shape[1] == k.shape[1] or k.shape[1] % q.mesh.size() == 0:
         found.append((Shard(1), whole))
     no_tensors = [None] * len(options)
-    return [
-        ([own], [own, own, own, None if key_mask is None else of_mask, *no_tensors]) for own, of_mask in found
-    ]
+    return [([own], [own, own, own, None if key_mask is None else of_mask, *no_tensors]) for own, of_mask in found]

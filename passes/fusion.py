@@ -68,9 +68,7 @@ def _is_misread(softmax: Node) -> bool:
     return any(misreads(chain) for misreads in MISREAD)
 
 
-def _walk(
-    start: Node, following: Callable[[Node], list[Node]], ends: Any
-) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+def _walk(start: Node, following: Callable[[Node], list[Node]], ends: Any) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
     """The nodes within reach, and the products that they end in."""
     passed, ended, frontier = {start: None}, dict[Node, None](), [start]
     for _ in range(STEPS):
@@ -82,7 +80,7 @@ def _walk(
 
 
 def _leading_to(nodes: tuple[Node, ...], products: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Of nodes above a softmax, those that a product leads to: the others are masks, biases and what these are made of."""
+    """Of nodes above a softmax, those that a product leads to: the others are what masks and biases are made of."""
     led, before = {*products}, 0
     while len(led) > before:
         before = len(led)

@@ -56,7 +56,9 @@ def _computes_attention(node: Node) -> bool:
     if not NAME.search(name):
         return False
     arguments = () if schema is None else schema.arguments
-    given = [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, Node) and _is_operand(value_of(n))]
+    given = [
+        n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, Node) and _is_operand(value_of(n))
+    ]
     is_packed = any(PACKED.search(text.lower()) for text in (name, *(a.name for a in arguments)))
     makes = is_mutating(node) or any(map(_is_operand, pytree.tree_leaves(value_of(node))))
     return makes and len(given) >= (1 if is_packed else 3)

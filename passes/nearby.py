@@ -59,7 +59,7 @@ def _is_product(node: Node) -> bool:
 
 
 def _gives_scores(node: Node, anchor: Node) -> bool:
-    """Whether a product is the anchor's scores, in their shape, in its own, or with queries and keys as several dims."""
+    """Whether a product is the anchor's scores: in their shape, or one step from it, or with several dims for each."""
     if _is_like(node, anchor) or _has_heads_last(node, anchor) or _grid_of(node, anchor) == BOTH:
         return True
     return any(user is anchor or _is_like(user, anchor) or _has_heads_last(user, anchor) for user in node.users)
@@ -93,9 +93,7 @@ def _below(anchor: Node, reach: int) -> Iterator[Node]:
     return _around(anchor, lambda n: list(n.users), reach, frozenset({BOTH}))
 
 
-def _around(
-    anchor: Node, following: Callable[[Node], list[Node]], reach: int, grids: frozenset[str]
-) -> Iterator[Node]:
+def _around(anchor: Node, following: Callable[[Node], list[Node]], reach: int, grids: frozenset[str]) -> Iterator[Node]:
     """Nodes around the anchor, not past a product or a layer, nor past what changes both of the last two dims.
 
     grids: what else may be passed, of what `_grid_of` gives.
@@ -134,19 +132,20 @@ BOTH, ONE = "both", "one"
 
 
 def _grid_of(node: Node, anchor: Node) -> str:
-    """Whether a node is the anchor's scores with BOTH, or ONE, of queries and keys as several dims; "" if it is neither.
+    """Whether a node is the anchor's scores with BOTH, or ONE, of queries and keys as several dims; "" if neither.
 
     Relative positions in an image are added so, by row and by column: (batch, rows, columns, key rows, key columns).
     """
     shape, places, found = shape_of(node), [], len(shape_of(node))
+    if found < 3:
+        return ""
     for size in reversed(shape_of(anchor)[-2:]):
         start = next((i for i in range(found - 1, -1, -1) if str(math.prod(shape[i:found])) == str(size)), None)
         if start is None:
             return ""
         places.append(found - start)
         found = start
-    several = sum(n > 1 for n in places)
-    return ("", ONE, BOTH)[several]
+    return ("", ONE, BOTH)[sum(n > 1 for n in places)]
 
 
 def _mixes_heads(node: Node, anchor: Node) -> bool:

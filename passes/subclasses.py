@@ -1,4 +1,4 @@
-"""Calls on tensor subclasses that answer Python calls by themselves (`__torch_function__`): kept as Dynamo recorded them.
+"""Calls on tensor subclasses that answer Python calls by themselves (`__torch_function__`): kept as Dynamo has them.
 
 Tracing such a call would run the subclass's own code, which reads tensors inside of it: the traced graph knows none of
 those. AOTAutograd, which comes later, does.
@@ -25,7 +25,7 @@ def acts_by_itself(value: object) -> bool:
     """Whether a value is a wrapper subclass with a `__torch_function__` of its own."""
     if not is_traceable_wrapper_subclass(value):
         return False
-    handler: Any = type(value).__torch_function__
+    handler: Any = getattr(type(value), "__torch_function__")  # noqa: B009 (mypy knows less of the type)
     return handler is not torch._C._disabled_torch_function_impl and getattr(handler, "__func__", None) is not DEFAULT
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._inductor import compile_fx, config
+from torch._inductor import config
 
+from tests.support.inductor import without_codegen
 from tests.support.misread import FUSED, MISREAD, given
 
 
 @pytest.fixture(autouse=True)
 def _patterns_alone(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Inductor's patterns are applied, and what comes of that is run as it is."""
-    run = partial(compile_fx.compile_fx, inner_compile=lambda gm, inputs, **_: make_boxed_func(gm.forward))
-    monkeypatch.setattr(compile_fx, "compile_fx", run)
+    without_codegen(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     with config.patch(force_disable_caches=True):

@@ -152,14 +152,15 @@ def test_a_mask_of_a_subclass_stays_exact() -> None:
 @torch.no_grad()
 @pytest.mark.usefixtures("without_inductor")
 def test_attention_that_a_subclass_answers_itself_is_reported() -> None:
-    q = OwnLinear.of(torch.randn(41, 8))
-    x = torch.randn(2, 41, 8)
-    output = compiled(lambda x, q: F.scaled_dot_product_attention(x, q[None].expand(2, -1, -1), x))(x, q)
+    keys, x = OwnLinear.of(torch.randn(2, 41, 8)), torch.randn(2, 41, 8)
+    output = compiled(lambda x, k: F.scaled_dot_product_attention(x, k, x))(x, keys)
     assert codes() == {"tensor_subclass": 1}
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(x, keys, x))
 
 
 def test_a_write_to_a_view_of_a_subclass_is_seen() -> None:
     """Views of a wrapper share memory inside it alone."""
+
     def fn(x: Tensor) -> Tensor:
         y = x * 1
         view = y.view(-1)
