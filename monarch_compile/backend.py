@@ -27,23 +27,31 @@ logger = logging.getLogger(__name__)
 
 
 class CacheKey(CustomGraphPass):  # type: ignore[misc]
-    """A pass that does nothing but put our sources and options into the key of every compile cache.
+    """A pass that puts our sources and options into the key of every compile cache, and runs the user's own pass.
 
-    more: what else the compiled code hangs on and Inductor's own key does not hold.
+    more: what else the compiled code depends on and Inductor's own key does not hold.
+    theirs: the passes that the user has for the same place (`joint_custom_pre_pass`), in order.
     """
 
-    def __init__(self, config: MonarchConfig, more: str = "") -> None:
+    def __init__(self, config: MonarchConfig, more: str = "", theirs: Sequence[Callable[[Graph], None]] = ()) -> None:
         self._config = config
         self._more = more
+        self._theirs = tuple(theirs)
 
     def __call__(self, graph: Graph) -> None:
-        """Leave the graph as it is."""
+        """Run the user's passes; ours leaves the graph as it is."""
+        for run in self._theirs:
+            run(graph)
 
-    def uuid(self) -> str:
-        """The hash that goes into the key."""
+    def uuid(self) -> str | None:
+        """The hash that goes into the key; None, so that nothing is cached, where a user's pass has none."""
         from monarch_compile.passes.pipeline import source_digest
 
-        return f"monarch_compile-{source_digest()}-{self._config.digest()}{self._more}"
+        found = [run.uuid() if isinstance(run, CustomGraphPass) else None for run in self._theirs]
+        if not all(found):
+            return None
+        own = f"monarch_compile-{source_digest()}-{self._config.digest()}{self._more}"
+        return "-".join([own, *map(repr, found)])
 
 
 def monarch(
@@ -73,9 +81,18 @@ def monarch(
             _share(result)
         schedules = _autotune(result.decisions) if config.autotune else ""
         _dump_kernels(result)
-        patches.setdefault("joint_custom_pre_pass", CacheKey(config, schedules + _checkpoints(lowered)))
+        key = CacheKey(config, schedules + _checkpoints(lowered), _own_passes(patches))
+        patches["joint_custom_pre_pass"] = key
     compiled: Callable[..., Any] = compile_fx(lowered, example_inputs, config_patches=patches or None)
     return compiled
+
+
+def _own_passes(patches: Mapping[str, Any]) -> tuple[Callable[[Graph], None], ...]:
+    """The passes that the user has put where our key goes: in the options, else in Inductor's config."""
+    from torch._inductor import config
+
+    given = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    return tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
 
 
 def _checkpoints(gm: GraphModule) -> str:
@@ -143,7 +160,7 @@ def rewritten(
     _record(result.decisions)
     if config.strict:
         _require_lowered(result.decisions)
-    return result if result.num_lowered else None
+    return result if result.num_lowered or result.num_apart else None
 
 
 def _record(decisions: Sequence[Decision]) -> None:

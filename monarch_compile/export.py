@@ -46,7 +46,7 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
     inputs = [node.meta.get("val") for node in source.graph.find_nodes(op="placeholder")]
     with _weights_noted(program):
         result = rewritten(source, inputs, config, AHEAD_OF_TIME)
-    if result is None:
+    if result is None or not result.num_lowered:
         logger.warning("nothing is lowered in this program; TORCH_LOGS='+monarch_compile.passes' tells why")
         return program
     lowered = result.after

@@ -7,10 +7,12 @@ NEVER = "nothing: a Monarch matrix cannot hold it"
 
 REMEDIES: dict[str, str] = {
     "as_strided": "read the result by views and slices instead of as_strided",
+    "attention_kernel": "scaled_dot_product_attention, which picks a kernel by itself, instead of a kernel's own op",
     "backward_exact_wins": "longer sequences, torch.no_grad() where no gradient is wanted, or policy='always'",
     "context": "switch grad mode or autocast before the queries are scaled or after the values are mixed",
     "cost_exact_wins": "longer sequences, or policy='always'",
     "cross_attention": "cross_attention=True, where a measurement shows that the approximation is good enough",
+    "custom_op": "scaled_dot_product_attention instead of an operator of one's own",
     "data_dependent": "a batch and a length that follow from the shapes of the inputs",
     "device": "put queries, keys and values on one device that has kernels",
     "dropout_active": "model.eval(), or an attention dropout of 0",
@@ -62,7 +64,7 @@ REMEDIES: dict[str, str] = {
     "softcap": NEVER,
     "softmax_dim": "softmax over the keys, in one of the last two dims",
     "symbolic_dims": "static num_heads and head_dim",
-    "tensor_subclass": "plain tensors as queries, keys and values",
+    "tensor_subclass": "plain queries, keys and values; DTensors, in compiled graphs and outside of training",
     "traced": "torch.compile with backend='monarch', or lower_exported: they read masks off the graph",
     "transformed": "attention outside of torch.func's transforms and of forward-mode differentiation",
     "values_layout": "the product with the values as probabilities @ values",

@@ -30,17 +30,22 @@ from monarch_compile.passes.graph import (
     same_shape,
     shape_of,
 )
+from monarch_compile.passes.hidden import hidden_attention
 from monarch_compile.passes.memory import must_be_kept
-from monarch_compile.passes.nearby import REACH_OF_EXP, head_mixer, is_between_products, is_unread_mix
+from monarch_compile.passes.nearby import (
+    EXP,
+    OWN_MASK,
+    REACH_OF_EXP,
+    SOFTMAXES,
+    head_mixer,
+    is_between_products,
+    is_unread_mix,
+)
 from monarch_compile.passes.products import MIXED, TRANSPOSES, swaps_matrix
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
 from monarch_compile.passes.scores import CASTS, VIEWS, Walk, keeps_matrix, peel_up
 
-SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out})
 SDPA_OP = aten.scaled_dot_product_attention.default
-EXP_OPS = frozenset({aten.exp.default, aten.exp2.default})
-OPAQUE_OPS = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
-"""torch.nn's inference fast paths: attention that cannot be seen into."""
 MAX_RANK = 6
 
 
@@ -54,13 +59,16 @@ def find_sites(gm: GraphModule) -> list[Site]:
             sites += _inside(node)
             continue
         try:
-            if node.target in OPAQUE_OPS:
-                raise Miss("fused_layer", f"{node.target} hides its attention inside one op", node)
+            hidden = hidden_attention(node)
+            if hidden is not None:
+                raise hidden
             if node.target is SDPA_OP:
                 sites.append(_from_sdpa(node))
-            elif node.target in SOFTMAX_OPS and is_between_products(node):
+            elif node.target in SOFTMAXES and is_between_products(node):
                 sites.append(_from_softmax(node))
-            elif node.target in EXP_OPS and is_between_products(node, REACH_OF_EXP):
+            elif node.target in OWN_MASK and is_between_products(node):
+                raise Miss("normalisation", f"{node.target} applies a mask of its own", node)
+            elif node.target in EXP and is_between_products(node, REACH_OF_EXP):
                 why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
                 raise Miss("normalisation", why, node)
         except Miss as miss:

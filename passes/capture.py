@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from monarch_compile.errors import LoweringError
-from monarch_compile.passes import bodies
+from monarch_compile.passes import bodies, subclasses
 from monarch_compile.passes.enclosed import is_enclosing
 from monarch_compile.passes.fastpath import opened
 from monarch_compile.passes.graph import WEIGHT, modules_of, placeholders
@@ -38,8 +39,15 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fakify(x, fake_mode, context) for x in example_inputs]
     with fake_mode, preserve_node_meta():
-        run = _Retrace(gm).run
-        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        run = _Retrace(gm, Held(lambda x: _fakify(x, fake_mode, context))).run
+        trace = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)
+        try:
+            traced = trace(*fakes)
+        except Exception as error:
+            transform = _function_transform(gm)
+            if transform is None:
+                raise
+            raise LoweringError(f"a function transform cannot be traced ({transform})") from error
     _require_no_fake_constants(traced)
     _carry_metadata(gm, traced)
     traced.graph.eliminate_dead_code(must_be_kept)
@@ -51,14 +59,41 @@ def is_trained(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
+class Held:
+    """Tensors that a graph holds by itself, such as the parameters that an optimizer's step writes to.
+
+    Each becomes one node, whose value is fake: ops that are traced on the tensor itself would change it.
+    """
+
+    def __init__(self, fakify: Callable[[Tensor], Tensor]) -> None:
+        self._fakify = fakify
+        self._known: dict[tuple[Any, int], Tensor] = {}
+
+    def fake(self, name: str, held: Tensor) -> Tensor:
+        """The fake tensor for `held`, which is `name` of the traced module too, if that name is free."""
+        mode = get_proxy_mode()
+        if mode is None:
+            return held
+        tracer: Any = mode.tracer
+        key = tracer, id(held)
+        if key not in self._known:
+            name = tracer.get_fresh_qualname(name) if hasattr(tracer.root, name) else name
+            setattr(tracer.root, name, held)
+            proxy = tracer.create_proxy("get_attr", name, (), {})
+            made = track_tensor_tree(self._fakify(held), proxy, constant=None, tracer=tracer)
+            self._known[key] = made
+        return self._known[key]
+
+
 class _Retrace(Interpreter):
     """Runs a graph for make_fx, with its autocast regions in force.
 
     make_fx records that a region begins and ends but does not enter it, so that dtypes inside would be untrue.
     """
 
-    def __init__(self, gm: GraphModule, calls: Calls | None = None) -> None:
+    def __init__(self, gm: GraphModule, held: Held, calls: Calls | None = None) -> None:
         super().__init__(gm)
+        self._held = held
         self._calls = Calls() if calls is None else calls
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,15 +114,21 @@ class _Retrace(Interpreter):
         self._node = n
         return super().run_node(n)
 
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the graph holds by itself; a tensor as a fake one."""
+        value = super().get_attr(target, args, kwargs)
+        is_real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return self._held.fake(str(target), value) if is_real else value
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a node; entering and leaving autocast also happens for real, unrecorded."""
         body = bodies.opened(target, args)
         if body is not None:
-            return _Retrace(body, self._calls).run(*args[1:])
+            return self._of(body).run(*args[1:])
         if bodies.is_kept(target):
             return bodies.keep(self._node, target, args, kwargs)
         if is_enclosing(target):
-            args = pytree.tree_map_only(GraphModule, lambda body: _Retrace(body, self._calls).run, args)
+            args = pytree.tree_map_only(GraphModule, lambda body: self._of(body).run, args)
         result = self._call(super().call_function, opened(target, args) or target, args, kwargs)
         if target is autocast_mode._enter_autocast:
             with torch._C.DisableTorchFunction():
@@ -96,17 +137,28 @@ class _Retrace(Interpreter):
             self._exit()
         return result
 
+    def _of(self, body: GraphModule) -> _Retrace:
+        return _Retrace(body, self._held, self._calls)
+
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a node."""
         return self._call(super().call_method, target, args, kwargs)
 
     def _call(self, trace: Callable[..., Any], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `trace` gives: traced, or recorded like a call before it."""
+        if subclasses.is_kept(args, kwargs):
+            return subclasses.keep(self._node, args, kwargs, lambda: trace(target, args, kwargs))
         return self._calls.run(target, args, kwargs, lambda: trace(target, args, kwargs))
 
     def _exit(self) -> None:
         with torch._C.DisableTorchFunction():
             autocast_mode._exit_autocast(self._entered.pop())  # type: ignore[no-untyped-call]
+
+
+def _function_transform(gm: GraphModule) -> Node | None:
+    """What enters a function transform (vmap, torch.func.grad), or is called inside of one."""
+    calls = gm.graph.nodes
+    return next((n for n in calls if str(getattr(n.target, "__module__", "")).startswith("torch._functorch")), None)
 
 
 def _require_no_fake_constants(traced: GraphModule) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost import predict
@@ -16,7 +17,7 @@ from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import WHY, auto_block_size, exact_wins, what_decides
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.enclosed import name_of
-from monarch_compile.passes.graph import dim_of, dtype_of, source_of
+from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
 from monarch_compile.passes.legality import Context, first_refusal, packed_length
 from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
@@ -53,7 +54,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
         _planned(name, (), config)
         return Choice(_decision(site.anchor, name, "match", site.code, site.reason, site.node))
     settle(site)
-    context = Context.of(site, config)
+    context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
@@ -125,15 +126,14 @@ def _decision(anchor: Node, name: str, stage: str, code: str, reason: str, node:
         node=name_of(node),
         source=source_of(node),
         dtype=dtype_of(anchor),
-        device=_tensor_of(anchor).device.type,
+        device=_device_of(anchor),
     )
 
 
-def _tensor_of(node: Node) -> torch.Tensor:
-    """The (first) tensor that a node gives."""
-    value = node.meta["val"]
-    tensor: torch.Tensor = value[0] if isinstance(value, (list, tuple)) else value
-    return tensor
+def _device_of(node: Node) -> str:
+    """Where a node's (first) tensor is: one that it gives, or, if it only writes, one that it is given."""
+    values = pytree.tree_leaves([value_of(n) for n in (node, *node.all_input_nodes)])
+    return next((x.device.type for x in values if isinstance(x, torch.Tensor)), "cpu")
 
 
 def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decision:

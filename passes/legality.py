@@ -10,8 +10,10 @@ import torch
 from torch._guards import TracingContext
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.config import MonarchConfig
+from monarch_compile.dtensors import is_dtensor, shards_attention
 from monarch_compile.passes.enclosed import enclosing, given_value
 from monarch_compile.passes.graph import ancestors_of, dtype_of, switches_mode
 from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
@@ -32,12 +34,13 @@ class Context:
     order: dict[Node, int]
     writes: tuple[Write, ...]
     facts: tuple[MaskFact, ...]
+    trains: bool = False
 
     @staticmethod
-    def of(region: AttentionRegion, config: MonarchConfig) -> Context:
+    def of(region: AttentionRegion, config: MonarchConfig, *, trains: bool = False) -> Context:
         graph = region.output.graph
         order = {node: i for i, node in enumerate(graph.nodes)}
-        return Context(config, order, writes_of(graph), classify_all(region.masks))
+        return Context(config, order, writes_of(graph), classify_all(region.masks), trains)
 
 
 class Check(NamedTuple):
@@ -82,6 +85,20 @@ def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:
 
 def _is_static(size: Any) -> bool:
     return isinstance(size, int)
+
+
+def _check_subclass(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """A subclass means what it likes by an op; of DTensor alone it is known: shards of batches or heads stand alone."""
+    nodes = [*(x.node for x in _operands(region)), *(m.node for m in region.masks), *(f.node for f in region.factors)]
+    wrapped = [node for node in nodes if is_traceable_wrapper_subclass(node.meta["val"])]
+    if not wrapped:
+        return None
+    kind = type(wrapped[0].meta["val"]).__name__
+    if not all(is_dtensor(node.meta["val"]) for node in nodes):
+        return f"the attention is of {kind}s, a tensor subclass whose kernels are its own", wrapped[0]
+    if context.trains:
+        return f"the attention is of {kind}s, and is differentiated", wrapped[0]
+    return None if shards_attention() else (f"this torch cannot be told how {kind}s are sharded", wrapped[0])
 
 
 def _check_lead(region: AttentionRegion, context: Context) -> str | None:
@@ -203,6 +220,7 @@ def _rules(first: str, last: str) -> tuple[Rule, ...]:
 
 
 CHECKS: tuple[Check | Rule, ...] = (
+    Check("tensor_subclass", _check_subclass),
     *_rules("empty", "single_query"),
     Check("rank", _check_lead),
     Check("dynamic_seq_len", _check_told_apart),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.passes.graph import (
     arg,
@@ -67,7 +68,16 @@ def storages_of(node: Node) -> frozenset[int]:
     """Identities of the memory that a node's tensors lie in."""
     value = value_of(node)
     values = value if isinstance(value, (list, tuple)) else [value]
-    return frozenset(x.untyped_storage()._cdata for x in values if isinstance(x, torch.Tensor))
+    return frozenset(inner.untyped_storage()._cdata for x in values for inner in _inner_tensors(x))
+
+
+def _inner_tensors(x: object) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold a tensor's elements: a wrapper subclass has no memory of its own."""
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from _inner_tensors(getattr(x, name))
+    elif isinstance(x, torch.Tensor):  # a subclass may hold other things, such as a DTensor's mesh
+        yield x
 
 
 def is_written(node: Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,6 +12,12 @@ from torch.fx import Node
 from monarch_compile.passes.graph import WEIGHT, ancestors_of, aten, inputs, shape_of
 from monarch_compile.passes.memory import SETS_STRIDES
 from monarch_compile.passes.products import MIXED, SCORES
+
+SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out, aten._safe_softmax.default})
+OWN_MASK = frozenset({aten._masked_softmax.default})
+"""Softmaxes that also apply a mask."""
+EXP = frozenset({aten.exp.default, aten.exp2.default})
+"""Found by these is what is no softmax over the keys: one that is has been folded."""
 
 REACH, REACH_OF_EXP = 32, 10
 """Steps from an anchor within which there must be a product on either side: exp stands in many other places, too."""
@@ -42,9 +49,20 @@ UNREAD = frozenset(
 def is_between_products(anchor: Node, reach: int = REACH) -> bool:
     """Whether the anchor's input comes from a matrix product, and its output goes into one, by elementwise steps."""
     above, below = _above(anchor, reach), _below(anchor, reach)
-    return any(n.target in SCORES or is_unread_product(n) for n in above) and any(
+    return any(_is_product(n) and _gives_scores(n, anchor) for n in above) and any(
         n.target in MIXED or is_unread_mix(n) for n in below
     )
+
+
+def _is_product(node: Node) -> bool:
+    return node.target in SCORES or is_unread_product(node)
+
+
+def _gives_scores(node: Node, anchor: Node) -> bool:
+    """Whether a product is the anchor's scores: in their shape, or one step from it, or with several dims for each."""
+    if _is_like(node, anchor) or _has_heads_last(node, anchor) or _grid_of(node, anchor) == BOTH:
+        return True
+    return any(user is anchor or _is_like(user, anchor) or _has_heads_last(user, anchor) for user in node.users)
 
 
 def is_unread_product(node: Node) -> bool:
@@ -67,27 +85,33 @@ def head_mixer(anchor: Node) -> Node | None:
 
 
 def _above(anchor: Node, reach: int) -> Iterator[Node]:
-    return _around(anchor, lambda n: [x for x in n.all_input_nodes if x.op == "call_function"], reach)
+    above = lambda n: [x for x in n.all_input_nodes if x.op == "call_function"]  # noqa: E731
+    return _around(anchor, above, reach, frozenset({BOTH, ONE}))
 
 
 def _below(anchor: Node, reach: int) -> Iterator[Node]:
-    return _around(anchor, lambda n: list(n.users), reach)
+    return _around(anchor, lambda n: list(n.users), reach, frozenset({BOTH}))
 
 
-def _around(anchor: Node, following: Callable[[Node], list[Node]], reach: int) -> Iterator[Node]:
-    """Nodes around the anchor, not past a product or a layer, nor past what changes both of the last two dims."""
+def _around(anchor: Node, following: Callable[[Node], list[Node]], reach: int, grids: frozenset[str]) -> Iterator[Node]:
+    """Nodes around the anchor, not past a product or a layer, nor past what changes both of the last two dims.
+
+    grids: what else may be passed, of what `_grid_of` gives.
+    """
     frontier, seen = [anchor], {anchor}
     for _ in range(reach):
         found = [n for at in frontier for n in following(at) if n not in seen]
         seen.update(found)
         yield from found
-        frontier = [n for n in found if _is_passed(n, anchor)]
+        frontier = [n for n in found if _is_passed(n, anchor, grids)]
 
 
-def _is_passed(node: Node, anchor: Node) -> bool:
+def _is_passed(node: Node, anchor: Node, grids: frozenset[str]) -> bool:
     if node.target in SETS_STRIDES:
         return _mixes_heads(node, anchor)
-    return not is_unread_product(node) and (_is_like(node, anchor) or _has_heads_last(node, anchor))
+    if is_unread_product(node):
+        return False
+    return _is_like(node, anchor) or _has_heads_last(node, anchor) or _grid_of(node, anchor) in grids
 
 
 def _is_like(node: Node, anchor: Node) -> bool:
@@ -102,6 +126,26 @@ def _has_heads_last(node: Node, anchor: Node) -> bool:
     """Whether a node is the anchor's scores as (batch, queries, keys, heads)."""
     own, other = ([str(size) for size in shape_of(n)] for n in (node, anchor))
     return len(own) == len(other) == 4 and own[1:3] in (other[-2:], other[:-3:-1])
+
+
+BOTH, ONE = "both", "one"
+
+
+def _grid_of(node: Node, anchor: Node) -> str:
+    """Whether a node is the anchor's scores with BOTH, or ONE, of queries and keys as several dims; "" if neither.
+
+    Relative positions in an image are added so, by row and by column: (batch, rows, columns, key rows, key columns).
+    """
+    shape, places, found = shape_of(node), [], len(shape_of(node))
+    if found < 3:
+        return ""
+    for size in reversed(shape_of(anchor)[-2:]):
+        start = next((i for i in range(found - 1, -1, -1) if str(math.prod(shape[i:found])) == str(size)), None)
+        if start is None:
+            return ""
+        places.append(found - start)
+        found = start
+    return ("", ONE, BOTH)[sum(n > 1 for n in places)]
 
 
 def _mixes_heads(node: Node, anchor: Node) -> bool:

@@ -30,6 +30,7 @@ from monarch_compile.passes.capture import is_trained, to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
 from monarch_compile.passes.enclosed import all_graphs, open_bodies, opened_bodies, place_of
+from monarch_compile.passes.fusion import keep_apart, may_be_misread
 from monarch_compile.passes.graph import SITE_NAME, site_name
 from monarch_compile.passes.heads import share_heads
 from monarch_compile.passes.lowering import lower
@@ -45,11 +46,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The graph before (pre-dispatch ATen, canonical) and after lowering, and a decision for every site found."""
+    """The graph before (pre-dispatch ATen, canonical) and after lowering, and a decision for every site found.
+
+    num_apart: how many exact sites were changed, in nothing that they compute, to be kept from Inductor's fusion.
+    """
 
     before: GraphModule
     after: GraphModule
     decisions: tuple[Decision, ...]
+    num_apart: int = 0
     dump: Dump = field(default_factory=lambda: Dump(None), compare=False)
 
     @property
@@ -70,6 +75,7 @@ class State:
     folded: list[tuple[GraphModule, tuple[Folded, ...]]] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    num_apart: int = 0
 
     def on_each_graph(self, change: Callable[[GraphModule], int]) -> int:
         """Change the graph, and every body in it that may be lowered; returns how many changes there were."""
@@ -145,6 +151,19 @@ def _lower(state: State) -> str:
     return f"{sum(c.lowers for c in state.choices)} sites lowered"
 
 
+def _keep_apart(state: State) -> str:
+    graphs = {gm.graph for gm in all_graphs(state.graph)}
+    pairs = zip(state.sites, state.choices, strict=True)
+    stay = [site.anchor for site, choice in pairs if not choice.lowers and site.anchor.graph in graphs]
+    misread = [anchor for anchor in stay if may_be_misread(anchor)]
+    if misread and state.before is None:
+        state.before = _copy_graph(state.graph)
+    for anchor in misread:
+        keep_apart(anchor)
+    state.num_apart = len(misread)
+    return f"{state.num_apart} exact sites kept from Inductor's fusion"
+
+
 def _unfold_softmaxes(state: State) -> str:
     left = sum(unfold_softmaxes(gm, folded) for gm, folded in state.folded)
     return f"{left} softmaxes of exact sites left as they were written"
@@ -167,6 +186,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("match", _match),
     Pass("choose", _choose),
     Pass("lower", _lower),
+    Pass("keep_apart", _keep_apart),
     Pass("unfold_softmaxes", _unfold_softmaxes),
 )
 
@@ -201,7 +221,7 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
             place = f"{decision.node} {decision.source}".strip()
             logger.info("  stopped at %s, by %s; would lower with: %s", decision.stage, place, decision.remedy)
     dump.decisions(decisions)
-    return Rewrite(state.before or state.graph, state.graph, decisions, dump)
+    return Rewrite(state.before or state.graph, state.graph, decisions, state.num_apart, dump)
 
 
 def _copy_graph(gm: GraphModule) -> GraphModule:

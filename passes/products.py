@@ -149,7 +149,7 @@ def simplify(operand: Operand, constant_of: Callable[[object], float | None]) ->
     while operand.node.op == "call_function":
         node, target = operand.node, operand.node.target
         if target in TRANSPOSES:
-            source = _source_dims(node)
+            source = source_dims(node)
             operand = Operand(inputs(node)[0], tuple(None if d is None else source[d] for d in operand.dims))
             skipped.append(node)
             continue
@@ -177,10 +177,10 @@ SCALES: dict[object, bool] = {
 def swaps_matrix(node: Node) -> bool:
     """Whether a transposing op swaps the last two dims and no others."""
     rank = len(shape_of(node))
-    return rank >= 2 and _source_dims(node) == [*range(rank - 2), rank - 1, rank - 2]
+    return rank >= 2 and source_dims(node) == [*range(rank - 2), rank - 1, rank - 2]
 
 
-def _source_dims(node: Node) -> list[int]:
+def source_dims(node: Node) -> list[int]:
     """For each dim of a transposing op's output, the input's dim it is."""
     rank = len(shape_of(node))
     if node.target is aten.permute.default:

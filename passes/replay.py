@@ -17,7 +17,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx import Node, Proxy
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, extract_val, get_proxy_mode, track_tensor
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    extract_val,
+    get_proxy_mode,
+    get_proxy_slot,
+    track_tensor,
+)
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -130,13 +136,19 @@ def _recorded(tensors: list[Tensor], inputs: list[Node], last: Node, output: Any
         steps.append(node)
         node = node._next
     leaves = pytree.tree_leaves(output)
-    if not all(isinstance(x, Tensor) for x in leaves) or len(set(inputs)) != len(inputs):
+    if not all(isinstance(x, Tensor) and not _has_value(x, tracer) for x in leaves) or len(set(inputs)) != len(inputs):
         return None
     made = pytree.tree_map(lambda x: getattr(tracer.unwrap_proxy(x), "node", None), output)
     if not {*pytree.tree_leaves(made)} <= {*steps}:
         return None
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return Recorded(tuple(inputs), tuple(steps), made, {} if differentiated else _fresh(inputs, steps))
+
+
+def _has_value(x: Tensor, tracer: Any) -> bool:
+    """Whether a tensor's elements are known while it is traced, so that it may become a size: a new one's are not."""
+    known = x.constant if isinstance(x, FakeTensor) else None
+    return known is not None or getattr(get_proxy_slot(x, tracer, None), "constant", None) is not None
 
 
 def _fresh(inputs: Sequence[Node], steps: Sequence[Node]) -> dict[Node, dict[str, Any]]:

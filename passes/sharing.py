@@ -10,6 +10,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.graph import ORIGIN, SITE_NAME, fake_value, inputs
@@ -33,7 +34,7 @@ def share_bodies(gm: GraphModule) -> int:
         return 0
     alike: dict[str, list[Node]] = defaultdict(list)
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION_OP):
-        if fake_value(node, fake_mode).device.type == "cpu":
+        if fake_value(node, fake_mode).device.type == "cpu" and not _is_wrapped(node, fake_mode):
             alike[_key(node, fake_mode)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
@@ -50,6 +51,12 @@ def share_bodies(gm: GraphModule) -> int:
 def _invoke_subgraph() -> Any:
     """The higher-order op that calls a body, or None where torch has none."""
     return getattr(torch.ops.higher_order, "invoke_subgraph", None)
+
+
+def _is_wrapped(node: Node, fake_mode: FakeTensorMode) -> bool:
+    """Whether a site is given tensors of a subclass: those have no rule for calls of bodies."""
+    values = [fake_value(x, fake_mode) for x in inputs(node)[:TENSORS] if x is not None]
+    return any(map(is_traceable_wrapper_subclass, values))
 
 
 def _key(node: Node, fake_mode: FakeTensorMode) -> str:

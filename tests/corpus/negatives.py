@@ -77,6 +77,15 @@ def _transformer_xl(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return attend(scored(q, k) + scored(q, v), v)
 
 
+def _positions_by_row_and_column(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    """As in ViTDet and SAM: one table for the rows of an image, one for its columns."""
+    scores = scored(q, k).view(BATCH, HEADS, 3, 4, 3, 4)
+    scores = scores + scored(q, k[:, :, :3]).view(BATCH, HEADS, 3, 4, 3, 1)
+    return attend(
+        (scores + scored(q, k[:, :, :4]).view(BATCH, HEADS, 3, 4, 1, 4)).view(BATCH, HEADS, SEQ_LEN, SEQ_LEN), v
+    )
+
+
 def _alibi(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     slopes = torch.tensor([0.5, 0.25, 0.125])[:, None, None]
     return attend(scored(q, k) - slopes * (PLACE[:, None] - PLACE[None]).abs(), v)
@@ -103,6 +112,11 @@ def _router(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
 
 def _classifier(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return torch.softmax(q @ k[0, 0].mT, -1).argmax(-1)
+
+
+def _keypoints(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    maps = F.relu(scored(q, k))  # softmax over an image, not over the keys of a query
+    return maps.flatten(2).softmax(-1).view_as(maps) @ v
 
 
 def _pooling(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
@@ -186,6 +200,7 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "gated": _gated,
     "relative_position": _relative_position,
     "transformer_xl": _transformer_xl,
+    "positions_by_row_and_column": _positions_by_row_and_column,
     "alibi": _alibi,
     "top_k": _top_k,
     "probs_squared": _twice,
@@ -234,6 +249,7 @@ ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
     "long_softcap": lambda q, k, v, m: attend(_in_steps(20 * torch.tanh(scored(q, k) / 20), 12), v),
     "empty": lambda q, k, v, m: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]),
     "one_query": lambda q, k, v, m: F.scaled_dot_product_attention(q[:, :, :1], k, v),
+    "kernel_by_name": lambda q, k, v, m: torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0],
     "cosine_of_scores": lambda q, k, v, m: attend(scored(q, k).cos(), v),
 }
 """Attention, exact for a reason."""
@@ -243,6 +259,7 @@ NO_ATTENTION: dict[str, Program] = {
     "router": _router,
     "classifier": _classifier,
     "attention_pooling": _pooling,
+    "keypoints": _keypoints,
     "gate": Gate(),
     "mixture": lambda q, k, v, m: torch.softmax(q[0, 0], -1).mm(k[0, 0].mT),
     "flattened": lambda q, k, v, m: scored(q, k).flatten(-2).softmax(-1).view(BATCH, HEADS, SEQ_LEN, SEQ_LEN) @ v,

@@ -312,6 +312,7 @@ SOFTMAXES: dict[str, Program] = {
     "positive_dim": lambda q, k, v, m: torch.softmax(scored(q, k), dim=3) @ v,
     "dtype": lambda q, k, v, m: F.softmax(scored(q, k), dim=-1, dtype=torch.float32).to(q.dtype) @ v,
     "upcast": lambda q, k, v, m: scored(q, k).double().softmax(-1).type_as(v) @ v,
+    "safe_op": lambda q, k, v, m: torch.ops.aten._safe_softmax.default(scored(q, k), -1) @ v,
     "special": lambda q, k, v, m: torch.special.softmax(scored(q, k), -1) @ v,
     "exp_sum": _exp_sum,
     "exp_sum_masked": _exp_sum_masked,

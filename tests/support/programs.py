@@ -90,6 +90,7 @@ SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
     "dim_3": lambda s: torch.softmax(s, dim=3),
     "float32": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
     "upcast": lambda s: s.float().softmax(dim=-1).type_as(s),
+    "safe_op": lambda s: torch.ops.aten._safe_softmax.default(s, -1),
     "special": lambda s: torch.special.softmax(s, -1),
 }
 

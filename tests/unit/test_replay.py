@@ -116,6 +116,15 @@ def made(x: Tensor) -> Tensor:
     return total + x
 
 
+def sized(x: Tensor) -> Tensor:
+    """A size that is computed as a tensor, as Longformer and LED do, again and again."""
+    total = torch.zeros(())
+    for _ in range(3):
+        total = total + x.view(torch.div(x.size(0), 2, rounding_mode="trunc"), 2, -1).sum()
+        total = total + x.view(torch.tensor(2), -1).sum() * torch.tensor([2.0, 3.0])[0]
+    return total
+
+
 class Turns:
     """Not the same each time."""
 
@@ -142,6 +151,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "arguments": (arguments, SQUARE),
     "switched": (switched, SQUARE),
     "made": (made, SQUARE),
+    "sized": (sized, SQUARE),
 }
 
 

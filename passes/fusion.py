@@ -1,0 +1,199 @@
+"""Exact sites that Inductor's own fusion of attention would misread are kept apart from it.
+
+Inductor replaces what looks like one of its patterns (torch/_inductor/fx_passes/fuse_attention.py) by fused attention,
+and looks at ops alone: not at the dim of a softmax, the order of a permutation, the number that a mask is compared with
+or that hidden scores are filled with, nor at whether a scale is a number. What is none of these is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from monarch_compile.passes.constants import DROPPED, constant_of
+from monarch_compile.passes.graph import arg, aten, call_like, dtype_of, inputs, normal_dim, shape_of, value_of
+from monarch_compile.passes.nearby import EXP, SOFTMAXES
+from monarch_compile.passes.products import MIXED, SCALES, SCORES, TRANSPOSES, source_dims, swaps_matrix
+from monarch_compile.passes.scores import VIEWS, keeps_matrix
+
+STEPS = 12
+"""No pattern has as many ops between a product and softmax."""
+
+BY_HEADS = [0, 2, 1, 3]
+"""The one permutation in the patterns, but for that of a matrix: (batch, seq_len, heads, dim) by heads."""
+
+
+def may_be_misread(anchor: Node) -> bool:
+    """Whether Inductor's fusion may take the site of an anchor for what it is not."""
+    if anchor.target is aten.scaled_dot_product_attention.default:
+        return any(_is_turned(x, always=True) for x in inputs(anchor)[:3])
+    if anchor.target in EXP:  # no softmax over the keys, though it may have every op of one
+        return True
+    return anchor.target in SOFTMAXES and _is_misread(anchor)
+
+
+def keep_apart(anchor: Node) -> None:
+    """Put views that change nothing where the patterns have none: on the probabilities, or on the queries of SDPA."""
+    if anchor.target is aten.scaled_dot_product_attention.default:
+        _put_views(inputs(anchor)[0], anchor, lambda user: user is anchor)
+    else:
+        _put_views(anchor, anchor.next, lambda user: True)
+
+
+def _put_views(node: Node, before: Node, is_moved: Callable[[Node], bool]) -> None:
+    with node.graph.inserting_before(before):
+        wider = call_like(node, aten.unsqueeze.default, (node, 0))
+        same = call_like(node, aten.squeeze.dim, (wider, 0))
+    node.replace_all_uses_with(same, delete_user_cb=lambda user: user is not wider and is_moved(user))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A softmax with the nodes that hold its scores, from the products on, and those that hold its probabilities."""
+
+    softmax: Node
+    scores: tuple[Node, ...]
+    products: tuple[Node, ...]
+    probs: tuple[Node, ...]
+    mixes: tuple[Node, ...]
+
+
+def _is_misread(softmax: Node) -> bool:
+    scores, products = _walk(softmax, lambda node: list(node.all_input_nodes), SCORES)
+    probs, mixes = _walk(softmax, lambda node: list(node.users), MIXED)
+    chain = Chain(softmax, _leading_to(scores, products), products, probs, mixes)
+    return any(misreads(chain) for misreads in MISREAD)
+
+
+def _walk(start: Node, following: Callable[[Node], list[Node]], ends: Any) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """The nodes within reach, and the products that they end in."""
+    passed, ended, frontier = {start: None}, dict[Node, None](), [start]
+    for _ in range(STEPS):
+        found = [x for at in frontier for x in following(at) if x.op == "call_function" and x not in passed]
+        ended.update((x, None) for x in found if x.target in ends)
+        frontier = [x for x in dict.fromkeys(found) if x.target not in ends]
+        passed.update(dict.fromkeys(frontier))
+    return tuple(passed)[1:], tuple(ended)
+
+
+def _leading_to(nodes: tuple[Node, ...], products: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Of nodes above a softmax, those that a product leads to: the others are what masks and biases are made of."""
+    led, before = {*products}, 0
+    while len(led) > before:
+        before = len(led)
+        for node in reversed(nodes):  # the nearest to the softmax come first
+            if not led.isdisjoint(node.all_input_nodes):
+                led.add(node)
+    return tuple(node for node in nodes if node in led)
+
+
+# ---- what may be misread ---------------------------------------------------------------------------------------------
+
+
+def _runs_elsewhere(chain: Chain) -> bool:
+    rank = len(shape_of(chain.softmax))
+    dim = arg(chain.softmax, 1, "dim")
+    return not isinstance(dim, int) or normal_dim(dim, rank) != rank - 1
+
+
+def _is_scaled_by_tensor(chain: Chain) -> bool:
+    scales = [node for node in chain.scores if node.target in SCALES]
+    return any(isinstance(x, Node) and constant_of(x) is None for node in scales for x in _others(node, chain))
+
+
+def _others(node: Node, chain: Chain) -> list[Any]:
+    """What the scores meet in a node."""
+    own = {*chain.scores, *chain.products}
+    return [x for x in inputs(node) if not (isinstance(x, Node) and x in own)]
+
+
+def _is_turned_oddly(chain: Chain) -> bool:
+    """Whether operands, or keys as they are multiplied, are permuted in another way than a pattern's."""
+    for product in chain.products:
+        left, right = _factors(product)
+        is_swapped = _is_transposed(right) and swaps_matrix(right)
+        if _is_turned(left) or (_is_transposed(right) and not is_swapped):
+            return True
+        if is_swapped and _is_turned(inputs(right)[0]):
+            return True
+    return any(_is_turned(x) for mix in chain.mixes for x in _factors(mix)[1:])
+
+
+def _factors(product: Node) -> tuple[Any, Any]:
+    if product.target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+        return inputs(product)[0], inputs(product)[1]
+    return None, None
+
+
+def _is_transposed(node: Any) -> bool:
+    return isinstance(node, Node) and node.target in TRANSPOSES
+
+
+def _is_turned(node: Any, *, always: bool = False) -> bool:
+    """Whether a permutation that is not by heads gives an operand of four dims, which is copied to be multiplied.
+
+    The patterns do not look at where an operand comes from if it is not copied (always: look at it all the same).
+    """
+    if not _is_transposed(node) or len(shape_of(node)) != len(BY_HEADS) or source_dims(node) == BY_HEADS:
+        return False
+    value = value_of(node)
+    return always or str(value.stride(0)) != str(value.stride(1) * value.shape[1])
+
+
+def _is_filled_oddly(chain: Chain) -> bool:
+    """Whether a fill leaves what it hides to be seen, or hides by another mask than `(batch, seq_len) == 0`, by key."""
+    for node in chain.scores:
+        if node.target in FILLS:
+            fill = constant_of(inputs(node)[2])
+            if fill is None or fill > DROPPED:
+                return True
+            mask = inputs(node)[1]
+            if "masked_fill" in str(node.target) and isinstance(mask, Node) and not _hides_zeros_of_keys(mask):
+                return True
+    return False
+
+
+FILLS = frozenset(
+    {
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+        aten.where.Scalar,
+    }
+)
+
+
+def _hides_zeros_of_keys(mask: Node) -> bool:
+    """False where a mask is a comparison with a number, seen by key or not, that is not `== 0` seen by key."""
+    shapes = [shape_of(mask)]
+    while mask.target in VIEWS or mask.target is aten.expand_as.default:
+        mask = inputs(mask)[0]
+        shapes.append(shape_of(mask))
+    if mask.target is not aten.eq.Scalar:
+        return True
+    by_key = all(len(shape) != 4 or str(shape[2]) == "1" for shape in shapes[1:-1])
+    return inputs(mask)[1] == 0 and by_key
+
+
+def _is_viewed_across(chain: Chain) -> bool:
+    """Whether the scores or the probabilities are viewed in other matrices."""
+    return any(node.target in VIEWS and not keeps_matrix(node) for node in (*chain.scores, *chain.probs))
+
+
+def _changes_dtype(chain: Chain) -> bool:
+    return len({dtype_of(node) for node in (*chain.products, *chain.mixes)}) > 1
+
+
+MISREAD: tuple[Callable[[Chain], bool], ...] = (
+    _runs_elsewhere,
+    _is_scaled_by_tensor,
+    _is_turned_oddly,
+    _is_filled_oddly,
+    _is_viewed_across,
+    _changes_dtype,
+)

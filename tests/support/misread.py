@@ -1,0 +1,101 @@
+"""Attention that Inductor's own fusion takes for something else (torch 2.13), and attention that it fuses rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BATCH, HEADS, SEQ_LEN, DIM = 2, 3, 8, 8
+PLACE = torch.arange(SEQ_LEN)
+CAUSAL = PLACE[:, None] >= PLACE
+
+Program = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of q, k and v (batch, seq_len, heads, dim), and of a mask (batch, seq_len), an int that is 1 where a token is."""
+
+
+def given() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(BATCH, SEQ_LEN, HEADS, DIM, generator=generator) for _ in range(3))
+    visible = (torch.arange(SEQ_LEN) < torch.tensor([[SEQ_LEN - 2], [3]])).long()
+    return q, k, v, visible
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q.permute(0, 2, 1, 3) @ k.permute(0, 2, 1, 3).mT / 3.0
+
+
+def attend(scores: Tensor, v: Tensor, dim: int = -1) -> Tensor:
+    return scores.softmax(dim) @ v.permute(0, 2, 1, 3)
+
+
+def by_key(hidden: Tensor) -> Tensor:
+    return hidden.view(BATCH, 1, 1, SEQ_LEN).expand(BATCH, HEADS, SEQ_LEN, SEQ_LEN)
+
+
+def by_query(hidden: Tensor) -> Tensor:
+    return hidden.view(BATCH, 1, SEQ_LEN, 1).expand(BATCH, HEADS, SEQ_LEN, SEQ_LEN)
+
+
+def _keys_permuted(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = q[:1], k[:1], v[:1]  # of more, the keys are copied
+    return attend(q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1) / 3.0 + m[:1, None, None] * 0.1, v)
+
+
+def _turned(order: tuple[int, ...]) -> Program:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        q, k, v = (x.permute(1, 0, 2, 3).contiguous().permute(order) for x in (q, k, v))
+        return (q @ k.mT / 3.0).softmax(-1) @ v
+
+    return program
+
+
+def _across_heads(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = (x.permute(0, 2, 1, 3).contiguous().view(BATCH, -1, DIM) for x in (q, k, v))
+    product = torch.bmm(q, k.transpose(1, 2)).view(BATCH, HEADS, SEQ_LEN, -1) + m.repeat(1, HEADS)[:, None, None]
+    return torch.bmm(product.view(BATCH, HEADS * SEQ_LEN, -1).softmax(-1), v).view(BATCH, HEADS, SEQ_LEN, DIM)
+
+
+def _run_time_scale(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = (x.permute(0, 2, 1, 3).contiguous() for x in (q, k, v))
+    return (q @ k.mT / m.sum().sqrt() + torch.where(CAUSAL, 0.0, -torch.inf)).softmax(-1) @ v
+
+
+def _weak_where(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = (x.permute(0, 2, 1, 3).contiguous() for x in (q, k, v))
+    product = torch.where(CAUSAL, q @ k.permute(0, 1, 3, 2) / torch.full([], 3.0), torch.full([], -2.0))
+    return (product + m[:, None, None] * 0.1).softmax(-1) @ v
+
+
+def _shifted_by_another_dim(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    product = scores(q, k)
+    weights = (product - product.amax(-2, keepdim=True)).exp()
+    return weights / weights.sum(-2, keepdim=True) @ v.permute(0, 2, 1, 3)
+
+
+MISREAD: dict[str, Program] = {
+    "softmax_over_heads": lambda q, k, v, m: attend(scores(q, k), v, 1),
+    "softmax_over_queries": lambda q, k, v, m: attend(scores(q, k), v, -2),
+    "softmax_by_hand": _shifted_by_another_dim,
+    "keys_permuted": _keys_permuted,
+    "batch_second": _turned((1, 0, 2, 3)),
+    "batch_third": _turned((2, 1, 0, 3)),
+    "run_time_scale": _run_time_scale,
+    "ones_hidden": lambda q, k, v, m: attend(scores(q, k).masked_fill(by_key(m == 1), -torch.inf), v),
+    "queries_hidden": lambda q, k, v, m: attend(scores(q, k).masked_fill(by_query(m == 0), -1e9), v),
+    "filled_weakly": lambda q, k, v, m: attend(scores(q, k).masked_fill(by_key(m == 0), -2.0), v),
+    "filled_weakly_by_where": _weak_where,
+    "viewed_across_heads": _across_heads,
+}
+"""Ops as in a pattern; their dims, orders or numbers are others."""
+
+FUSED: dict[str, Program] = {
+    "divided": lambda q, k, v, m: attend(scores(q, k), v),
+    "zeros_hidden": lambda q, k, v, m: attend(scores(q, k).masked_fill(by_key(m == 0), -torch.inf), v),
+    "added": lambda q, k, v, m: attend(scores(q, k) + (1.0 - m[:, None, None]) * -1e4, v),
+    "contiguous": lambda q, k, v, m: (q @ k.mT * 0.3).softmax(-1) @ v,
+    "no_permutation": lambda q, k, v, m: F.softmax((q @ k.mT / 3.0) + m[:, :, None, None] * 0.1, -1) @ v,
+}
+"""What is to be left to it."""
