@@ -62,6 +62,8 @@ def not_plain(tensors: Sequence[Any]) -> Refusal | None:
             return NOT_FOUR_DIMS if x.is_nested else Refusal("tensor_subclass", f"a tensor is of the subclass {kind}")
         if x.is_nested:
             return NOT_FOUR_DIMS
+        if x.layout is not torch.strided:
+            return Refusal("layout", f"a tensor has the layout {x.layout}")
     if torch._C._functorch.maybe_current_level() is not None:
         return TRANSFORMED
     if forward_ad._current_level >= 0:

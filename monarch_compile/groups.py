@@ -55,17 +55,38 @@ def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[
 def with_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Blocks (E, H, b, i, D) with contiguous rows, and each with those on both sides of it: (E * H * b, rows, D).
 
-    `window` blocks on each side, but no more than there are beside one. Both are views of one padded copy; beside a
-    head's first and last block it shows other heads, to be masked.
+    `window` blocks on each side, but no more than there are beside one. Beside a head's first and last block there is
+    something to be masked.
+    """
+    if isinstance(x.shape[2], int):
+        window = min(window, x.shape[2] - 1)
+    return _joined_neighbours(x, window) if x.requires_grad else _overlapping_neighbours(x, window)
+
+
+def _overlapping_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Two views of one padded copy, in which neighbours overlap; beside a head's ends they show other heads.
+
+    Reading by strides is sound under Inductor: it computes the copy in place of fusing it, and settles that it is
+    contiguous, as it is here.
     """
     batch, heads, num_blocks, size, dim = x.shape
-    if isinstance(num_blocks, int):
-        window = min(window, num_blocks - 1)
     beside = window * size
     rows = F.pad(x.reshape(-1, dim), (0, 0, beside, beside))
     blocks = rows.as_strided(x.shape, _contiguous_strides(x.shape), beside * dim)
     near = rows.as_strided((batch * heads * num_blocks, 2 * beside + size, dim), (size * dim, dim, 1))
     return blocks, near
+
+
+def _joined_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """The same by copies of the neighbours, zeros beside a head's ends.
+
+    The gradient of overlapping views adds to elements by their indices: in no certain order on CUDA, and for symbolic
+    sizes with indices of the sizes at hand.
+    """
+    num_blocks = x.shape[2]
+    padded = F.pad(x, (0, 0, 0, 0, window, window))
+    near = torch.cat([padded.narrow(2, shift, num_blocks) for shift in range(2 * window + 1)], 3)
+    return x.contiguous(), near.flatten(0, 2)
 
 
 def window_scores(q: Tensor, keys_near: Tensor, size: int, scale: float, bias: Tensor | None = None) -> Tensor:

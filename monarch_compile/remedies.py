@@ -28,6 +28,7 @@ REMEDIES: dict[str, str] = {
     "host_exact_wins": "mode='reduce-overhead', whose CUDA graphs spare the host, larger batches, or policy='always'",
     "in_body": "move the attention out of the body; into those of cond, scan and while_loop (where none writes to its "
     "inputs, outside of training) and of checkpoints without context_fn is looked",
+    "layout": "dense tensors",
     "mask_bias": NEVER,
     "mask_causal": NOT_YET,
     "mask_fill": "fill hidden scores with -inf (or at most -1e4), or pass the mask to scaled_dot_product_attention",

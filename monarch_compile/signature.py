@@ -153,7 +153,7 @@ def _scale(site: Signature, config: MonarchConfig) -> str | None:
 
 
 def _dropout(site: Signature, config: MonarchConfig) -> str | None:
-    return f"dropout {site.dropout_p} is active" if site.dropout_p > 0 else None
+    return None if site.dropout_p == 0 else f"dropout {site.dropout_p} is active"
 
 
 def _causal(site: Signature, config: MonarchConfig) -> str | None:

@@ -28,7 +28,7 @@ def check(job: tuple[int, str]) -> tuple[int, float, str]:
     program = DynamicProgram.draw(seed)
     poisoned = Poisoned()
     try:
-        with poisoned.installed():
+        with poisoned.installed(device):
             error = worst_error(
                 program, device, lambda fn, options: torch.compile(fn, backend=monarch, options=options)
             )

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-ALLOCATORS = ("_empty_strided_cpu", "_empty_strided_cuda")
-"""What generated code allocates its buffers with, in `torch._C._dynamo.guards`."""
+ALLOCATORS = {"cpu": "_empty_strided_cpu", "cuda": "_empty_strided_cuda"}
+"""What generated code allocates its buffers with, in `torch._C._dynamo.guards`, by type of device."""
 
 LEAST_MARGIN, MOST_MARGIN = 1024, 1 << 16
 """Elements on either side of a buffer: as many as it has, within these bounds. Multiples of 64 keep the alignment."""
@@ -29,12 +29,13 @@ class Poisoned:
         self.overwritten: list[str] = []
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """While this lasts, code that is compiled allocates poisoned buffers."""
-        guards = torch._C._dynamo.guards
+    def installed(self, device: str = "cpu") -> Iterator[None]:
+        """While this lasts, code that is compiled for a type of device allocates poisoned buffers.
+
+        On "cuda" each takes a kernel more and, at the end, a look from the host: nothing for CUDA graphs.
+        """
         with pytest.MonkeyPatch.context() as patch:
-            for name in ALLOCATORS:
-                patch.setattr(guards, name, self._allocator(name.rpartition("_")[2]))
+            patch.setattr(torch._C._dynamo.guards, ALLOCATORS[device], self._allocator(device))
             yield
 
     def _allocator(self, device: str) -> Callable[..., Tensor]:

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule
 
 from monarch_compile.backend import rewritten
+from monarch_compile.calls import launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.functional import monarch_attention
 from monarch_compile.passes.pipeline import rewrite
@@ -84,7 +85,7 @@ def test_a_failure_inside_a_function_transform_is_said_in_one_line(caplog: pytes
         monarch_attention(x, x, x, block_size=3).sum().backward()
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten(gm, inputs, MonarchConfig(policy="never"))
+        rewritten(gm, inputs, MonarchConfig(policy="never"), launcher_of())
         return gm.forward
 
     torch._dynamo.reset()

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph
 
 from monarch_compile.backend import rewritten
+from monarch_compile.calls import launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes.hidden import NAME, SEEN, hidden_attention
@@ -203,10 +204,11 @@ def test_every_kernel_of_torch_is_known() -> None:
 
 @torch.no_grad()
 def test_strict_mode_refuses_it() -> None:
+    def strict(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        return rewritten(gm, example_inputs, MonarchConfig(strict=True), launcher_of())
+
     for fn in (REPORTED["vitdet"][0], _math, OPS["my_attention"]):
         torch._dynamo.reset()
         with pytest.raises(Exception, match="strict=True and 1 attention site cannot be lowered") as raised:
-            torch.compile(fn, backend=lambda gm, x: rewritten(gm, x, MonarchConfig(strict=True)), fullgraph=True)(
-                *given()
-            )
+            torch.compile(fn, backend=strict, fullgraph=True)(*given())
         assert isinstance(raised.value.__cause__ or raised.value.inner_exception, LoweringError)
