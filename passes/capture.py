@@ -45,7 +45,7 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
             traced = trace(*fakes)
         except Exception as error:
             transform = _function_transform(gm)
-            if transform is None:
+            if transform is None or isinstance(error, LoweringError):
                 raise
             raise LoweringError(f"a function transform cannot be traced ({transform})") from error
     _require_no_fake_constants(traced)

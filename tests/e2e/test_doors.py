@@ -106,6 +106,8 @@ def test_what_is_transformed_or_traced_is_plain_sdpa(name: str) -> None:
 RAISES: dict[str, tuple[str, Callable[[], Tensor]]] = {
     "dtypes": ("dtype", lambda: sdpa(Q, K, V.double())),
     "numbers_for_a_mask": ("sdpa_raises", lambda: sdpa(Q, K, V, HIDES.int())),
+    "negative_dropout": ("dropout_active", lambda: sdpa(Q, K, V, dropout_p=-0.1)),
+    "sparse_mask": ("layout", lambda: sdpa(Q, K, V, HIDES.to_sparse())),
     "shape_of_the_mask": ("sdpa_raises", lambda: sdpa(Q, K, V, HIDES[:, :, :7])),
     "dtype_of_the_mask": ("sdpa_raises", lambda: sdpa(Q.half(), K.half(), V.half(), HIDES.double())),
 }
