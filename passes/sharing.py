@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes.graph import ORIGIN, SITE_NAME, fake_value, inputs
+from monarch_compile.passes.graph import ORIGIN, SITE_NAME, fake_value, inputs, values_from
 
 TENSORS = 4
 """The operator's first arguments are tensors: q, k, v and, or None, the key mask."""
@@ -33,9 +37,10 @@ def share_bodies(gm: GraphModule) -> int:
     if share is None or fake_mode is None:
         return 0
     alike: dict[str, list[Node]] = defaultdict(list)
+    moved = _moved(gm.graph, fake_mode)
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION_OP):
         if fake_value(node, fake_mode).device.type == "cpu" and not _is_wrapped(node, fake_mode):
-            alike[_key(node, fake_mode)].append(node)
+            alike[_key(node, fake_mode, moved)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
         name = f"{BODY}{number}"
@@ -59,9 +64,35 @@ def _is_wrapped(node: Node, fake_mode: FakeTensorMode) -> bool:
     return any(map(is_traceable_wrapper_subclass, values))
 
 
-def _key(node: Node, fake_mode: FakeTensorMode) -> str:
+def _strides(value: Any) -> list[str]:
+    return [str(x.stride()) for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _moved(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
+    """Fake values of nodes that have other strides than they were traced with, for a lowered site gives other strides.
+
+    A site after another reads them: what its body is traced for must be what it is given.
+    """
+    moved: dict[Node, Any] = {}
+    for node in graph.nodes:
+        read = {x: moved[x] for x in node.all_input_nodes if x in moved}
+        if node.target is ATTENTION_OP:
+            like = fake_value(node, fake_mode)
+            batch, heads, seq_len, dim = like.shape
+            value = like.new_empty((batch, seq_len, heads, dim)).transpose(1, 2)
+        elif read and node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
+            value = values_from(read, [node])[node]
+        else:
+            continue
+        if _strides(value) != _strides(fake_value(node, fake_mode)):
+            moved[node] = value
+    return moved
+
+
+def _key(node: Node, fake_mode: FakeTensorMode, moved: Mapping[Node, Any]) -> str:
     """All that the body of a site depends on: it also names the body in the keys of compile caches."""
-    tensors = [None if x is None else fake_value(x, fake_mode) for x in inputs(node)[:TENSORS]]
+    given = inputs(node)[:TENSORS]
+    tensors = [None if x is None else moved.get(x, fake_value(x, fake_mode)) for x in given]
     facts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors]
     return f"{ATTENTION_OP} {facts} {inputs(node)[TENSORS:]}"
 
