@@ -50,7 +50,8 @@ def monarch_attention(
             Blocks are of what follows them.
 
     Returns:
-        (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory in (batch, seq, heads, dim) order.
+        (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory dense in (batch, seq, heads, dim) order,
+        however the inputs lie: merging the heads is a view.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit together, or a parameter is out of range.
