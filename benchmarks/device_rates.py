@@ -16,13 +16,13 @@ import argparse
 import contextlib
 import functools
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -310,10 +310,6 @@ def compiled(function: Callable[..., Any], form: str) -> Callable[..., Any]:
     return torch.compile(
         function, backend=backend, options={"policy": "always", "strict": True, **options}, dynamic=False
     )
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def host_us(call: Call, calls: int = 20, rounds: int = 15) -> float:

@@ -14,7 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule
 
-from monarch_compile.calls import Launcher, launcher_of
+from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.errors import CodegenError, LoweringError, PlanError
@@ -109,8 +109,6 @@ def _checkpoints(gm: GraphModule) -> str:
 def _may_share(example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> bool:
     """Whether sites may share a body: not where a backward is traced, nor in a C++ wrapper, which can call none."""
     from torch._inductor import config
-
-    from monarch_compile.passes.capture import is_trained
 
     return not is_trained(example_inputs) and not patches.get("cpp_wrapper", config.cpp_wrapper)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 REPLAYED = "replayed"
 """A CUDA graph, or C++, launches the kernels: a site takes nothing of the host."""
@@ -29,6 +31,11 @@ class Calls:
     dense_flops: float = 0.0
     dense_ops: float = 0.0
     share: float = 0.0
+
+
+def is_trained(inputs: Iterable[object]) -> bool:
+    """Whether a backward pass goes through what is called with these inputs now."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 DEVICE_ALONE = Calls()

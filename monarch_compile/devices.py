@@ -187,7 +187,26 @@ _EAGER = Host(
 """What calls take of the host: of one vCPU of a machine that holds an H100 (benchmarks/results/h100_rates.json, and
 never_slower_h100.json for replays, of which each copies the graph's inputs)."""
 
-_FITTED_BACK = Backward(values_per_s=85e9, exps_per_s=42e9, launch_s=60e-6, near=1.25)
+# Fitted to CUDA-graph replays on an H100 of 80 GB HBM3 (benchmarks/results/h100_rates.json): the fastest of cuDNN,
+# flash and memory-efficient attention, two kernels for the Monarch form, and steps of training through Inductor.
+# The float64 rates are guesses.
+_H100 = Device(
+    name="h100",
+    kind="cuda",
+    exact=Form(Rates(half=430e12, single=30e12, double=20e12), bytes_per_s=3.0e12, launch_s=5.6e-6),
+    monarch=Form(Rates(half=290e12, single=27e12, double=20e12), bytes_per_s=3.4e12, launch_s=2.8e-6),
+    kernels_per_iter=2,
+    tile=16,
+    overlap=1.6,
+    exact_back=Backward(Rates(half=170e12, single=13e12, double=8e12), launch_s=20e-6),
+    monarch_back=Backward(values_per_s=85e9, exps_per_s=42e9, launch_s=60e-6, near=1.25),
+    wide_gain=1.4,
+    dense=Rates(half=500e12, single=400e12, double=50e12),
+    replayed=_REPLAYED,
+    compiled=_COMPILED,
+    eager=_EAGER,
+    ceiling=Ceiling(half_flops=762e12, bytes_per_s=3.01e12),
+)
 
 DEVICES: dict[str, Device] = {
     # float32 on one thread of a 2.5 GHz AVX-512 server core; its speed-ups: benchmarks/results/cpu_attention.json, from
@@ -206,44 +225,17 @@ DEVICES: dict[str, Device] = {
         pad_penalty=1.05,
         eager=Host(work=1.45, near_work=2.2, back_work=2.7),
     ),
-    # Fitted to CUDA-graph replays on an H100 of 80 GB HBM3 (benchmarks/results/h100_rates.json): the fastest of cuDNN,
-    # flash and memory-efficient attention, two kernels for the Monarch form, and steps of training through Inductor.
-    # The float64 rates are guesses.
-    "h100": Device(
-        name="h100",
-        kind="cuda",
-        exact=Form(Rates(half=430e12, single=30e12, double=20e12), bytes_per_s=3.0e12, launch_s=5.6e-6),
-        monarch=Form(Rates(half=290e12, single=27e12, double=20e12), bytes_per_s=3.4e12, launch_s=2.8e-6),
-        kernels_per_iter=2,
-        tile=16,
-        overlap=1.6,
-        exact_back=Backward(Rates(half=170e12, single=13e12, double=8e12), launch_s=20e-6),
-        monarch_back=_FITTED_BACK,
-        wide_gain=1.4,
-        dense=Rates(half=500e12, single=400e12, double=50e12),
-        replayed=_REPLAYED,
-        compiled=_COMPILED,
-        eager=_EAGER,
-        ceiling=Ceiling(half_flops=762e12, bytes_per_s=3.01e12),
-    ),
+    "h100": _H100,
     # 16 bits fitted to CUDA-graph replays (benchmarks/results/speed_h200.json, h200_dims.json): cuDNN for exact
     # attention, two kernels for the Monarch form. What was not measured there is the H100's, the same chip beside less
     # memory: float32, backward passes and the host.
-    "h200": Device(
+    "h200": replace(
+        _H100,
         name="h200",
-        kind="cuda",
         exact=Form(Rates(half=435e12, single=30e12, double=20e12), bytes_per_s=3.5e12, launch_s=5e-6),
         monarch=Form(Rates(half=238e12, single=27e12, double=20e12), bytes_per_s=4.5e12, launch_s=2.2e-6),
-        kernels_per_iter=2,
-        tile=16,
         overlap=2.0,
-        exact_back=Backward(Rates(half=170e12, single=13e12, double=8e12), launch_s=20e-6),
-        monarch_back=_FITTED_BACK,
         wide_gain=1.36,
-        dense=Rates(half=500e12, single=400e12, double=50e12),
-        replayed=_REPLAYED,
-        compiled=_COMPILED,
-        eager=_EAGER,
         ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),
     ),
     # A data-centre GPU that cannot be measured, because it is not there: guesses.

@@ -1,4 +1,4 @@
-"""Calls of scaled_dot_product_attention in eager code: may one be lowered, in which form, and how must its result lie?
+"""Calls of scaled_dot_product_attention in eager code: which are lowered, in which form, with which strides.
 
 Sizes, dtypes, devices and options are judged by the rules of `signature`, once for all calls that agree in them; a
 mask by its values, at every call.
@@ -24,7 +24,7 @@ from monarch_compile.calls import EAGER, Calls
 from monarch_compile.config import MonarchConfig
 from monarch_compile.devices import installed
 from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import WHY, auto_block_size, exact_wins, what_decides
+from monarch_compile.lengths import auto_block_size, cost_refusal
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.plan import ACROSS
 from monarch_compile.signature import Refusal, Signature, first_broken
@@ -173,11 +173,10 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig,
     block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.exact)
     ir = replace(problem, block_size=block_size, pad=config.pad, exact=config.exact, **start)
     if config.policy == "auto":
-        ask: dict[str, Any] = {"batch": problem.batch, "seq_len": seq_len, "queries": queries, "calls": calls}
-        reason = exact_wins(ir, device, auto=size == "auto", **ask)
-        if reason is not None:
-            code = what_decides(ir, device, {}, calls)
-            return Refusal(code, "; ".join(part for part in (reason, WHY[code], f"found {seq_len}") if part))
+        sizes = {"auto": size == "auto", "batch": problem.batch, "seq_len": seq_len, "queries": queries}
+        refused = cost_refusal(ir, device, {}, f"found {seq_len}", calls=calls, **sizes)
+        if refused is not None:
+            return Refusal(*refused)
     groups = {"window": config.window, "prefix": config.prefix}
     return {"block_size": block_size, "pad": config.pad, **start, **groups}
 
@@ -218,13 +217,13 @@ def _is_captured(mask: Tensor) -> bool:
     return mask.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-# ---- how the result lies in memory -----------------------------------------------------------------------------------
+# ---- strides of the result -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Lies:
-    """How a tensor lies in memory, and whether it is to get a gradient: what SDPA chooses its kernel, and the layout of
-    its result, by."""
+class Layout:
+    """Sizes, strides, dtype and device of a tensor, and whether it needs a gradient: SDPA chooses its kernel by these,
+    and so the strides of its result."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -233,8 +232,8 @@ class Lies:
     trained: bool
 
     @staticmethod
-    def of(x: Tensor, dtype: torch.dtype) -> Lies:
-        return Lies(x.shape, x.stride(), dtype, x.device, x.requires_grad and torch.is_grad_enabled())
+    def of(x: Tensor, dtype: torch.dtype) -> Layout:
+        return Layout(x.shape, x.stride(), dtype, x.device, x.requires_grad and torch.is_grad_enabled())
 
     def fake(self) -> Tensor:
         """Such a tensor, without memory where a fake mode is on."""
@@ -243,17 +242,17 @@ class Lies:
 
 
 Order = tuple[int, ...]
-"""The dims of a tensor in the order in which they lie in memory."""
+"""The dims of a tensor from the largest stride to the smallest."""
 
 
-def eager_order(tensors: Sequence[Lies], scale: float | None, enable_gqa: bool) -> Order | Refusal:
+def eager_order(tensors: Sequence[Layout], scale: float | None, enable_gqa: bool) -> Order | Refusal:
     """That of SDPA's own result for query, key, value and, if there is one, mask; a refusal where it would raise."""
     return _eager_order(tuple(tensors), scale, enable_gqa, _kernels_allowed())
 
 
 @lru_cache(maxsize=4096)
 def _eager_order(
-    tensors: tuple[Lies, ...], scale: float | None, enable_gqa: bool, allowed: tuple[bool, ...]
+    tensors: tuple[Layout, ...], scale: float | None, enable_gqa: bool, allowed: tuple[bool, ...]
 ) -> Order | Refusal:
     scores = (*tensors[0].shape[:3], tensors[1].shape[2])
     try:
@@ -284,6 +283,6 @@ def _kernels_allowed() -> tuple[bool, ...]:
 
 
 def in_order(x: Tensor, order: Order) -> Tensor:
-    """`x`, its dims lying in memory in this order: a copy where they do not yet."""
+    """`x` with the memory order `order`: a copy, unless it has that order already."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return x.permute(order).contiguous().permute(inverse)

@@ -55,8 +55,8 @@ def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[
 def with_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Blocks (E, H, b, i, D) with contiguous rows, and each with those on both sides of it: (E * H * b, rows, D).
 
-    `window` blocks on each side, but no more than there are beside one. Beside a head's first and last block there is
-    something to be masked.
+    `window` blocks on each side, but no more than there are beside one. What stands beside a head's first and last
+    block has to be masked.
     """
     if isinstance(x.shape[2], int):
         window = min(window, x.shape[2] - 1)
@@ -66,8 +66,8 @@ def with_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
 def _overlapping_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Two views of one padded copy, in which neighbours overlap; beside a head's ends they show other heads.
 
-    Reading by strides is sound under Inductor: it computes the copy in place of fusing it, and settles that it is
-    contiguous, as it is here.
+    as_strided is safe under Inductor here: it materializes the padded copy and fixes its layout as contiguous, which is
+    the layout that these strides assume.
     """
     batch, heads, num_blocks, size, dim = x.shape
     beside = window * size
@@ -80,8 +80,8 @@ def _overlapping_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
 def _joined_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """The same by copies of the neighbours, zeros beside a head's ends.
 
-    The gradient of overlapping views adds to elements by their indices: in no certain order on CUDA, and for symbolic
-    sizes with indices of the sizes at hand.
+    Used where a gradient is wanted: the backward pass of overlapping views is an index_add, which is not deterministic
+    on CUDA and whose indices, for symbolic sizes, are those of the captured call.
     """
     num_blocks = x.shape[2]
     padded = F.pad(x, (0, 0, 0, 0, window, window))
@@ -151,7 +151,7 @@ def exact_rows(
 def shares(lses: Sequence[Tensor]) -> list[Tensor]:
     """What a row gives each of its groups, from their logsumexps; -inf is a group without keys.
 
-    Group by group: a stack of them would be one more buffer, whose parts Inductor of torch 2.11 loses at times.
+    Computed group by group: stacking the logsumexps would allocate one more buffer.
     """
     top = functools.reduce(torch.maximum, lses).detach()
     top = top.masked_fill(top == float("-inf"), 0.0)

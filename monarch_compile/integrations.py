@@ -20,9 +20,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from monarch_compile import autocast
+from monarch_compile.calls import is_trained
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.eager_calls import (
-    Lies,
+    Layout,
     decider,
     eager_order,
     in_order,
@@ -80,12 +81,12 @@ class ReplaceSdpa(TorchFunctionMode):
             (dtypes[0], dtypes[1], dtypes[2]),
             (query.device, key.device, value.device),
             None if attn_mask is None else attn_mask.ndim,
-            (dropout_p, is_causal, scale, enable_gqa, _trains(query, key, value, attn_mask)),
+            (dropout_p, is_causal, scale, enable_gqa, is_trained(tensors)),
         )
         looked_at = attn_mask is not None and self._strict  # a choice does not excuse a mask that is not legal
         if isinstance(decision, Refusal) and not (looked_at and decision.code in CHOSEN):
             return self._stays(decision)
-        order = eager_order([Lies.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True)], scale, enable_gqa)
+        order = eager_order([Layout.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True)], scale, enable_gqa)
         if isinstance(order, Refusal):
             return self._stays(order)
         q, k, v, *masks = (x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True))
@@ -183,8 +184,3 @@ def _config(options: Mapping[str, Any]) -> MonarchConfig:
     if unused:
         raise ConfigError(f"without torch.compile there is no use for {', '.join(unused)}")
     return config
-
-
-def _trains(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass will go through attention of these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

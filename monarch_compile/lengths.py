@@ -107,7 +107,7 @@ WHY: dict[str, str] = {
 
 
 def what_decides(ir: MonarchAttention, device: Device, hints: Mapping[str, int], calls: Calls) -> str:
-    """The code of a site that exact attention wins, by what would let it pay at these sizes: no guard hangs on it."""
+    """The code of a site that exact attention wins, by what would let it pay at these sizes: no guard depends on it."""
 
     def pays(**other: Any) -> bool:
         return predict(ir, device, hints, replace(calls, **other)).pays
@@ -117,6 +117,20 @@ def what_decides(ir: MonarchAttention, device: Device, hints: Mapping[str, int],
     if calls.trains and (pays(trains=False) or predict(ir, device, hints).pays):
         return "backward_exact_wins"
     return "host_exact_wins" if pays(launcher=REPLAYED, share=0.0) else "cost_exact_wins"
+
+
+def cost_refusal(
+    ir: MonarchAttention, device: Device, hints: Mapping[str, int], note: str, *, calls: Calls, **sizes: Any
+) -> tuple[str, str] | None:
+    """(code, reason) of a site that exact attention wins; None where the Monarch form pays.
+
+    sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
+    """
+    reason = exact_wins(ir, device, calls=calls, **sizes)
+    if reason is None:
+        return None
+    code = what_decides(ir, device, hints, calls)
+    return code, "; ".join(part for part in (reason, WHY[code], note) if part)
 
 
 @lru_cache(maxsize=256)

@@ -24,8 +24,6 @@ FORMAT = 1
 LOCK_S = 60.0
 """How long a process waits for another one that measures."""
 
-CAPABILITY = (8, 0)
-"""The least of GPUs that kernels run on; others are not measured."""
 COPIED_BYTES = 2**28
 SIDE = 4096
 """Of the square matrices of a product."""
@@ -42,10 +40,12 @@ def ceiling_of(place: torch.device) -> Ceiling | None:
     Safe while Dynamo traces and under fake tensors. Nothing is measured while a CUDA graph is captured, nor on GPUs
     that no kernel runs on. The caller's random state stays as it is.
     """
+    from monarch_compile.codegen.launch import MIN_CAPABILITY
+
     index = torch.cuda.current_device() if place.index is None else place.index
     name = torch.cuda.get_device_name(index)
     if name not in _found:
-        if torch.version.hip is not None or torch.cuda.get_device_capability(index) < CAPABILITY:
+        if torch.version.hip is not None or torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
             return None
         held = read().get(name)
         if held is None and torch.cuda.is_current_stream_capturing():
@@ -126,7 +126,7 @@ def _measured(name: str, index: int) -> Ceiling | None:
             write(name, ceiling, path)
             return ceiling
     except Exception as error:  # out of memory, a folder that cannot be written, a lock that is never given up
-        logger.warning("%s could not be measured, and is taken for a GPU of no particular make: %r", name, error)
+        logger.warning("%s could not be measured, so the cost model takes it for an unknown GPU: %r", name, error)
         return None
 
 

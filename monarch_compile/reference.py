@@ -60,12 +60,11 @@ def reference(
     if key_mask is not None:
         key_mask = centred(key_mask) if key_mask.is_floating_point() else key_mask
         key_mask, bias = split_mask(key_mask, q.dtype)
-    everything = is_exact(q.shape[2], k.shape[2], block_size, prefix)
-    if prefix or everything:
-        rows = exact_rows(q if everything else q[:, :, :prefix], k, v, key_mask, scale, bias).transpose(1, 2)
-        if everything:
-            return rows.contiguous().transpose(1, 2).to(dtype)
+    if is_exact(q.shape[2], k.shape[2], block_size, prefix):
+        rows = exact_rows(q, k, v, key_mask, scale, bias)
+        return rows.transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
     if prefix:
+        rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale, bias).transpose(1, 2)
         (k_lead, k), (v_lead, v) = ((x[:, :, :prefix], x[:, :, prefix:]) for x in (k, v))
         (mask_lead, key_mask), (bias_lead, bias) = (_cut(x, prefix) for x in (key_mask, bias))
         q = q[:, :, prefix:]

@@ -54,11 +54,6 @@ def to_aten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     return traced
 
 
-def is_trained(example_inputs: Sequence[Any]) -> bool:
-    """Whether a backward pass is traced for a graph with these inputs."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
-
-
 class Held:
     """Tensors that a graph holds by itself, such as the parameters that an optimizer's step writes to.
 

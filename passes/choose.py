@@ -14,7 +14,7 @@ from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import Device, installed
 from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import WHY, auto_block_size, exact_wins, what_decides
+from monarch_compile.lengths import auto_block_size, cost_refusal
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
@@ -101,12 +101,11 @@ def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, ba
     hints, calls = _hints(site), base.calls
     gain = f"{predict(seen, device, hints, calls).speedup:.2f}x"
     if config.policy == "auto":
-        ask: dict[str, Any] = {"batch": batch, "seq_len": seq_len, "queries": queries, "calls": calls}
-        reason = exact_wins(seen, device, auto=form is None, **ask)
-        if reason is not None:
-            code = what_decides(seen, device, hints, calls)
-            why = "; ".join(part for part in (reason, WHY[code], f"predicted gain {gain} here") if part)
-            return Choice(replace(exact, code=code, reason=why))
+        sizes = {"auto": form is None, "batch": batch, "seq_len": seq_len, "queries": queries}
+        refused = cost_refusal(seen, device, hints, f"predicted gain {gain} here", calls=calls, **sizes)
+        if refused is not None:
+            code, reason = refused
+            return Choice(replace(exact, code=code, reason=reason))
     ir = to_ir(site, facts, form or _auto_form(config, device, seq_len))
     reason = f"predicted {gain} against exact attention"
     return Choice(replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason), site, facts, ir)

@@ -13,7 +13,7 @@ from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.enclosed import enclosing
 from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of, values_from
 from monarch_compile.passes.masks import MaskFact
-from monarch_compile.passes.memory import strides_are_seen
+from monarch_compile.passes.memory import as_op_gives, strides_are_seen
 from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
 from monarch_compile.plan import SiteForm
 
@@ -64,8 +64,8 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
             result = graph.call_function(aten.permute.default, (result, list(region.out_dims)))
         if dtype_of(output) != ir.dtype:
             result = graph.call_function(aten.to.dtype, (result, dtype_of(output)))
-        lies = _lies(op, result, region)
-        if strides_are_seen(output, lies, in_body=enclosing(graph) is not None):
+        lowered = _lowered_value(op, result, region)
+        if strides_are_seen(output, lowered, in_body=enclosing(graph) is not None):
             result = _with_strides_of(graph, result, output)
     for node in _new_nodes(op, result):
         node.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
@@ -94,17 +94,15 @@ def _current(node: Node) -> Node:
     return node
 
 
-def _lies(op: Node, result: Node, region: AttentionRegion) -> torch.Tensor:
-    """A fake tensor that lies in memory as `result`, made of the op's own, which is (batch, seq_len, heads, dim)."""
-    batch, heads, seq_len, _ = region.q_shape
-    own = region.output.meta["val"].new_empty((batch, seq_len, heads, region.v_shape[3])).transpose(1, 2)
-    values = values_from({op: own}, _new_nodes(op, result)[1:])
-    lies: torch.Tensor = values[result]
-    return lies
+def _lowered_value(op: Node, result: Node, region: AttentionRegion) -> torch.Tensor:
+    """A fake tensor with the strides that `result` has, computed from those of the op."""
+    own = as_op_gives(region.output.meta["val"], (*region.q_shape[:3], region.v_shape[3]))
+    value: torch.Tensor = values_from({op: own}, _new_nodes(op, result)[1:])[result]
+    return value
 
 
 def _with_strides_of(graph: Graph, result: Node, output: Node) -> Node:
-    """A copy of `result` that lies in memory as `output` did, for programs that would notice."""
+    """A copy of `result` with the memory order of `output`, for programs that would notice another."""
     strides = [n if isinstance(n, int) else n.node.hint or 0 for n in output.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     permuted = graph.call_function(aten.permute.default, (result, order))

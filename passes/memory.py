@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -140,14 +141,14 @@ def strided_reader(output: Node) -> Node | None:
     return next((n for n in _downstream(output) if n.target in GIVES_STRIDES), None)
 
 
-def strides_are_seen(output: Node, lies: torch.Tensor, *, in_body: bool = False) -> bool:
-    """Whether the graph would notice if `output` lay in memory as `lies` does, a fake tensor.
+def strides_are_seen(output: Node, lowered: torch.Tensor, *, in_body: bool = False) -> bool:
+    """Whether the graph would notice if `output` had the strides of `lowered`, a fake tensor.
 
     It does if an op needs its strides, if a write reaches memory that a view may or may not share, or if `output`, a
     view of it or what inherits its strides leaves the graph and may be viewed by eager code. What leaves the body of a
-    higher-order op must lie as the op says, which is how the other branch lies, or the carry that came in.
+    higher-order op must have the strides that the op expects: those of the other branch, or of the carry that came in.
     """
-    if _layout(lies) == _layout(value_of(output)):
+    if _layout(lowered) == _layout(value_of(output)):
         return False
     reached = list(_downstream(output))
     if any(n.target in NEEDS_STRIDES for n in reached):
@@ -157,13 +158,13 @@ def strides_are_seen(output: Node, lies: torch.Tensor, *, in_body: bool = False)
     if any(storages_of(n) & own for n in returned):
         return True
     left = returned.intersection(reached)
-    if left and (in_body or _lie_elsewhere(left, output, reached, lies)):
+    if left and (in_body or _change_strides(left, output, reached, lowered)):
         return True
     may_copy = {s for n in reached if n.target in MAY_COPY for m in (n, inputs(n)[0]) for s in storages_of(m)}
     return any(storages_of(base) & may_copy for n in reached for base in mutated_inputs(n))
 
 
-def _lie_elsewhere(left: Iterable[Node], output: Node, reached: Sequence[Node], lies: torch.Tensor) -> bool:
+def _change_strides(left: Iterable[Node], output: Node, reached: Sequence[Node], lowered: torch.Tensor) -> bool:
     """Whether one of the nodes `left`, computed from `output` by nodes `reached`, would have other strides than it has.
 
     True, which costs a copy, where that cannot be told.
@@ -172,10 +173,17 @@ def _lie_elsewhere(left: Iterable[Node], output: Node, reached: Sequence[Node], 
         return True
     after = [node for node in output.graph.nodes if node in {*reached} and node is not output]
     try:
-        values = values_from({output: lies}, after)
+        values = values_from({output: lowered}, after)
     except Exception:  # an op may refuse the layout, or be no function of tensors alone
         return True
     return any(_layout(values[node]) != _layout(value_of(node)) for node in left)
+
+
+def as_op_gives(like: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+    """A fake tensor of `shape` (batch, heads, seq_len, dim) with the strides of the attention op's result: the memory
+    order is (batch, seq_len, heads, dim)."""
+    batch, heads, seq_len, dim = shape
+    return like.new_empty((batch, seq_len, heads, dim)).transpose(1, 2)
 
 
 def _layout(value: object) -> list[str]:

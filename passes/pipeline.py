@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 import monarch_compile
-from monarch_compile.calls import Launcher, launcher_of
+from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.passes.attention import find_sites
@@ -26,7 +26,7 @@ from monarch_compile.passes.canonicalize import (
     fold_puts,
     functionalize_private_writes,
 )
-from monarch_compile.passes.capture import is_trained, to_aten
+from monarch_compile.passes.capture import to_aten
 from monarch_compile.passes.choose import Choice, choose
 from monarch_compile.passes.debug import Dump
 from monarch_compile.passes.enclosed import all_graphs, open_bodies, opened_bodies, place_of

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.graph import ORIGIN, SITE_NAME, fake_value, inputs, values_from
+from monarch_compile.passes.memory import as_op_gives
 
 TENSORS = 4
 """The operator's first arguments are tensors: q, k, v and, or None, the key mask."""
@@ -36,11 +37,14 @@ def share_bodies(gm: GraphModule) -> int:
     fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
     if share is None or fake_mode is None:
         return 0
+    found = gm.graph.find_nodes(op="call_function", target=ATTENTION_OP)
+    sites = [n for n in found if fake_value(n, fake_mode).device.type == "cpu" and not _is_wrapped(n, fake_mode)]
+    if len(sites) < 2:
+        return 0
     alike: dict[str, list[Node]] = defaultdict(list)
-    moved = _moved(gm.graph, fake_mode)
-    for node in gm.graph.find_nodes(op="call_function", target=ATTENTION_OP):
-        if fake_value(node, fake_mode).device.type == "cpu" and not _is_wrapped(node, fake_mode):
-            alike[_key(node, fake_mode, moved)].append(node)
+    restrided = _restrided(gm.graph, fake_mode)
+    for node in sites:
+        alike[_key(node, fake_mode, restrided)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
         name = f"{BODY}{number}"
@@ -68,31 +72,30 @@ def _strides(value: Any) -> list[str]:
     return [str(x.stride()) for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
-def _moved(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
-    """Fake values of nodes that have other strides than they were traced with, for a lowered site gives other strides.
+def _restrided(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
+    """Fake values of the nodes whose strides lowering changed: results of sites, and what is computed from them.
 
-    A site after another reads them: what its body is traced for must be what it is given.
+    A later site may read them, and its body has to be traced for the strides that it is given.
     """
-    moved: dict[Node, Any] = {}
+    changed: dict[Node, Any] = {}
     for node in graph.nodes:
-        read = {x: moved[x] for x in node.all_input_nodes if x in moved}
+        read = {x: changed[x] for x in node.all_input_nodes if x in changed}
         if node.target is ATTENTION_OP:
-            like = fake_value(node, fake_mode)
-            batch, heads, seq_len, dim = like.shape
-            value = like.new_empty((batch, seq_len, heads, dim)).transpose(1, 2)
+            traced = fake_value(node, fake_mode)
+            value: Any = as_op_gives(traced, traced.shape)
         elif read and node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
             value = values_from(read, [node])[node]
         else:
             continue
         if _strides(value) != _strides(fake_value(node, fake_mode)):
-            moved[node] = value
-    return moved
+            changed[node] = value
+    return changed
 
 
-def _key(node: Node, fake_mode: FakeTensorMode, moved: Mapping[Node, Any]) -> str:
+def _key(node: Node, fake_mode: FakeTensorMode, restrided: Mapping[Node, Any]) -> str:
     """All that the body of a site depends on: it also names the body in the keys of compile caches."""
     given = inputs(node)[:TENSORS]
-    tensors = [None if x is None else moved.get(x, fake_value(x, fake_mode)) for x in given]
+    tensors = [None if x is None else restrided.get(x, fake_value(x, fake_mode)) for x in given]
     facts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors]
     return f"{ATTENTION_OP} {facts} {inputs(node)[TENSORS:]}"
 

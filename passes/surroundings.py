@@ -12,8 +12,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from monarch_compile.calls import Calls, Launcher
-from monarch_compile.passes.capture import is_trained
+from monarch_compile.calls import Calls, Launcher, is_trained
 from monarch_compile.passes.enclosed import all_graphs
 from monarch_compile.passes.graph import aten, inputs, placeholders, shape_of, value_of
 from monarch_compile.passes.region import AttentionRegion, Site

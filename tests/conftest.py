@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support.poison import Poisoned
+
+from tests.support.poison import Poisoned
 
 GOLDEN = Path(__file__).parent / "golden"
 

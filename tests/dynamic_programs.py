@@ -6,21 +6,17 @@ import argparse
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
-from pathlib import Path
+
+import torch
+
+from monarch_compile.backend import monarch
+from tests.support.dynamic_programs import DynamicProgram, worst_error
+from tests.support.poison import Poisoned
 
 
 def check(job: tuple[int, str]) -> tuple[int, float, str]:
     """The worst error of the program of a seed; inf where it could not be run, and why."""
-    import torch
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    from support.dynamic_programs import DynamicProgram, worst_error
-    from support.poison import Poisoned
-
-    from monarch_compile.backend import monarch
-
     torch.set_num_threads(1)
     seed, device = job
     torch._dynamo.reset()
@@ -48,8 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.count)
     started, wrong, worst = time.monotonic(), 0, 0.0
-    with tempfile.TemporaryDirectory() as cache, multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for done, (seed, error, what) in enumerate(pool.imap_unordered(check, [(s, args.device) for s in seeds]), 1):
             if not error <= 1e-4:
                 wrong += 1

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.block import Block
-from support.dynamic_programs import DynamicProgram, worst_error
-from support.poison import Poisoned, between_margins
 from torch import Tensor, nn
 
 from monarch_compile.backend import monarch
+from tests.support.block import Block
+from tests.support.dynamic_programs import DynamicProgram, worst_error
+from tests.support.poison import Poisoned, between_margins
 
 
 @pytest.fixture(autouse=True)

@@ -192,7 +192,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", CHAINED)
 def test_a_site_that_reads_another_has_a_body_for_its_strides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first site gives lies otherwise in memory than was traced, and so does what is computed from it."""
+    """The first site gives other strides than were traced, and so does what is computed from it."""
     monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, config_patches=None: aot_eager(gm, inputs))
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 2, 3, 8, 4).unbind()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monarch_compile.functional import monarch_attention
-from support.poison import between_margins
+from tests.support.poison import between_margins
 
 NUM_HEADS, HEAD_DIM = 4, 16
 CALLS = 3
