@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from monarch_compile.errors import InputError
 from monarch_compile.ir import INITS, PADS
@@ -30,6 +31,9 @@ def monarch_attention(
 
     Beside the paper's form, a few groups of keys are taken out of a row's far field and treated exactly; the groups
     and the far field merge by logsumexp.
+
+    Under torch.func (grad, vmap, jvp, ...) and forward-mode differentiation the reference runs instead of the kernels,
+    on CUDA too: it is made of differentiable torch operations.
 
     Args:
         q: queries, (batch, num_heads, seq_len_q, head_dim); float16, bfloat16, float32 or float64.
@@ -60,13 +64,22 @@ def monarch_attention(
     _check_tensors(q, k, v, key_padding_mask)
     _check_bias(k, key_padding_mask, key_bias)
     _check_parameters(block_size, num_iters, init, pad, window, prefix)
-    from monarch_compile.ops import attention
+    from monarch_compile.ops import attention, attention_under_transforms
 
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    output: Tensor = attention(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad, window, prefix)
+    run = attention_under_transforms if _is_transformed() else attention
+    output: Tensor = run(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad, window, prefix)
     return output
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation watches the call; Dynamo guards its graphs on this state."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+vars(_is_transformed)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import Dynamo
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

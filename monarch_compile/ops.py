@@ -47,6 +47,18 @@ def attention(
         return launch(q, k, v, key_mask, **options)
 
 
+def attention_under_transforms(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *options: float | int | str | None
+) -> Tensor:
+    """The operator's arguments and result, for torch.func and forward mode: the operator has no rules for these.
+
+    Without this, forward mode would lose the tangents without an error.
+    """
+    named: dict[str, Any] = dict(zip(OPTIONS, options, strict=True))
+    with autocasting.switched_off(q.device.type):
+        return meaning.reference(q, k, v, key_mask, **named)
+
+
 def kernel_refusal(device: torch.device) -> str | None:
     """Why no kernel can run on `device`; None where one can, or where the reference runs instead (CPU)."""
     if device.type != "cuda":

@@ -41,9 +41,9 @@ from monarch_compile.passes.nearby import (
     is_between_products,
     is_unread_mix,
 )
-from monarch_compile.passes.products import MIXED, TRANSPOSES, swaps_matrix
+from monarch_compile.passes.products import CASTS, MIXED, TRANSPOSES, VIEWS, swaps_matrix
 from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
-from monarch_compile.passes.scores import CASTS, VIEWS, Walk, keeps_matrix, peel_up
+from monarch_compile.passes.scores import Walk, keeps_matrix, peel_up
 
 SDPA_OP = aten.scaled_dot_product_attention.default
 MAX_RANK = 6

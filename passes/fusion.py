@@ -16,8 +16,8 @@ from torch.fx import Node
 from monarch_compile.passes.constants import DROPPED, constant_of
 from monarch_compile.passes.graph import arg, aten, call_like, dtype_of, inputs, normal_dim, shape_of, value_of
 from monarch_compile.passes.nearby import EXP, SOFTMAXES
-from monarch_compile.passes.products import MIXED, SCALES, SCORES, TRANSPOSES, source_dims, swaps_matrix
-from monarch_compile.passes.scores import VIEWS, keeps_matrix
+from monarch_compile.passes.products import MIXED, SCALES, SCORES, TRANSPOSES, VIEWS, source_dims, swaps_matrix
+from monarch_compile.passes.scores import keeps_matrix
 
 STEPS = 12
 """No pattern has as many ops between a product and softmax."""

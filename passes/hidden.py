@@ -40,7 +40,7 @@ def hidden_attention(node: Node) -> Miss | None:
     if not isinstance(target, OpOverload):
         return Miss("tensor_subclass", "it is called on a tensor subclass that answers calls by itself", node)
     if target.namespace == "aten":
-        why = f"{target} is a kernel called by its own name"
+        why = f"{target} is called by its own name"
         return Miss("attention_kernel", why, node)
     return Miss("custom_op", f"{target} is an operator of its own, whose attention cannot be seen", node)
 
@@ -52,7 +52,7 @@ def _computes_attention(node: Node) -> bool:
     and values as one tensor says so.
     """
     schema = getattr(node.target, "_schema", None)
-    name = str(getattr(node.target, "__name__", "") if schema is None else schema.name.rpartition("::")[2]).lower()
+    name = str(getattr(node.target, "__name__", "") if schema is None else schema.name).lower()
     if not NAME.search(name):
         return False
     arguments = () if schema is None else schema.arguments

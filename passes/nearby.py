@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.graph import WEIGHT, ancestors_of, aten, inputs, shape_of
+from monarch_compile.passes.graph import WEIGHT, ancestors_of, arg, aten, inputs, normal_dim, shape_of
 from monarch_compile.passes.memory import SETS_STRIDES
-from monarch_compile.passes.products import MIXED, SCORES
+from monarch_compile.passes.products import MIXED, SCORES, TRANSPOSES, swaps_matrix, viewed
 
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out, aten._safe_softmax.default})
 OWN_MASK = frozenset({aten._masked_softmax.default})
@@ -41,21 +41,36 @@ UNREAD = frozenset(
         aten.tensordot.default,
         aten.linalg_multi_dot.default,
         aten.mv.default,
+        aten.cdist.default,
+        aten._cdist_forward.default,
+        aten.cosine_similarity.default,
     }
 )
-"""Products that are not read, so that attention made of them stays exact."""
+"""Products and similarities that are not read, so that attention made of them stays exact."""
 
 
 def is_between_products(anchor: Node, reach: int = REACH) -> bool:
     """Whether the anchor's input comes from a matrix product, and its output goes into one, by elementwise steps."""
-    above, below = _above(anchor, reach), _below(anchor, reach)
-    return any(_is_product(n) and _gives_scores(n, anchor) for n in above) and any(
-        n.target in MIXED or is_unread_mix(n) for n in below
-    )
+    above = [*_above(anchor, reach)]
+    products = [n for n in above if (n.target in SCORES or is_unread_product(n)) and _gives_scores(n, anchor)]
+    if not products or not any(n.target in MIXED or is_unread_mix(n) for n in _below(anchor, reach)):
+        return False
+    is_swapped = any(n.target in TRANSPOSES and swaps_matrix(n) for n in above)
+    return is_swapped or not all(_has_weight_as_keys(n, anchor) for n in products)
 
 
-def _is_product(node: Node) -> bool:
-    return node.target in SCORES or is_unread_product(node)
+def _has_weight_as_keys(node: Node, anchor: Node) -> bool:
+    """Whether a product, x @ weight, is a linear layer: then softmax is over classes, experts or codes, not over keys.
+
+    Learned queries are attention: there the weight gives the dim that softmax does not run over.
+    """
+    scores = SCORES[node.target](node) if node.target in SCORES else None
+    if scores is None:
+        return False
+    rank, dim = len(shape_of(anchor)), arg(anchor, 1, "dim")
+    is_over_rows = isinstance(dim, int) and normal_dim(dim, rank) == rank - 2
+    keys = viewed((scores.q if is_over_rows else scores.k).node)
+    return keys.op in ("placeholder", "get_attr") and not _is_given(keys)
 
 
 def _gives_scores(node: Node, anchor: Node) -> bool:

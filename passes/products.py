@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 
@@ -164,6 +164,30 @@ def simplify(operand: Operand, constant_of: Callable[[object], float | None]) ->
 
 
 TRANSPOSES = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default})
+
+CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default})
+VIEWS = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.contiguous.default,
+        aten.clone.default,
+    }
+)
+
+
+PARTS = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default})
+
+
+def viewed(node: Any) -> Any:
+    """What a node is a view, a part, a copy or a cast of; the node itself, if of nothing."""
+    while isinstance(node, Node) and node.target in VIEWS | CASTS | TRANSPOSES | PARTS:
+        node = inputs(node)[0]
+    return node
+
 
 SCALES: dict[object, bool] = {
     aten.mul.Tensor: False,

@@ -16,7 +16,7 @@ from torch.fx import Node
 from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
 from monarch_compile.passes.nearby import is_unread_product
-from monarch_compile.passes.products import SCORES, TRANSPOSES, Scores, swaps_matrix
+from monarch_compile.passes.products import CASTS, SCORES, TRANSPOSES, VIEWS, Scores, swaps_matrix
 from monarch_compile.passes.region import Factor, MaskTerm, Miss
 
 
@@ -282,19 +282,6 @@ def keeps_matrix(node: Node) -> bool:
         return False
     return str(before[-2:]) == str(after[-2:]) and (math.prod(before[:-2]) == math.prod(after[:-2]))
 
-
-CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default})
-VIEWS = frozenset(
-    {
-        aten.reshape.default,
-        aten.view.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.expand.default,
-        aten.contiguous.default,
-        aten.clone.default,
-    }
-)
 
 UP: dict[object, Callable[[Node, Walk], Any]] = {
     **dict.fromkeys(CASTS, _up_cast),

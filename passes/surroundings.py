@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from monarch_compile.calls import Calls, Launcher, is_trained
 from monarch_compile.passes.enclosed import all_graphs
 from monarch_compile.passes.graph import aten, inputs, placeholders, shape_of, value_of
+from monarch_compile.passes.products import viewed
 from monarch_compile.passes.region import AttentionRegion, Site
 
 LARGE = 2**16
@@ -22,9 +23,6 @@ LARGE = 2**16
 
 STEPS = 4
 """FLOP are rounded down to this many steps in each factor of two: a class token more or less makes no difference."""
-
-VIEWS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default})
-CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout})
 
 
 def _columns(node: Node) -> Any:
@@ -105,8 +103,7 @@ def trained_nodes(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[N
 
 def _is_weight(node: Any) -> bool:
     """Whether a matrix is an input of the graph, or one seen otherwise: not made of what the graph computes."""
-    while isinstance(node, Node) and node.target in VIEWS | CASTS:
-        node = inputs(node)[0]
+    node = viewed(node)
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.capture import decisions_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph
 
@@ -31,7 +31,7 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def custom_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
-    return torch.library.custom_op(f"monarch_hidden::{name}", fn, mutates_args=mutates)
+    return torch.library.custom_op(name if "::" in name else f"monarch_hidden::{name}", fn, mutates_args=mutates)
 
 
 def _three(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,6 +62,7 @@ OPS = {
     "attention_mask": custom_op("attention_mask", _mask),
     "attn_rotate": custom_op("attn_rotate", _rotate),
     "blend": custom_op("blend", _three),
+    "flash_attn_3::fwd": custom_op("monarch_flash_attn_3::fwd", _three),
 }
 for _name, _op in OPS.items():
     _op.register_fake(
@@ -123,6 +124,9 @@ REPORTED: dict[str, tuple[Callable[..., Any], str]] = {
     "key_grid": (_key_grid, "scores_op"),
     "grid_of_probabilities": (_grid_of_probabilities, "probs_op"),
     "own_mask": (_own_mask, "normalisation"),
+    "distances": (lambda q, k, v: (-torch.cdist(q, k)).softmax(-1) @ v, "scores_layout"),
+    "cosines": (lambda q, k, v: F.cosine_similarity(q[..., None, :], k[:, :, None], -1).softmax(-1) @ v, "scores_layout"),
+    "namespace": (lambda q, k, v: OPS["flash_attn_3::fwd"](q, k, v), "custom_op"),
 }
 
 
@@ -154,7 +158,41 @@ def _pooled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights[..., None] * v).sum(-2)
 
 
+class Weighted(nn.Module):
+    """Products with weights that are no layer's: (features, codes) and (codes, features), or a table of queries."""
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.a, self.b = (nn.Parameter(torch.ones(shape)) for shape in ((DIM, SEQ_LEN), (SEQ_LEN, DIM)))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = self.fn(self, q, k, v)
+        return out
+
+
+def _gated_experts(self: Weighted, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    gates = (q @ self.a[:, :SIDE]).softmax(-1)
+    return torch.einsum("bhne,bhned->bhnd", gates, torch.stack([v * n for n in range(SIDE)], -2))
+
+
+LEARNED_QUERIES = {
+    "before": Weighted(lambda self, q, k, v: (self.b @ k.mT).softmax(-1) @ v),
+    "after": Weighted(lambda self, q, k, v: (k @ self.a).mT.softmax(-1) @ v),
+    "over_rows": Weighted(lambda self, q, k, v: (k @ self.a[:, :SIDE]).softmax(-2).mT @ v),
+    "layer": Weighted(lambda self, q, k, v: ((self.b @ self.a[:, :DIM]) @ k.mT).softmax(-1) @ v),
+}
+
 NO_ATTENTION: dict[str, Callable[..., Any]] = {
+    "codes": Weighted(lambda self, q, k, v: (q @ self.a).softmax(-1) @ self.b),
+    "codes_as_rows": Weighted(lambda self, q, k, v: (q @ self.b.mT).softmax(-1) @ self.b),
+    "codes_by_einsum": Weighted(
+        lambda self, q, k, v: torch.einsum(
+            "bhnm,md->bhnd", torch.einsum("bhnd,dm->bhnm", q, self.a).softmax(-1), self.b
+        )
+    ),
+    "synthesizer": Weighted(lambda self, q, k, v: (q @ self.a).softmax(-1) @ v),
+    "gated_experts": Weighted(_gated_experts),
     "mask_op": lambda q, k, v: OPS["attention_mask"](q),
     "rotation_op": lambda q, k, v: OPS["attn_rotate"](q, k),
     "other_op": OPS["blend"],
@@ -181,6 +219,12 @@ def test_it_is_reported(name: str) -> None:
 @pytest.mark.parametrize("name", NO_ATTENTION)
 def test_what_is_none_is_not(name: str) -> None:
     assert decisions_of(NO_ATTENTION[name], *given()) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LEARNED_QUERIES)
+def test_learned_queries_are_attention(name: str) -> None:
+    assert len(decisions_of(LEARNED_QUERIES[name], *given())) == 1
 
 
 def kernels() -> list[OpOverload]:
