@@ -1,7 +1,7 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv on the first call.
 #   make demo    transcribe speech with Whisper compiled by backend="monarch" and by Inductor, side by side
 #   make test    the whole CPU test suite          make test-gpu  the tests that need a CUDA device
-#   make test-nightly    2000 random attention programs, new ones each time
+#   make test-nightly    2000 random attention programs, new ones each time, and the longest tests
 #   make lint    ruff and mypy                     make format    let ruff rewrite the sources
 #   make bench   attention alone, timed            make clean     remove .venv and caches
 # PYTHON=python3.12 make ... chooses the interpreter; ARGS="..." is handed to the command.
@@ -26,13 +26,14 @@ demo: $(STAMPS)/demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not gpu and not nightly" $(ARGS)
 
 test-gpu: $(STAMPS)/test
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-nightly: $(STAMPS)/test
 	$(BIN)/python -m pytest --hypothesis-profile=nightly tests/unit/test_random_programs.py $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "nightly and not gpu" $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

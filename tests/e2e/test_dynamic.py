@@ -81,7 +81,9 @@ def test_twenty_lengths_take_one_compilation_a_range() -> None:
     assert num_graphs() == 2
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False], ids=["automatic", "dynamic", "static"])
+@pytest.mark.parametrize(
+    "dynamic", [None, pytest.param(True, marks=pytest.mark.nightly), False], ids=["automatic", "dynamic", "static"]
+)
 def test_no_answer_depends_on_the_order_of_the_calls(dynamic: bool | None) -> None:
     """Dynamo compiles the first length alone, and a range with the second: all must agree on each length."""
     for lengths in itertools.permutations((100, 500, 1500)):
@@ -94,7 +96,7 @@ def test_no_answer_depends_on_the_order_of_the_calls(dynamic: bool | None) -> No
             assert (wanted is exact) or not torch.allclose(wanted, exact, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.nightly)], ids=["automatic", "dynamic"])
 def test_a_symbolic_batch_and_a_batch_of_one(dynamic: bool | None) -> None:
     call = compiled(dynamic, policy="always")
     for batch, seq_len in itertools.product((1, 2, 5, 1), (70, 1300)):

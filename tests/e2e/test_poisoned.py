@@ -49,7 +49,7 @@ def test_lengths_of_one_block_one_after_another(window: int, poisoned: Poisoned)
     assert poisoned.num_buffers
 
 
-@pytest.mark.parametrize("seed", [1, 4, 9])
+@pytest.mark.parametrize("seed", [*(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 4)), 9])
 def test_random_dynamic_programs(seed: int) -> None:
     program = DynamicProgram.draw(seed)
 

@@ -86,7 +86,7 @@ def test_layers_share_one_body(graphs: list[GraphModule], layers: int, dynamic: 
     assert counters["monarch"]["lowered"] == layers
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["static", "dynamic"])
 def test_inductor_compiles_no_more_attention_for_more_layers(dynamic: bool) -> None:
     """Each further layer costs the kernels around its attention alone: as many as with exact attention."""
     numbers: dict[tuple[str, int], int] = {}

@@ -85,7 +85,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_base_encoder_runs_the_reference_at_all_six_sites(attention):
     encoder, mel = random_encoder(BASE), torch.randn(1, 80, 3000)

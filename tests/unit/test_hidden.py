@@ -125,7 +125,10 @@ REPORTED: dict[str, tuple[Callable[..., Any], str]] = {
     "grid_of_probabilities": (_grid_of_probabilities, "probs_op"),
     "own_mask": (_own_mask, "normalisation"),
     "distances": (lambda q, k, v: (-torch.cdist(q, k)).softmax(-1) @ v, "scores_layout"),
-    "cosines": (lambda q, k, v: F.cosine_similarity(q[..., None, :], k[:, :, None], -1).softmax(-1) @ v, "scores_layout"),
+    "cosines": (
+        lambda q, k, v: F.cosine_similarity(q[..., None, :], k[:, :, None], -1).softmax(-1) @ v,
+        "scores_layout",
+    ),
     "namespace": (lambda q, k, v: OPS["flash_attn_3::fwd"](q, k, v), "custom_op"),
 }
 
