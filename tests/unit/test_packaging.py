@@ -12,6 +12,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from monarch_compile.passes.pipeline import source_files
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -37,6 +39,22 @@ def test_the_package_list_is_what_is_on_disk() -> None:
         link = ROOT / package.replace(".", "/")
         assert link.is_symlink()
         assert link.resolve() == ROOT / folder
+
+
+def test_the_cache_key_covers_every_source_and_template() -> None:
+    root = ROOT / "monarch_compile"
+    found = {path.resolve() for path in source_files(root)}
+    wanted = {p for folder in FOLDERS.values() for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".jinja"}}
+    assert found == wanted
+
+
+def test_templates_and_subfolders_are_sources(tmp_path: Path) -> None:
+    for name in ("a.py", "deep/er/b.py", "deep/c.html.jinja", "d.pyc", "e.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    names = [str(path.relative_to(tmp_path)) for path in source_files(tmp_path)]
+    assert names == ["a.py", "deep/c.html.jinja", "deep/er/b.py"]
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.12.1", "2.13.0", "2.14.1", torch.__version__])
