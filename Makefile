@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv on the first call.
 #   make demo    transcribe speech with Whisper compiled by backend="monarch" and by Inductor, side by side
-#   make test    the whole CPU test suite          make test-gpu  the tests that need a CUDA device
+#   make test    the CPU test suite                make test-gpu  the tests that need a CUDA device
 #   make test-nightly    2000 random attention programs, new ones each time, and the longest tests
 #   make lint    ruff and mypy                     make format    let ruff rewrite the sources
 #   make bench   attention alone, timed            make clean     remove .venv and caches
