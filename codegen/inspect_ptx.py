@@ -16,7 +16,7 @@ from monarch_compile.codegen.facts import sees_strides
 from monarch_compile.codegen.schedule import Schedule
 from monarch_compile.codegen.source import KernelSource, is_interpreted
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.ir import MaskKind, MonarchAttention
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT32_TENSORS = ("c", "near", "unlog")
@@ -100,7 +100,7 @@ def _type(name: str, ir: MonarchAttention) -> str:
     if name in FLOAT32_TENSORS:
         return "*fp32"
     if name == "key_mask":
-        return "*i1"
+        return "*fp32" if ir.mask is MaskKind.KEY_BIAS else "*i1"  # a bias is centred in float32
     return POINTERS[ir.dtype] if name in TENSORS else "i32"
 
 

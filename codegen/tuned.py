@@ -6,7 +6,6 @@ An entry is keyed by all that it depends on: the GPU, triton, the problem and wh
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -20,13 +19,12 @@ from monarch_compile.codegen.schedule import Schedule, Tiling, can_fuse, check_s
 from monarch_compile.codegen.source import cache_dir, replace_file
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES, PAPER, MonarchAttention
+from monarch_compile.sources import digest_of
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "tuned.json"
 FORMAT = 1
-EMITTERS = ("emit.py", "launch.py")
-"""Sources beside the templates that decide what a schedule means."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,15 @@ def key_of(ir: MonarchAttention, blocks_key: int, gpu: str, triton_version: str)
         f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}",
         f"blocks of {ir.block_size}, at most {blocks_key}",
         f"iters {ir.num_iters} {ir.init} {ir.pad} mask {ir.mask.value} {ir.exact}",
-        f"templates {template_digest()}",
+        f"emitters {emitter_digest()}",
     )
     return " | ".join(parts)
 
 
 @functools.cache
-def template_digest() -> str:
-    """A hash of what kernels are emitted from."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in (*sorted((folder / "templates").iterdir()), *(folder / name for name in EMITTERS)):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+def emitter_digest() -> str:
+    """A hash of all that kernels are emitted and launched by."""
+    return digest_of(Path(__file__).parent)
 
 
 def is_legal(schedule: Schedule, ir: MonarchAttention, capability: tuple[int, int] | None) -> bool:

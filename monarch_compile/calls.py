@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 REPLAYED = "replayed"
 """A CUDA graph, or C++, launches the kernels: a site takes nothing of the host."""
@@ -36,6 +37,19 @@ class Calls:
 def is_trained(inputs: Iterable[object]) -> bool:
     """Whether a backward pass goes through what is called with these inputs now."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def transform() -> str:
+    """What differentiates or batches the calls of now: "torch.func", "forward_ad" or "" (nothing).
+
+    Dynamo guards its graphs on this state, so what it is told at compile time stays true of a graph.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func"
+    return "forward_ad" if forward_ad._current_level >= 0 else ""
+
+
+vars(transform)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import Dynamo
 
 
 DEVICE_ALONE = Calls()

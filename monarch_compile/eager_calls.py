@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from monarch_compile.calls import EAGER, Calls
+from monarch_compile.calls import EAGER, Calls, transform
 from monarch_compile.config import MonarchConfig
 from monarch_compile.devices import installed
 from monarch_compile.ir import MaskKind, MonarchAttention
@@ -48,8 +47,10 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 NOT_FOUR_DIMS = Refusal("rank", "queries, keys and values must be (batch, num_heads, seq_len, dim) of one batch")
 TRACED = Refusal("traced", "the call is traced, not run: what its tensors hold is not known")
 CAPTURED = Refusal("traced", "the mask's values cannot be read while a CUDA graph is captured")
-TRANSFORMED = Refusal("transformed", "the call is transformed by torch.func (vmap, grad, jacrev, jvp, ...)")
-FORWARD_MODE = Refusal("transformed", "the call runs under forward-mode differentiation, which the operator lacks")
+TRANSFORMS = {
+    "torch.func": Refusal("transformed", "the call is transformed by torch.func (vmap, grad, jacrev, jvp, ...)"),
+    "forward_ad": Refusal("transformed", "the call runs under forward-mode differentiation, which the operator lacks"),
+}
 
 
 def not_plain(tensors: Sequence[Any]) -> Refusal | None:
@@ -64,11 +65,7 @@ def not_plain(tensors: Sequence[Any]) -> Refusal | None:
             return NOT_FOUR_DIMS
         if x.layout is not torch.strided:
             return Refusal("layout", f"a tensor has the layout {x.layout}")
-    if torch._C._functorch.maybe_current_level() is not None:
-        return TRANSFORMED
-    if forward_ad._current_level >= 0:
-        return FORWARD_MODE
-    return TRACED if _traces() else None
+    return TRANSFORMS.get(transform()) or (TRACED if _traces() else None)
 
 
 def _traces() -> bool:

@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from monarch_compile.calls import transform
 from monarch_compile.errors import InputError
 from monarch_compile.ir import INITS, PADS
 
@@ -69,17 +69,9 @@ def monarch_attention(
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    run = attention_under_transforms if _is_transformed() else attention
+    run = attention_under_transforms if transform() else attention
     output: Tensor = run(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad, window, prefix)
     return output
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation watches the call; Dynamo guards its graphs on this state."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-vars(_is_transformed)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import Dynamo
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

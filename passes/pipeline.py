@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +39,7 @@ from monarch_compile.passes.region import AttentionRegion, Site
 from monarch_compile.passes.room import with_room
 from monarch_compile.passes.softmaxes import Folded, fold_softmaxes, unfold_softmaxes
 from monarch_compile.passes.surroundings import Surroundings, trained_nodes
+from monarch_compile.sources import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -241,21 +240,7 @@ def _copy_graph(gm: GraphModule) -> GraphModule:
     return graph
 
 
-SOURCES = frozenset({".py", ".jinja"})
-"""Suffixes of the files that decide what is compiled."""
-
-
 @cache
 def source_digest() -> str:
     """A hash of the package's sources and templates: part of every compile-cache key."""
-    root = Path(monarch_compile.__file__).parent
-    digest = hashlib.sha256()
-    for path in source_files(root):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def source_files(root: Path) -> list[Path]:
-    """Every source and template under a folder, in subfolders and linked folders too."""
-    walk = os.walk(root, followlinks=True)  # in a checkout, passes and codegen are links
-    return sorted(Path(folder, name) for folder, _, names in walk for name in names if Path(name).suffix in SOURCES)
+    return digest_of(Path(monarch_compile.__file__).parent)

@@ -67,10 +67,8 @@ def main() -> int:
             if done % 20 == 0:
                 print(f"{done} of {len(seeds)} programs, {time.monotonic() - started:.0f} s", flush=True)
     right = [error for error in errors.values() if error <= TOLERANCE]
-    wrong = len(errors) - len(right)
-    print(
-        f"{len(errors)} programs on {args.device}: {wrong} wrong; largest error of the others {max(right, default=0):.1e}"
-    )
+    wrong, largest = len(errors) - len(right), max(right, default=0.0)
+    print(f"{len(errors)} programs on {args.device}: {wrong} wrong; largest error of the others {largest:.1e}")
     return int(wrong > 0)
 
 

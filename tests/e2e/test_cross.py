@@ -157,7 +157,7 @@ def test_other_masks_than_of_keys_stay_exact(mask: Callable[[], Tensor], code: s
 
 @pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize("block_size", [8, "auto"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.nightly)], ids=["automatic", "dynamic"])
 def test_symbolic_lengths(dynamic: bool | None, block_size: int | str) -> None:
     """Each pair of lengths gets its own answer, equal ones that of self-attention, whatever came before."""
     call = compiled(dynamic, block_size=block_size)

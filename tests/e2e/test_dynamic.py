@@ -61,7 +61,7 @@ def num_graphs() -> int:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "key_padding"])
-@pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.nightly)], ids=["rising", "falling"])
 def test_every_length_gets_the_block_size_of_the_table(masked: bool, order: int) -> None:
     call = compiled(policy="always")
     for seq_len in LENGTHS[::order]:

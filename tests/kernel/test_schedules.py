@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,9 +57,15 @@ def shipped(case: Case) -> Schedule:
     return choose_schedule(problem_of(case).ir(case.seq_len))
 
 
+def halves() -> Iterator[Any]:
+    """Every form with every change; half of the pairs, in which each form and each change still occurs, run nightly."""
+    for (i, case), (j, name) in itertools.product(enumerate(FORMS), enumerate(TURNED)):
+        marks = [pytest.mark.nightly] if (i + j) % 2 else []
+        yield pytest.param(case, TURNED[name], id=f"{case}-{name}", marks=marks)
+
+
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("change", TURNED.values(), ids=TURNED)
-@pytest.mark.parametrize("case", FORMS, ids=str)
+@pytest.mark.parametrize(("case", "change"), halves())
 def test_tiles_in_turn(case: Case, change: dict[str, object]) -> None:
     schedule = replace(shipped(case), **change)
     if schedule.near is not None and "summarize" in change:
@@ -75,7 +83,7 @@ def test_one_kernel_between_iterations(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("pad", ["post", "pre"])
+@pytest.mark.parametrize("pad", ["post", pytest.param("pre", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     "case",
     [

@@ -410,6 +410,7 @@ TO_COMPILE = [
     ({"dtype": "bfloat16", "init": "mean", "exact": (0, 4), "head_dim": 128, "value_dim": 128}, (9, 0)),
     ({"dtype": "float16", "num_iters": 2, "head_dim": 40, "value_dim": 40}, (9, 0)),
     ({"dtype": "float16", "head_dim": 160, "value_dim": 160}, (9, 0)),
+    ({"dtype": "float16", "mask": "key_bias"}, (9, 0)),
     (
         {"dtype": "bfloat16", "exact": (1,), "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
         (9, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from monarch_compile.passes.pipeline import source_files
+from monarch_compile.codegen import tuned
+from monarch_compile.sources import digest_of, source_files
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,32 +22,70 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {
-    "monarch_compile": "monarch_compile",
-    "monarch_compile.passes": "passes",
-    "monarch_compile.codegen": "codegen",
-}
+SUFFIXES = {".py", ".jinja"}
+LINKED = ("passes", "codegen")
+"""Folders at the top level that are imported as parts of monarch_compile."""
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 
-def _files(folder: Path) -> set[str]:
-    kept = {".py", ".jinja", ".typed"}
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in kept or p.name == "py.typed"}
+def _folders() -> dict[str, str]:
+    """The folder of every package, by its name, as they are on disk."""
+    tops = {"monarch_compile": "monarch_compile"} | {f"monarch_compile.{name}": name for name in LINKED}
+    found = {}
+    for package, top in tops.items():
+        for folder, _, names in os.walk(ROOT / top):
+            if any(name.endswith(".py") for name in names):
+                inner = Path(folder).relative_to(ROOT / top).parts
+                found[".".join((package, *inner))] = "/".join((top, *inner))
+    return found
+
+
+FOLDERS = _folders()
+
+
+def _data(folder: str) -> set[str]:
+    """What a package ships beside its modules: files of its folder and of subfolders that are no packages."""
+    inside = [p for p in (ROOT / folder).rglob("*") if p.suffix == ".jinja" or p.name == "py.typed"]
+    packages = {ROOT / other for other in FOLDERS.values()}
+    owner = lambda p: next(parent for parent in p.parents if parent in packages)  # noqa: E731
+    return {p.relative_to(ROOT / folder).as_posix() for p in inside if owner(p) == ROOT / folder}
 
 
 def test_the_package_list_is_what_is_on_disk() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert settings["packages"] == list(FOLDERS)
-    for package, folder in settings["package-dir"].items():
-        link = ROOT / package.replace(".", "/")
+    assert sorted(SETTINGS["packages"]) == sorted(FOLDERS)
+    assert SETTINGS["package-dir"] == {p: f for p, f in FOLDERS.items() if p.replace(".", "/") != f}
+    for name in LINKED:
+        link = ROOT / "monarch_compile" / name
         assert link.is_symlink()
-        assert link.resolve() == ROOT / folder
+        assert link.resolve() == ROOT / name
+
+
+def test_the_data_list_is_what_is_on_disk() -> None:
+    listed = SETTINGS["package-data"]
+    for package, folder in FOLDERS.items():
+        patterns = listed.get(package, [])
+        found = {p.relative_to(ROOT / folder).as_posix() for x in patterns for p in (ROOT / folder).glob(x)}
+        assert found == _data(folder), package
+    assert set(listed) <= set(FOLDERS)
 
 
 def test_the_cache_key_covers_every_source_and_template() -> None:
     root = ROOT / "monarch_compile"
     found = {path.resolve() for path in source_files(root)}
-    wanted = {p for folder in FOLDERS.values() for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".jinja"}}
+    wanted = {p for top in ("monarch_compile", *LINKED) for p in (ROOT / top).rglob("*") if p.suffix in SUFFIXES}
     assert found == wanted
+
+
+def test_the_key_of_tuning_changes_with_every_file_that_emits(tmp_path: Path) -> None:
+    copied = shutil.copytree(ROOT / "codegen", tmp_path / "codegen", ignore=shutil.ignore_patterns("__pycache__"))
+    before = digest_of(copied)
+    assert before == tuned.emitter_digest()
+    for path in source_files(copied):
+        text = path.read_bytes()
+        path.write_bytes(text + b"#")
+        assert digest_of(copied) != before, path
+        path.write_bytes(text)
+    assert digest_of(copied) == before
 
 
 def test_templates_and_subfolders_are_sources(tmp_path: Path) -> None:
@@ -111,8 +151,7 @@ def test_a_wheel_holds_every_file_once_and_works(tmp_path: Path) -> None:
     expected = {
         f"{package.replace('.', '/')}/{name}"
         for package, folder in FOLDERS.items()
-        for name in _files(ROOT / folder)
-        if not (package == "monarch_compile" and name.startswith(("passes/", "codegen/")))
+        for name in {p.name for p in (ROOT / folder).glob("*.py")} | _data(folder)
     }
     assert sorted(names) == sorted(expected)
     code = (

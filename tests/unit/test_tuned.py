@@ -132,7 +132,7 @@ def test_the_key_holds_all_that_a_result_depends_on() -> None:
 
 def test_the_key_changes_with_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of(IR, 64, "g", "t")
-    monkeypatch.setattr(tuned, "template_digest", lambda: "other")
+    monkeypatch.setattr(tuned, "emitter_digest", lambda: "other")
     assert key_of(IR, 64, "g", "t") != before
 
 
