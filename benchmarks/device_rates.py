@@ -32,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.models.architectures import Architecture
 from benchmarks.resumable import machine, write
-from benchmarks.speed.problems import PRESETS, Form, Problem, inputs
+from benchmarks.speed.problems import PRESETS, AutoForm, Problem, inputs
 from monarch_compile.backend import monarch as backend
 from monarch_compile.benchmark import cuda_graph_times, time_interleaved
 from monarch_compile.devices import device_for
@@ -149,12 +149,12 @@ def attention() -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
-def _forms(problem: Problem) -> tuple[Form, ...]:
-    return (Form(1, None), Form(1, 1), *([Form(2, None)] if problem.seq_len >= 4096 else []))
+def _forms(problem: Problem) -> tuple[AutoForm, ...]:
+    return (AutoForm(1, None), AutoForm(1, 1), *([AutoForm(2, None)] if problem.seq_len >= 4096 else []))
 
 
-def _monarch_call(problem: Problem, form: Form) -> tuple[int, Call]:
-    block = form.ir(problem, device_for("cuda")).block_size
+def _monarch_call(problem: Problem, form: AutoForm) -> tuple[int, Call]:
+    block = form.ir(problem, device_for("cuda")).form.block_size
     given = inputs(problem, "cuda")
     options = {"block_size": block, "num_iters": form.num_iters, "window": form.window, "prefix": form.prefix}
     return block, functools.partial(monarch_attention, given.q, given.k, given.v, **options)

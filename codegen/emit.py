@@ -25,7 +25,7 @@ from monarch_compile.codegen.schedule import (
 )
 from monarch_compile.codegen.source import KernelSource
 from monarch_compile.groups import HIDDEN
-from monarch_compile.ir import PAPER, MaskKind, MonarchAttention
+from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.version import __version__
 
 PITCH_MULTIPLE = 16
@@ -90,21 +90,21 @@ ATTEND = Role("monarch_attend", "attend", ("q", "a", "y", "c", "z"), values=True
 
 def steps(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
     """The kernels of one attention, in the order in which they are launched (a role may repeat)."""
-    near, identity = has_near(ir), ir.init == "identity"
+    near, identity = has_near(ir), ir.form.init == "identity"
     fused = near and schedule.fused and can_fuse(ir)
     sequence = [EXACT] if near and not fused else []
     if not identity:
         sequence.append(MEAN)
-    for step in range(ir.num_iters - 1):
+    for step in range(ir.form.num_iters - 1):
         sequence.append(FIRST if identity and step == 0 else NEXT)
         sequence += [EXCHANGE] if schedule.exchange else [WEIGH, REPRESENT]
-    last = FUSED if fused else ONLY if identity and ir.num_iters == 1 else LAST
+    last = FUSED if fused else ONLY if identity and ir.form.num_iters == 1 else LAST
     return (*sequence, last, ATTEND)
 
 
 def has_near(ir: MonarchAttention) -> bool:
     """Whether there are exact groups."""
-    return ir.exact != PAPER
+    return ir.form.has_exact_keys
 
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:
@@ -136,7 +136,7 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
     tiling = role_tiling(role, schedule)
     template = role.template
     if template == "summarize":
-        template += "_whole" if ir.block_size <= tiling.step else "_stream"
+        template += "_whole" if ir.form.block_size <= tiling.step else "_stream"
     unmasked = ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE
     render = functools.partial(
         _environment().get_template(f"{template}.py.jinja").render,
@@ -148,12 +148,12 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
         summarizes=role.template == "summarize",
         near=role.near or (role.template in FAR_FIELD and has_near(ir)),
         plain=unmasked,
-        near_aligned=not (facts.cut or ir.block_size % (schedule.near or tiling).step),
+        near_aligned=not (facts.cut or ir.form.block_size % (schedule.near or tiling).step),
         resident=tiling.turns == ALL,
         walks=tiling.turns > 1,
         num_stages=tiling.num_stages,
-        window=ir.exact.window,
-        prefix=ir.exact.prefix,
+        window=ir.form.window,
+        prefix=ir.form.prefix,
         group=ir.group,
         cross=ir.is_cross,
         **_names(ir),
@@ -210,7 +210,7 @@ def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
     """Inputs first, then what is written."""
     added: tuple[str, ...] = ()
     if role.template in FAR_FIELD and has_near(ir):
-        added = ("near", "rows") if ir.exact.prefix and role.values else ("near",)
+        added = ("near", "rows") if ir.form.prefix and role.values else ("near",)
         place = len(role.tensors) - 1
     elif "k" in role.tensors and ir.mask is not MaskKind.NONE:
         added = ("key_mask",)
@@ -221,14 +221,14 @@ def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
 def _constants(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) -> dict[str, Any]:
     """What may stand as a literal at the top of a kernel; its text uses some."""
     tiling, near = role_tiling(role, schedule), schedule.near or schedule.summarize
-    dims: dict[str, Any] = {"BLOCK": ir.block_size, "GROUP": ir.group, "APART": facts.apart}
+    dims: dict[str, Any] = {"BLOCK": ir.form.block_size, "GROUP": ir.group, "APART": facts.apart}
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
-    window, prefix = ir.exact.window or 0, ir.exact.prefix
-    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // ir.block_size), "PREFIX": min(prefix, MAX_POSITION)}
+    window, prefix = ir.form.window or 0, ir.form.prefix
+    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // ir.form.block_size), "PREFIX": min(prefix, MAX_POSITION)}
     tiles = {"TILE_L": tiling.step}
     if role.template in ("summarize", "exact"):
-        tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-ir.block_size // tiling.rows)}
+        tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-ir.form.block_size // tiling.rows)}
         tiles |= {"TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
     elif role.template == "represent":
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
@@ -243,14 +243,14 @@ def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, facts: Facts) -> di
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value = ir.head_dim, ir.value_dim
     masked, stores = ir.mask is not MaskKind.NONE, role.template != "exact"
-    ragged_j = ir.is_cross or ir.block_size % tiling.rows != 0
-    ragged_i = ir.block_size % tiling.step != 0
+    ragged_j = ir.is_cross or ir.form.block_size % tiling.rows != 0
+    ragged_i = ir.form.block_size % tiling.step != 0
     partial = ragged_j if role.template in ("summarize", "exact") else facts.rest
     inside = "is_key" if ragged_i or facts.cut else ""
     return {
         "masked": masked,
         "biased": ir.mask is MaskKind.KEY_BIAS,
-        "pre": ir.pad == "pre" and facts.cut,
+        "pre": ir.form.pad == "pre" and facts.cut,
         "ragged_j": ragged_j,
         "ragged_i": ragged_i,
         "in_block": "in_block" if ragged_j else "",

@@ -88,9 +88,9 @@ def _divides(number: int, stride: Any) -> bool:
 
 def expected_facts(ir: MonarchAttention, schedule: Schedule) -> Facts:
     """The facts of a launch of `ir` on tensors that one projection gave, as far as its sizes are known."""
-    prefix = ir.exact.prefix
+    prefix = ir.form.prefix
     after = [n - prefix if isinstance(n, int) else n for n in (ir.seq_len_q, ir.seq_len_k)]
-    queries, keys = (after[0], ir.block_size_q), (after[1], ir.block_size)
+    queries, keys = (after[0], ir.block_size_q), (after[1], ir.form.block_size)
     reach: Any = None
     if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
         reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,9 @@ from monarch_compile.codegen.rows import exact_rows
 from monarch_compile.codegen.schedule import ALL, TUNED_ON, Schedule, Tiling, choose_schedule, padded
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
+from monarch_compile.form import Form
 from monarch_compile.groups import centred
-from monarch_compile.ir import PAPER, Dim, ExactGroups, MaskKind, MonarchAttention, count_blocks, is_exact
+from monarch_compile.ir import Dim, MaskKind, MonarchAttention, count_blocks, is_exact
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,11 @@ def launch(
     key_mask: Tensor | None,
     *,
     scale: float,
-    block_size: int,
-    num_iters: int,
-    init: str,
-    pad: str,
-    window: int | None = None,
-    prefix: int = 0,
+    **options: Any,
 ) -> Tensor:
     """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.
+
+    options: those of `Form`.
 
     q, k, v and key_mask are read through their strides; sizes may be symbolic. Works eagerly, under fake tensors and
     inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
@@ -64,20 +62,24 @@ def launch(
         CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
-    if is_exact(q.shape[2], k.shape[2], block_size, prefix):
+    form = _form(**options)
+    if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
-    num_blocks = count_blocks(k.shape[2], block_size, prefix)
+    num_blocks = count_blocks(k.shape[2], form.block_size, form.prefix)
     blocks_key = _blocks_key(num_blocks) if isinstance(num_blocks, int) else None
     rows_key = 0 if q.shape[2] == k.shape[2] else _rows_key(_rows(q, num_blocks))
-    dims, masked, exact = (int(q.shape[3]), int(v.shape[3])), key_mask is not None, ExactGroups(window, prefix)
+    masked = key_mask is not None
     biased = key_mask is not None and key_mask.is_floating_point()
     if key_mask is not None and biased:
         key_mask = centred(key_mask)
-    form = (*dims, q.dtype, block_size, scale, num_iters, init, pad)
-    problem = Problem(*form, masked, exact, group, rows_key, biased)
+    problem = Problem(int(q.shape[3]), int(v.shape[3]), q.dtype, form, scale, masked, group, rows_key, biased)
     launcher = build(problem, blocks_key, capability_of(q.device), is_interpreted())
     with _on_device(q):
         return launcher(q, k, v, key_mask, num_blocks)
+
+
+_form = functools.lru_cache(maxsize=1024)(Form)
+"""Checked once: a call of eager code waits for it."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,9 @@ class Problem:
     head_dim: int
     value_dim: int
     dtype: torch.dtype
-    block_size: int
+    form: Form
     scale: float
-    num_iters: int
-    init: str
-    pad: str
-    masked: bool
-    exact: ExactGroups = PAPER
+    masked: bool = False
     group: int = 1
     rows_key: int = 0
     biased: bool = False
@@ -107,19 +105,16 @@ class Problem:
     def of(ir: MonarchAttention) -> Problem:
         """The problem of an IR."""
         masked, biased = ir.mask is not MaskKind.NONE, ir.mask is MaskKind.KEY_BIAS
-        form = (ir.block_size, ir.scale, ir.num_iters, ir.init, ir.pad, masked, ir.exact, ir.group)
         rows_key = _rows_key(ir.block_size_q) if ir.is_cross else 0
-        return Problem(ir.head_dim, ir.value_dim, ir.dtype, *form, rows_key, biased)
+        return Problem(ir.head_dim, ir.value_dim, ir.dtype, ir.form, ir.scale, masked, ir.group, rows_key, biased)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `launch` and of `reference.reference`."""
-        names = ("scale", "block_size", "num_iters", "init", "pad")
-        groups = {"window": self.exact.window, "prefix": self.exact.prefix}
-        return {name: getattr(self, name) for name in names} | groups
+        return {"scale": self.scale, **asdict(self.form)}
 
     def num_blocks(self, seq_len: Any) -> Any:
         """How many blocks hold the keys that follow the prefix."""
-        return count_blocks(seq_len, self.block_size, self.exact.prefix)
+        return count_blocks(seq_len, self.form.block_size, self.form.prefix)
 
     def blocks_key(self, seq_len: int) -> int:
         """The bucket of the number of blocks, whose largest number its schedule is made for."""
@@ -127,14 +122,14 @@ class Problem:
 
     def largest(self, blocks_key: int) -> MonarchAttention:
         """The IR of the most keys in a bucket, which its schedule is made for."""
-        return self.ir(blocks_key * self.block_size + self.exact.prefix)
+        return self.ir(blocks_key * self.form.block_size + self.form.prefix)
 
     def ir(self, seq_len: Dim) -> MonarchAttention:
         """The IR of this problem at one number of keys, with queries as many, or as their blocks are to hold."""
         mask = MaskKind.KEY_BIAS if self.biased else MaskKind.KEY_PADDING if self.masked else MaskKind.NONE
         seq_len_q = seq_len
         if self.rows_key and isinstance(seq_len, int):
-            seq_len_q = self.rows_key * -(-seq_len // self.block_size)
+            seq_len_q = self.rows_key * -(-seq_len // self.form.block_size)
             seq_len_q -= seq_len_q == seq_len  # as many as keys would be another problem, whose schedules differ
         elif self.rows_key:
             seq_len_q = f"{seq_len}_q"
@@ -147,13 +142,9 @@ class Problem:
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             dtype=self.dtype,
-            block_size=self.block_size,
+            form=self.form,
             scale=self.scale,
-            num_iters=self.num_iters,
-            init=self.init,
-            pad=self.pad,
             mask=mask,
-            exact=self.exact,
         )
 
 
@@ -246,7 +237,7 @@ class Launcher:
             "block_q": self._rows(q, num_blocks),
         }
         values |= {"seq_len": q.shape[2], "seq_len_q": q.shape[2], "seq_len_k": k.shape[2]}
-        rows = self._prefix_rows(q, k, v, key_mask) if self.problem.exact.prefix else None
+        rows = self._prefix_rows(q, k, v, key_mask) if self.problem.form.prefix else None
         for name, tensor in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask), ("rows", rows)):
             if tensor is not None:
                 values[name] = tensor
@@ -260,7 +251,7 @@ class Launcher:
         return output.transpose(1, 2)
 
     def _prefix_rows(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        prefix = self.problem.exact.prefix
+        prefix = self.problem.form.prefix
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, prefix)  # indexing would ask for a device
         return exact_rows(first, k, v, key_mask, self.problem.scale)
 
@@ -295,8 +286,8 @@ class Launcher:
             if name in values:
                 sides = zip(values[name].shape[outer:], values[name].stride()[outer:], strict=True)
                 reaches.append(sum(size * stride for size, stride in sides))
-        keys = values["seq_len_k"] - problem.exact.prefix, problem.block_size
-        queries = values["seq_len_q"] - problem.exact.prefix, rows
+        keys = values["seq_len_k"] - problem.form.prefix, problem.form.block_size
+        queries = values["seq_len_q"] - problem.form.prefix, rows
         return facts_of(num_blocks, queries, keys, self.schedule, reaches, self._apart(values))
 
     def _apart(self, values: Mapping[str, Any]) -> int:
@@ -309,7 +300,7 @@ class Launcher:
         return apart_of(problem.head_dim, problem.value_dim, problem.dtype, strides)
 
     def _rows(self, q: Tensor, num_blocks: Any) -> Any:
-        return _rows(q, num_blocks) if self.problem.rows_key else self.problem.block_size
+        return _rows(q, num_blocks) if self.problem.rows_key else self.problem.form.block_size
 
 
 def _programs_per_head(role: Role, tiling: Tiling, num_blocks: Any, rows: Any) -> Any:

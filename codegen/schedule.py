@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import MAX_HEAD_DIM, PAPER, MonarchAttention
+from monarch_compile.ir import MAX_HEAD_DIM, MonarchAttention
 
 DOT_PRECISIONS = ("ieee", "tf32x3")
 MIN_TILE = 16  # the least size of a tl.dot operand on every tensor core generation we emit for
@@ -212,18 +212,22 @@ def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = N
     check_supported(ir)
     width = max(64, padded(ir.head_dim), padded(ir.value_dim))
     key = (DTYPE_BYTES[ir.dtype], width)
-    table = TABLE[key] if ir.exact == PAPER else NEAR_TABLE.get(key, TABLE[key])
+    table = TABLE[key] if not ir.form.has_exact_keys else NEAR_TABLE.get(key, TABLE[key])
     blocks, limit = ir.num_blocks, shared_limit(capability)
-    sides = {"summarize": (ir.block_size_q, ir.block_size), "attend": (blocks, blocks), "represent": (blocks, blocks)}
+    sides = {
+        "summarize": (ir.block_size_q, ir.form.block_size),
+        "attend": (blocks, blocks),
+        "represent": (blocks, blocks),
+    }
     tilings: dict[str, Any] = {}
     for name, (num_rows, num_steps) in sides.items():
         fits = _tilings(getattr(table, name), num_steps, capability)
         within = (_within(_fit(tiling, ir, num_rows, num_steps), ir, limit) for tiling in fits)
         tilings[name] = next(t for t in within if t.turns in turns_of(t, name, ir, (blocks or math.inf) <= t.step))
     whole = blocks is not None and blocks <= tilings["attend"].step
-    exchange = ir.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows
+    exchange = ir.form.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows
     schedule = Schedule(**tilings, whole=whole, exchange=exchange)
-    if ir.exact == PAPER:
+    if not ir.form.has_exact_keys:
         return schedule
     return replace(schedule, near=_near(schedule.summarize, table, ir, capability), fused=can_fuse(ir))
 
@@ -239,18 +243,18 @@ def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tu
     """The turns that a kernel may take with these tiles. whole: whether stage 2 meets all blocks in one step."""
     if name == "attend" and not whole:
         return (1,)
-    if name == "summarize" and ir.block_size <= tiling.step:
+    if name == "summarize" and ir.form.block_size <= tiling.step:
         return 1, ALL
     if name == "attend" and (ir.is_cross or tiling.rows < tiling.step):
         return 1, ALL
     if name == "attend":
-        return (1, ALL, *(turns for turns in OFFSETS if ir.block_size % turns == 0))
+        return (1, ALL, *(turns for turns in OFFSETS if ir.form.block_size % turns == 0))
     return (1,)
 
 
 def can_fuse(ir: MonarchAttention) -> bool:
     """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
-    return ir.num_iters == 1 and ir.init == "identity"
+    return ir.form.num_iters == 1 and ir.form.init == "identity"
 
 
 def shared_limit(capability: tuple[int, int] | None) -> int:
@@ -279,7 +283,7 @@ def check_supported(ir: MonarchAttention) -> None:
     for name, size in (("head_dim", ir.head_dim), ("value_dim", ir.value_dim)):
         if size > MAX_HEAD_DIM:
             raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
-    if ir.is_cross and ir.exact != PAPER:
+    if ir.is_cross and ir.form.has_exact_keys:
         raise CodegenError(f"no kernel for a window or a prefix where seq_len_q != seq_len_k; found {ir}")
     if ir.is_causal:
         raise CodegenError(f"no kernel for causal attention; found {ir}")
@@ -308,8 +312,8 @@ def _tilings(rows: tuple[Row, ...], size: int | None, capability: tuple[int, int
 
 def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, capability: tuple[int, int] | None) -> Tiling:
     """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
-    keys = ir.exact.prefix if ir.exact.window is None else 2 * max(ir.exact.window, 1) * ir.block_size
-    widest = next(_tilings(table.summarize, ir.block_size, capability))
+    keys = ir.form.prefix if ir.form.window is None else 2 * max(ir.form.window, 1) * ir.form.block_size
+    widest = next(_tilings(table.summarize, ir.form.block_size, capability))
     near = replace(summarize, turns=1, step=min(NEAR_STEP, _fit(widest, ir, keys, keys).step))
     while shared_bytes(near, ir) > shared_limit(capability):
         near = replace(near, step=near.step // 2)

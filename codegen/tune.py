@@ -212,7 +212,7 @@ def compile_ahead(task: Task) -> None:
 
 def stages(ir: MonarchAttention) -> tuple[str, ...]:
     """The fields of a schedule that matter to `ir`, the costliest first."""
-    between = ("represent",) if ir.num_iters > 1 or ir.init != "identity" else ()
+    between = ("represent",) if ir.form.num_iters > 1 or ir.form.init != "identity" else ()
     return ("summarize", "attend", *(("near",) if has_near(ir) else ()), *between)
 
 
@@ -231,14 +231,14 @@ def _variants(start: Schedule, stage: str, ir: MonarchAttention) -> Iterator[Sch
     if stage == "near":
         yield from _near_variants(start, ir)
         return
-    extent = ir.block_size if stage == "summarize" else blocks
+    extent = ir.form.block_size if stage == "summarize" else blocks
     for tiling in _in_turn(_tilings(extent), stage, ir, extent):
         changed: dict[str, Any] = {stage: tiling}
         if stage == "attend":
             changed["whole"] = blocks <= tiling.step
-        if stage == "represent" and ir.num_iters > 1 and blocks <= tiling.rows:
+        if stage == "represent" and ir.form.num_iters > 1 and blocks <= tiling.rows:
             changed["exchange"] = True
-            if ir.init == "identity":  # the mean start alone would read the step
+            if ir.form.init == "identity":  # the mean start alone would read the step
                 changed[stage] = replace(tiling, step=tiling.rows, num_stages=1)
         elif stage == "represent":
             changed["exchange"] = False
@@ -254,7 +254,7 @@ def _near_variants(start: Schedule, ir: MonarchAttention) -> Iterator[Schedule]:
     if start.fused:
         for step in SIZES:
             yield replace(start, near=replace(start.summarize, step=step, turns=1))
-    for tiling in _tilings(ir.block_size):
+    for tiling in _tilings(ir.form.block_size):
         if tiling.num_stages > 1:
             yield replace(start, near=tiling, fused=False)
 
@@ -336,7 +336,7 @@ def _reports(search: Search, schedule: Schedule) -> Iterator[CompileReport]:
 
 
 def _bound(problem: Problem) -> float:
-    return problem.num_iters * ERROR_BOUNDS[problem.dtype]
+    return problem.form.num_iters * ERROR_BOUNDS[problem.dtype]
 
 
 def _inputs(problem: Problem, sizes: Sizes, device: torch.device) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from monarch_compile.codegen.schedule import Schedule, Tiling, can_fuse, check_schedule, shared_bytes, shared_limit
 from monarch_compile.codegen.source import cache_dir, replace_file
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import DTYPE_NAMES, PAPER, MonarchAttention
+from monarch_compile.ir import DTYPE_NAMES, MonarchAttention
 from monarch_compile.sources import digest_of
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,7 @@ def key_of(ir: MonarchAttention, blocks_key: int, gpu: str, triton_version: str)
         gpu,
         f"triton {triton_version}",
         f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}",
-        f"blocks of {ir.block_size}, at most {blocks_key}",
-        f"iters {ir.num_iters} {ir.init} {ir.pad} mask {ir.mask.value} {ir.exact}",
+        f"{ir.form} mask {ir.mask.value}, at most {blocks_key} blocks",
         f"emitters {emitter_digest()}",
     )
     return " | ".join(parts)
@@ -91,7 +90,7 @@ def is_legal(schedule: Schedule, ir: MonarchAttention, capability: tuple[int, in
     except CodegenError:
         return False
     return (
-        (schedule.near is not None) == (ir.exact != PAPER)
+        (schedule.near is not None) == ir.form.has_exact_keys
         and (schedule.near is None or not schedule.fused or can_fuse(ir))
         and (most is None or (blocks is not None and blocks <= most))
         and all(shared_bytes(tiling, ir) <= shared_limit(capability) for _, tiling in schedule.tilings())

@@ -18,7 +18,8 @@ import torch
 
 from monarch_compile.benchmark import cuda_graph_times
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.lengths import auto_block_size
 from monarch_compile.measured import real_tensors
 
@@ -180,12 +181,11 @@ def problems(
     """The IRs of some lengths and windows; no `block_size` is what "auto" gives on this machine."""
     kind, found = getattr(torch, dtype), []
     for seq_len, window in itertools.product(lengths, windows):
-        groups = ExactGroups(window)
-        block = block_size or auto_block_size(seq_len, machine.device.type, groups)
+        block = block_size or auto_block_size(seq_len, machine.device.type, window)
         shape = (batch, num_heads, num_heads, seq_len, seq_len, head_dim, head_dim)
         mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
-        scale = head_dim**-0.5
-        found.append(MonarchAttention(*shape, kind, block, scale, num_iters=num_iters, mask=mask, exact=groups))
+        form = Form(block, num_iters, window=window)
+        found.append(MonarchAttention(*shape, kind, form, head_dim**-0.5, mask))
     return found
 
 

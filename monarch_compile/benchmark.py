@@ -21,8 +21,9 @@ from torch import Tensor
 
 from monarch_compile.cost import predict
 from monarch_compile.devices import DEVICES
+from monarch_compile.form import Form
 from monarch_compile.functional import monarch_attention
-from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size
 from monarch_compile.version import __version__
 
@@ -174,12 +175,12 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     generator = torch.Generator().manual_seed(seq_len)
     # As a projection leaves them: (batch, seq, heads, dim) in memory.
     q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
-    cpu, groups = DEVICES["cpu"], ExactGroups(window)
-    block = block_size or auto_block_size(seq_len, cpu.kind, groups)
-    ir = MonarchAttention(
-        batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, block, 1 / math.sqrt(dim), exact=groups
-    )
+    cpu = DEVICES["cpu"]
+    block = block_size or auto_block_size(seq_len, cpu.kind, window)
     form = {"block_size": block, "window": window}
+    ir = MonarchAttention(
+        batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, Form(block, window=window), 1 / math.sqrt(dim)
+    )
     exact, monarch = compiled_attention({}), compiled_attention({"policy": "always", "strict": True, **form})
     eager = monarch_attention(q.double(), k.double(), v.double(), block_size=block, window=window)
     error = (monarch(q, k, v) - eager).abs().max().item()

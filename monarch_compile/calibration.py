@@ -18,9 +18,10 @@ from monarch_compile.decision import Decision
 from monarch_compile.devices import Device, installed
 from monarch_compile.errors import InputError
 from monarch_compile.explainer import size_hints
+from monarch_compile.form import FORM_OPTIONS, Form
 from monarch_compile.instrument import AttentionCall, Probe, Switch, capture
 from monarch_compile.metrics import ratio, relative_error, squares_apart
-from monarch_compile.plan import FORM_OPTIONS, Plan, SiteForm, SitePlan, site_shape
+from monarch_compile.plan import Plan, SitePlan, site_shape
 from monarch_compile.selection import Assignment, Candidate, Growth, fitted_power, pareto, select
 from monarch_compile.snapshot import Snapshot, kept
 
@@ -208,10 +209,10 @@ class _Search:
             raise InputError(f"metric must give a number of at least 0; found {value}")
         return value
 
-    def _forms(self, site: str) -> list[SiteForm]:
+    def _forms(self, site: str) -> list[Form]:
         return forms_that_pay(self._occurrences(site), self._device(), self._fixed)
 
-    def _front(self, site: str, errors: Mapping[SiteForm, float]) -> tuple[Candidate, ...]:
+    def _front(self, site: str, errors: Mapping[Form, float]) -> tuple[Candidate, ...]:
         """The site's forms that are worth taking, from the fastest to exact attention."""
         occurrences, device = self._occurrences(site), self._device()
         timed = {form: total_seconds(occurrences, device, form) for form in errors}
@@ -270,10 +271,10 @@ class _Search:
 class _FormMeter:
     """An attention that runs every form of a site beside the exact one, and goes on with the exact output."""
 
-    forms_of: Callable[[str], list[SiteForm]]
+    forms_of: Callable[[str], list[Form]]
     say: Callable[[str], None]
-    forms: dict[str, list[SiteForm]] = field(default_factory=dict)
-    sums: dict[str, dict[SiteForm, tuple[float, float]]] = field(default_factory=dict)
+    forms: dict[str, list[Form]] = field(default_factory=dict)
+    sums: dict[str, dict[Form, tuple[float, float]]] = field(default_factory=dict)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Exact attention, the error of each form noted."""
@@ -289,7 +290,7 @@ class _FormMeter:
         return output
 
     @property
-    def errors(self) -> dict[str, dict[SiteForm, float]]:
+    def errors(self) -> dict[str, dict[Form, float]]:
         """Relative error of each form of each site."""
         return {site: {form: ratio(*pair) for form, pair in sums.items()} for site, sums in self.sums.items()}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from monarch_compile.cost import MARGIN, predict
 from monarch_compile.devices import Device
+from monarch_compile.form import ACROSS, FORM_OPTIONS, Form
 from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size
-from monarch_compile.plan import ACROSS, FORM_OPTIONS, SiteForm
 
 SEARCH: dict[str, tuple[Any, ...]] = {
     "block_size": (0.5, 1, 2, 4),  # times what "auto" is
@@ -31,27 +31,19 @@ class Occurrence:
     ir: MonarchAttention
     hints: tuple[tuple[str, int], ...]
 
-    def seconds(self, device: Device, form: SiteForm) -> tuple[float, float]:
+    def seconds(self, device: Device, form: Form) -> tuple[float, float]:
         """Predicted seconds of the exact form and of `form`."""
-        changed = replace(
-            self.ir,
-            block_size=form.block_size,
-            num_iters=form.num_iters,
-            init=form.init,
-            pad=form.pad,
-            exact=form.exact,
-        )
-        prediction = predict(changed, device, dict(self.hints))
+        prediction = predict(replace(self.ir, form=form), device, dict(self.hints))
         return prediction.exact_s, prediction.monarch_s
 
 
-def total_seconds(occurrences: Sequence[Occurrence], device: Device, form: SiteForm) -> tuple[float, float]:
+def total_seconds(occurrences: Sequence[Occurrence], device: Device, form: Form) -> tuple[float, float]:
     """Predicted seconds of a site in all of its graphs: exact form, and `form`."""
     exact_s, monarch_s = zip(*(o.seconds(device, form) for o in occurrences), strict=True)
     return sum(exact_s), sum(monarch_s)
 
 
-def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[SiteForm]:
+def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention."""
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
@@ -59,20 +51,20 @@ def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Map
     return [form for form, (exact_s, monarch_s) in timed if monarch_s * MARGIN <= exact_s]
 
 
-def _grid(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[SiteForm]:
+def _grid(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     names = [name for name in FORM_OPTIONS if name != "block_size"]
     values = [(fixed[name],) if name in fixed else SEARCH[name] for name in names]
     forms = []
     for choice in itertools.product(*values):
-        form = SiteForm(block_size=1, **dict(zip(names, choice, strict=True)))
+        form = Form(block_size=1, **dict(zip(names, choice, strict=True)))
         forms += [replace(form, block_size=size) for size in _block_sizes(occurrence, device, form, fixed)]
     return list(dict.fromkeys(forms))
 
 
-def _block_sizes(occurrence: Occurrence, device: Device, form: SiteForm, fixed: Mapping[str, Any]) -> list[int]:
+def _block_sizes(occurrence: Occurrence, device: Device, form: Form, fixed: Mapping[str, Any]) -> list[int]:
     if "block_size" in fixed:
         return [int(fixed["block_size"])]
     ir = occurrence.ir
     seq_len = ir.seq_len_k if isinstance(ir.seq_len_k, int) else dict(occurrence.hints)[ir.seq_len_k]
-    best = auto_block_size(seq_len, device.kind, form.exact)
+    best = auto_block_size(seq_len, device.kind, form.window, form.prefix)
     return [max(1, min(seq_len, int(best * factor))) for factor in SEARCH["block_size"]]

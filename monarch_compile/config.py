@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from monarch_compile.errors import ConfigError
-from monarch_compile.ir import INITS, PADS, ExactGroups
-from monarch_compile.plan import FORM_OPTIONS, Plan
+from monarch_compile.form import FORM_OPTIONS, FORM_RULES, Form, OptionRule, at_least, broken_rule, one_of, or_else
+from monarch_compile.plan import Plan
 
 POLICIES = ("auto", "always", "never")
 
 
-class OptionRule(NamedTuple):
-    """What an option may be: a predicate and its wording."""
-
-    allows: Callable[[Any], bool]
-    wording: str
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _one_of(allowed: tuple[str, ...]) -> OptionRule:
-    return OptionRule(
-        lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}"
-    )
-
+FLAG = OptionRule(lambda v: isinstance(v, bool), "True or False")
 
 OPTION_RULES: dict[str, OptionRule] = {
-    "block_size": OptionRule(lambda v: v == "auto" or _is_count(v), "'auto' or an int of at least 1"),
-    "num_iters": OptionRule(_is_count, "an int of at least 1"),
-    "init": _one_of(INITS),
-    "pad": _one_of(PADS),
-    "window": OptionRule(lambda v: v is None or v == 0 or _is_count(v), "None or an int of at least 0"),
-    "prefix": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
-    "policy": _one_of(POLICIES),
-    "min_seq_len": OptionRule(lambda v: v == 0 or _is_count(v), "an int of at least 0"),
-    "cross_attention": OptionRule(lambda v: isinstance(v, bool), "True or False"),
-    "autotune": OptionRule(lambda v: isinstance(v, bool), "True or False"),
-    "strict": OptionRule(lambda v: isinstance(v, bool), "True or False"),
+    **FORM_RULES,
+    "block_size": or_else("auto", FORM_RULES["block_size"]),
+    "policy": one_of(POLICIES),
+    "min_seq_len": at_least(0),
+    "cross_attention": FLAG,
+    "autotune": FLAG,
+    "strict": FLAG,
     "plan": OptionRule(lambda v: v is None or isinstance(v, Plan), "a Plan, or the path of a saved one"),
     "mode": OptionRule(lambda v: v is None or v in _inductor_modes(), "None or a mode of torch.compile"),
 }
@@ -88,15 +69,13 @@ class MonarchConfig:
     mode: str | None = None
 
     def __post_init__(self) -> None:
-        for name, rule in OPTION_RULES.items():
-            value = getattr(self, name)
-            if not rule.allows(value):
-                raise ConfigError(f"option {name!r} must be {rule.wording}; found {value!r}")
+        wrong = broken_rule(vars(self), OPTION_RULES)
+        if wrong is not None:
+            raise ConfigError(f"option {wrong}")
 
-    @property
-    def exact(self) -> ExactGroups:
-        """The window and the prefix."""
-        return ExactGroups(self.window, self.prefix)
+    def form(self, block_size: int) -> Form:
+        """The form that the options ask for, in blocks of `block_size`."""
+        return Form(**{name: getattr(self, name) for name in FORM_OPTIONS} | {"block_size": block_size})
 
     def mode_patches(self) -> dict[str, Any]:
         """What the mode changes in Inductor's config."""

@@ -19,7 +19,8 @@ import torch
 from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.devices import WIDE, Device, Host
 from monarch_compile.errors import InputError
-from monarch_compile.ir import PAPER, Dim, ExactGroups, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import Dim, MonarchAttention
 
 Quantity = Any
 """An int, or a sympy expression in the symbolic sizes of an IR."""
@@ -188,7 +189,7 @@ def predict(
     exact_s, monarch_s = _forward(counts, sizes, device, ir)
     host = device.host(calls.launcher)
     if host is not None:
-        monarch_s *= host.work if ir.exact == PAPER else host.near_work
+        monarch_s *= host.near_work if ir.form.has_exact_keys else host.work
     if calls.trains:
         exact_back_s, monarch_back_s = _backward(counts, device, ir)
         exact_s += exact_back_s
@@ -257,27 +258,25 @@ def _moved(*when: str) -> Quantity:
 def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quantity, ...]:
     """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
-    after_rows, after = (_after(ir.exact.prefix, n) for n in (rows, keys))
-    blocks = _ceil_div(after, ir.block_size)
-    block_rows = _ceil_div(after_rows, blocks) if ir.is_cross else ir.block_size
+    after_rows, after = (_after(ir.form.prefix, n) for n in (rows, keys))
+    blocks = _ceil_div(after, ir.form.block_size)
+    block_rows = _ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
-    fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.num_iters)
-    groups = _group_sizes(ir.exact, ir.num_iters, ir.init, rows, keys, ir.block_size)
-    return (*heads, rows, keys, blocks, block_rows, ir.block_size, *fixed, *groups)
+    fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters)
+    groups = _group_sizes(ir.form, rows, keys)
+    return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 
-def _group_sizes(
-    exact: ExactGroups, num_iters: int, init: str, rows: Quantity, keys: Quantity, block_size: int
-) -> tuple[Quantity, Quantity, Quantity]:
+def _group_sizes(form: Form, rows: Quantity, keys: Quantity) -> tuple[Quantity, Quantity, Quantity]:
     """X, G and P. One iteration from the identity start scores a row's own block anyway."""
     near: Quantity = 0
-    if exact.window is not None:
-        after = _after(exact.prefix, keys)
-        near = _least((2 * exact.window + 1) * block_size, after)
-        if num_iters == 1 and init == "identity":
-            near = near - _least(block_size, after)
-    prefix = _least(exact.prefix, keys)
-    return near + prefix, int(exact.window is not None or exact.prefix > 0), _least(exact.prefix, rows)
+    if form.window is not None:
+        after = _after(form.prefix, keys)
+        near = _least((2 * form.window + 1) * form.block_size, after)
+        if form.num_iters == 1 and form.init == "identity":
+            near = near - _least(form.block_size, after)
+    prefix = _least(form.prefix, keys)
+    return near + prefix, int(form.has_exact_keys), _least(form.prefix, rows)
 
 
 def _after(prefix: int, size: Quantity) -> Quantity:
@@ -372,7 +371,7 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
 
 def _kernels(device: Device, ir: MonarchAttention) -> int:
     """Monarch kernels of a site; the mean queries are one of their own."""
-    return device.kernels_per_iter * ir.num_iters + (ir.init == "mean")
+    return device.kernels_per_iter * ir.form.num_iters + (ir.form.init == "mean")
 
 
 def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[float, float]:
@@ -380,7 +379,7 @@ def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[fl
     gain = device.wide_gain if max(ir.head_dim, ir.value_dim) >= WIDE and ir.dtype.itemsize == 2 else 1.0
     rows_s = device.exact_back.seconds(counts.rows_flops / gain, 0, 0, ir.dtype) if counts.rows_flops else 0.0
     monarch_s = device.monarch_back.seconds(
-        counts.tiled_flops, counts.bytes / ir.dtype.itemsize, counts.exps, ir.dtype, ir.exact != PAPER
+        counts.tiled_flops, counts.bytes / ir.dtype.itemsize, counts.exps, ir.dtype, ir.form.has_exact_keys
     )
     return device.exact_back.seconds(counts.exact_flops / gain, 0, 0, ir.dtype), rows_s + monarch_s
 
@@ -396,9 +395,9 @@ def _ahead(sizes: tuple[int, ...], device: Device, host: Host, dtype: torch.dtyp
 def _launching(host: Host, device: Device, ir: MonarchAttention, trains: bool) -> tuple[float, float]:
     """Seconds of the host for the exact and the Monarch form."""
     exact_s, monarch_s = host.exact_s, host.site_s + host.kernel_s * _kernels(device, ir)
-    if ir.exact.prefix:
+    if ir.form.prefix:
         monarch_s += host.rows_s
     if trains:
         exact_s += host.exact_back_s
-        monarch_s += host.monarch_back_s * (host.near if ir.exact != PAPER else 1.0)
+        monarch_s += host.monarch_back_s * (host.near if ir.form.has_exact_keys else 1.0)
     return exact_s, monarch_s

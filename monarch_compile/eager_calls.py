@@ -22,17 +22,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from monarch_compile.calls import EAGER, Calls, transform
 from monarch_compile.config import MonarchConfig
 from monarch_compile.devices import installed
+from monarch_compile.form import ACROSS, Form
 from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import auto_block_size, cost_refusal
+from monarch_compile.lengths import chosen_form, cost_refusal
 from monarch_compile.ops import kernel_refusal
-from monarch_compile.plan import ACROSS
 from monarch_compile.signature import Refusal, Signature, first_broken
 
 T = TypeVar("T")
 Triple = tuple[T, T, T]
-
-Form = dict[str, Any]
-"""A call is lowered: keyword arguments of monarch_attention."""
 
 Masks = dict[str, Any]
 """Those for its mask, tensors, if it has one."""
@@ -155,7 +152,7 @@ def _call_refusal(facts: Facts) -> Refusal | None:
 def _problem(site: Signature, mask: MaskKind) -> MonarchAttention:
     """What is computed, in blocks of one key until a form is chosen."""
     (q, k, v), (dtype,) = site.shapes, site.dtypes
-    return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype, 1, site.scale, mask=mask)
+    return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype, Form(1), site.scale, mask)
 
 
 def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig, calls: Calls) -> Form | Refusal:
@@ -165,17 +162,13 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig,
         config, queries = replace(config, **ACROSS), problem.seq_len_q
     if config.policy == "never":
         return Refusal("policy_never", "policy is 'never'")
-    start: dict[str, Any] = {"num_iters": config.num_iters, "init": config.init}
-    size = config.block_size
-    block_size = size if isinstance(size, int) else auto_block_size(seq_len, device.kind, config.exact)
-    ir = replace(problem, block_size=block_size, pad=config.pad, exact=config.exact, **start)
+    form = chosen_form(config, device.kind, seq_len)
     if config.policy == "auto":
-        sizes = {"auto": size == "auto", "batch": problem.batch, "seq_len": seq_len, "queries": queries}
-        refused = cost_refusal(ir, device, {}, f"found {seq_len}", calls=calls, **sizes)
+        sizes = {"auto": config.block_size == "auto", "batch": problem.batch, "seq_len": seq_len, "queries": queries}
+        refused = cost_refusal(replace(problem, form=form), device, {}, f"found {seq_len}", calls=calls, **sizes)
         if refused is not None:
             return Refusal(*refused)
-    groups = {"window": config.window, "prefix": config.prefix}
-    return {"block_size": block_size, "pad": config.pad, **start, **groups}
+    return form
 
 
 # ---- the mask --------------------------------------------------------------------------------------------------------

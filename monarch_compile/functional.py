@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monarch_compile.calls import transform
 from monarch_compile.errors import InputError
-from monarch_compile.ir import INITS, PADS
+from monarch_compile.form import FORM_OPTIONS, broken_rule
 
 
 def monarch_attention(
@@ -63,14 +63,17 @@ def monarch_attention(
     """
     _check_tensors(q, k, v, key_padding_mask)
     _check_bias(k, key_padding_mask, key_bias)
-    _check_parameters(block_size, num_iters, init, pad, window, prefix)
+    form = (block_size, num_iters, init, pad, window, prefix)
+    wrong = broken_rule(dict(zip(FORM_OPTIONS, form, strict=True)))
+    if wrong is not None:
+        raise InputError(wrong)
     from monarch_compile.ops import attention, attention_under_transforms
 
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     run = attention_under_transforms if transform() else attention
-    output: Tensor = run(q, k, v, key_mask, float(scale), block_size, num_iters, init, pad, window, prefix)
+    output: Tensor = run(q, k, v, key_mask, float(scale), *form)
     return output
 
 
@@ -109,18 +112,3 @@ def _check_bias(k: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
     if tuple(bias.shape) != expected or not bias.dtype.is_floating_point or bias.device != k.device:
         found = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
         raise InputError(f"key_bias must be floating {expected} on {k.device}; found {found}")
-
-
-def _check_parameters(block_size: int, num_iters: int, init: str, pad: str, window: int | None, prefix: int) -> None:
-    if block_size < 1:
-        raise InputError(f"block_size must be at least 1; found {block_size}")
-    if num_iters < 1:
-        raise InputError(f"num_iters must be at least 1; found {num_iters}")
-    if init not in INITS:
-        raise InputError(f"init must be one of {INITS}; found {init!r}")
-    if pad not in PADS:
-        raise InputError(f"pad must be one of {PADS}; found {pad!r}")
-    if window is not None and window < 0:
-        raise InputError(f"window must be None or at least 0; found {window}")
-    if prefix < 0:
-        raise InputError(f"prefix must be at least 0; found {prefix}")

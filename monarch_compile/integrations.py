@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class ReplaceSdpa(TorchFunctionMode):
         if isinstance(decision, Refusal):
             return self._stays(decision)
         self.lowered += 1
-        return in_order(monarch_attention(q, k, v, scale=scale, **mask, **decision), order)
+        return in_order(monarch_attention(q, k, v, scale=scale, **mask, **asdict(decision)), order)
 
     def _stays(self, refusal: Refusal) -> Tensor | None:
         """Count and, the first time, log it. Raises LoweringError where strict mode does not accept it."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 
 from monarch_compile.errors import IRError
+from monarch_compile.form import FORM_OPTIONS, Form
 
 Dim = int | str
 """A size: an int, or the name of a symbolic size such as ``"s0"``."""
@@ -22,8 +23,6 @@ Dim = int | str
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 MAX_HEAD_DIM = 256
 """The most features of a head that the kernels hold; the reference has no limit."""
-INITS = ("identity", "mean")
-PADS = ("post", "pre")
 
 
 class MaskKind(Enum):
@@ -32,26 +31,6 @@ class MaskKind(Enum):
     NONE = "none"
     KEY_PADDING = "key_padding"
     KEY_BIAS = "key_bias"
-
-
-@dataclass(frozen=True)
-class ExactGroups:
-    """Key groups taken out of the far field and treated exactly.
-
-    `window`: blocks on each side of a row's own block (0: own block only; None: no window).
-    `prefix`: leading keys that every query sees exactly, and as many queries that see every key so: the blocks are of
-    what follows it.
-    """
-
-    window: int | None = None
-    prefix: int = 0
-
-    def __str__(self) -> str:
-        return f"window={self.window} prefix={self.prefix}"
-
-
-PAPER = ExactGroups()
-"""No exact groups: the paper's form."""
 
 
 def count_blocks(seq_len: Any, block_size: int, prefix: int) -> Any:
@@ -77,7 +56,7 @@ class MonarchAttention:
 
     Shapes: q (batch, num_heads, seq_len_q, head_dim), k (batch, num_kv_heads, seq_len_k, head_dim),
     v (batch, num_kv_heads, seq_len_k, value_dim), output (batch, num_heads, seq_len_q, value_dim).
-    `block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
+    `form.block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
     """
 
     batch: Dim
@@ -88,17 +67,18 @@ class MonarchAttention:
     head_dim: int
     value_dim: int
     dtype: torch.dtype
-    block_size: int
+    form: Form
     scale: float
-    num_iters: int = 1
-    init: str = "identity"
-    pad: str = "post"
     mask: MaskKind = MaskKind.NONE
-    exact: ExactGroups = PAPER
     is_causal: bool = False
 
     def __post_init__(self) -> None:
         verify(self)
+
+    def changed(self, **changes: Any) -> MonarchAttention:
+        """A copy with some fields changed; options of the form may be given by name among them."""
+        form = {name: changes.pop(name) for name in FORM_OPTIONS if name in changes}
+        return replace(self, form=replace(changes.pop("form", self.form), **form), **changes)
 
     @property
     def group(self) -> int:
@@ -116,28 +96,30 @@ class MonarchAttention:
     @property
     def num_blocks(self) -> int | None:
         """Number of blocks M, or None while seq_len_k is symbolic."""
-        if not isinstance(self.seq_len_k, int) or not self.block_size:
+        if not isinstance(self.seq_len_k, int):
             return None
-        return max(1, int(count_blocks(self.seq_len_k, self.block_size, self.exact.prefix)))
+        return max(1, int(count_blocks(self.seq_len_k, self.form.block_size, self.form.prefix)))
 
     @property
     def block_size_q(self) -> int | None:
         """Rows in a query block, or None while a length is symbolic and differs from seq_len_k."""
         if not self.is_cross:
-            return self.block_size
+            return self.form.block_size
         if isinstance(self.seq_len_q, int) and self.num_blocks:
-            return max(1, int(count_blocks(self.seq_len_q, self.num_blocks, self.exact.prefix)))
+            return max(1, int(count_blocks(self.seq_len_q, self.num_blocks, self.form.prefix)))
         return None
 
     def __str__(self) -> str:
+        form = self.form
         b, hq, hk, nq, nk = self.batch, self.num_heads, self.num_kv_heads, self.seq_len_q, self.seq_len_k
         blocks = "?" if self.num_blocks is None else self.num_blocks
         rows = f" rows={'?' if self.block_size_q is None else self.block_size_q}" if self.is_cross else ""
         parts = [
             f"monarch.attention<{DTYPE_NAMES.get(self.dtype, str(self.dtype))}>",
             f"q[{b},{hq},{nq},{self.head_dim}] k[{b},{hk},{nk},{self.head_dim}] v[{b},{hk},{nk},{self.value_dim}]",
-            f"blocks={blocks}x{self.block_size}{rows} iters={self.num_iters} init={self.init} pad={self.pad}",
-            f"mask={self.mask.value} causal={str(self.is_causal).lower()} {self.exact} scale={self.scale:.6g}",
+            f"blocks={blocks}x{form.block_size}{rows} iters={form.num_iters} init={form.init} pad={form.pad}",
+            f"mask={self.mask.value} causal={str(self.is_causal).lower()}",
+            f"window={form.window} prefix={form.prefix} scale={self.scale:.6g}",
         ]
         return " ".join(parts)
 
@@ -165,15 +147,9 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda ir: ir.head_dim >= 1 and ir.value_dim >= 1, "head_dim and value_dim must be at least 1"),
     Rule(_heads_divide, "num_heads must be a multiple of num_kv_heads"),
     Rule(lambda ir: ir.dtype in DTYPE_NAMES, "dtype must be one of float16, bfloat16, float32, float64"),
-    Rule(lambda ir: ir.block_size >= 1, "block_size must be at least 1"),
-    Rule(lambda ir: ir.num_iters >= 1, "num_iters must be at least 1"),
-    Rule(lambda ir: ir.init in INITS, f"init must be one of {INITS}"),
-    Rule(lambda ir: ir.pad in PADS, f"pad must be one of {PADS}"),
     Rule(lambda ir: math.isfinite(ir.scale), "scale must be finite"),
-    Rule(lambda ir: ir.exact.window is None or ir.exact.window >= 0, "window must be None or at least 0"),
-    Rule(lambda ir: ir.exact.prefix >= 0, "prefix must be at least 0"),
     Rule(
-        lambda ir: not ir.is_causal or (ir.num_iters == 1 and ir.init == "identity"),
+        lambda ir: not ir.is_causal or (ir.form.num_iters == 1 and ir.form.init == "identity"),
         "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
     ),
     Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),

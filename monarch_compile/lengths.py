@@ -11,13 +11,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monarch_compile.calls import DEVICE_ALONE, REPLAYED, Calls
 from monarch_compile.cost import predict
 from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
-from monarch_compile.ir import PAPER, Dim, ExactGroups, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import Dim, MonarchAttention
+
+if TYPE_CHECKING:
+    from monarch_compile.config import MonarchConfig
 
 Size = Any
 """An int, or a torch.SymInt, which is guarded on where it is compared."""
@@ -43,7 +47,7 @@ NEVER = sys.maxsize
 """The crossover of a site that does not pay even at the last of `LENGTHS`."""
 
 
-def auto_block_size(seq_len: Size, kind: str, exact: ExactGroups = PAPER) -> int:
+def auto_block_size(seq_len: Size, kind: str, window: int | None = None, prefix: int = 0) -> int:
     """The block size that "auto" stands for at `seq_len` keys on a device of `kind`: a row of `BLOCK_SIZES`.
 
     It is the row of as many keys as follow the prefix, or the first.
@@ -51,13 +55,19 @@ def auto_block_size(seq_len: Size, kind: str, exact: ExactGroups = PAPER) -> int
     Raises:
         InputError: seq_len is below 1.
     """
-    steps = BLOCK_SIZES[kind, exact.window is not None]
+    steps = BLOCK_SIZES[kind, window is not None]
     for start, block_size in reversed(steps[1:]):
-        if seq_len >= start + exact.prefix:
+        if seq_len >= start + prefix:
             return block_size
     if seq_len >= 1:
         return steps[0][1]
     raise InputError(f"seq_len must be at least 1; found {seq_len}")
+
+
+def chosen_form(config: MonarchConfig, kind: str, seq_len: Size) -> Form:
+    """The form that the options ask for at `seq_len` keys; with block size "auto", a symbolic length is guarded on."""
+    size = config.block_size
+    return config.form(size if isinstance(size, int) else auto_block_size(seq_len, kind, config.window, config.prefix))
 
 
 def exact_wins(
@@ -159,9 +169,10 @@ def crossover(ir: MonarchAttention, device: Device, auto: bool, calls: Calls = D
     """
 
     def pays(length: int) -> bool:
-        block_size = auto_block_size(length, device.kind, ir.exact) if auto else ir.block_size
-        rows = ir.seq_len_q if ir.is_cross else length
-        return predict(replace(ir, seq_len_q=rows, seq_len_k=length, block_size=block_size), device, calls=calls).pays
+        form, rows = ir.form, ir.seq_len_q if ir.is_cross else length
+        if auto:
+            form = replace(form, block_size=auto_block_size(length, device.kind, form.window, form.prefix))
+        return predict(replace(ir, seq_len_q=rows, seq_len_k=length, form=form), device, calls=calls).pays
 
     start = NEVER
     for length in reversed(LENGTHS):

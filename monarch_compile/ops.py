@@ -10,8 +10,9 @@ from torch import Tensor
 from monarch_compile import autocast as autocasting
 from monarch_compile import reference as meaning
 from monarch_compile.errors import CodegenError
+from monarch_compile.form import FORM_OPTIONS
 
-OPTIONS = ("scale", "block_size", "num_iters", "init", "pad", "window", "prefix")
+OPTIONS = ("scale", *FORM_OPTIONS)
 """The operator's parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
 
 

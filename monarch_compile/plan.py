@@ -5,43 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from monarch_compile.errors import PlanError
-from monarch_compile.ir import Dim, ExactGroups, MonarchAttention
+from monarch_compile.errors import IRError, PlanError
+from monarch_compile.form import FORM_OPTIONS, Form
+from monarch_compile.ir import Dim
 
 PLAN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class SiteForm:
-    """How a lowered site runs: the options of `MonarchConfig` that a plan settles site by site."""
-
-    block_size: int
-    num_iters: int = 1
-    init: str = "identity"
-    pad: str = "post"
-    window: int | None = 1
-    prefix: int = 0
-
-    @staticmethod
-    def of(ir: MonarchAttention) -> SiteForm:
-        """The form that an IR has."""
-        return SiteForm(ir.block_size, ir.num_iters, ir.init, ir.pad, ir.exact.window, ir.exact.prefix)
-
-    @property
-    def exact(self) -> ExactGroups:
-        """The window and the prefix."""
-        return ExactGroups(self.window, self.prefix)
-
-
-ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0}
-"""What settles a form between sequences of different lengths: no position of the one means a place in the other."""
-
-FORM_OPTIONS = tuple(f.name for f in fields(SiteForm))
 
 
 def site_shape(q_shape: tuple[Dim, ...], v_shape: tuple[Dim, ...]) -> tuple[int, ...]:
@@ -63,7 +36,7 @@ class SitePlan:
 
     name: str
     shape: tuple[int, ...]
-    form: SiteForm | None
+    form: Form | None
     reason: str = ""
     error: float = 0.0
     exact_s: float | None = None
@@ -180,21 +153,21 @@ def _parsed(content: dict[str, Any], path: str | Path) -> Plan:
                 **{
                     **site,
                     "shape": tuple(site["shape"]),
-                    "form": None if site["form"] is None else SiteForm(**site["form"]),
+                    "form": None if site["form"] is None else Form(**site["form"]),
                 }
             )
             for site in content.pop("sites")
         )
         graphs = tuple(tuple(names) for names in content.pop("graphs"))
         plan = Plan(sites=sites, graphs=graphs, **content)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IRError) as error:
         raise PlanError(f"{path} is not a plan: {error}") from error
     if stored != plan.fingerprint:
         raise PlanError(f"{path} is broken: its fingerprint is {stored!r}, its content's is {plan.fingerprint!r}")
     return plan
 
 
-COLUMNS = ("site", "form", "blocks", "iters", "init", "pad", "window", "prefix", "error", "predicted")
+COLUMNS = ("site", "form", *FORM_OPTIONS, "error", "predicted")
 
 
 def _table(sites: Iterable[SitePlan]) -> list[str]:
@@ -206,8 +179,6 @@ def _table(sites: Iterable[SitePlan]) -> list[str]:
 
 def _cells(site: SitePlan) -> tuple[str, ...]:
     if site.form is None:
-        return (site.name, "exact", *"------", "-", site.reason)
-    form = site.form
+        return (site.name, "exact", *("-" for _ in FORM_OPTIONS), "-", site.reason)
     gain = f"{site.exact_s / site.monarch_s:.2f}x" if site.exact_s and site.monarch_s else "-"
-    options = (form.block_size, form.num_iters, form.init, form.pad, form.window, form.prefix)
-    return (site.name, "monarch", *map(str, options), f"{site.error:.3f}", gain)
+    return (site.name, "monarch", *map(str, astuple(site.form)), f"{site.error:.3f}", gain)

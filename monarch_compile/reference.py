@@ -50,7 +50,7 @@ def reference(
     `key_mask` (E, N_k) is bool, True where a key is visible, or floating: added to the scores of every row, and hiding
     a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
     The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
-    `window` and `prefix` are those of `ir.ExactGroups`: blocks are of what follows the prefix, whose own rows attend to
+    `window` and `prefix` are those of `Form`: blocks are of what follows the prefix, whose own rows attend to
     every key exactly.
     """
     dtype = q.dtype

@@ -189,7 +189,7 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
         code=decision.code,
         reason=decision.reason,
         ir=ir,
-        block_size=None if ir is None else ir.block_size,
+        block_size=None if ir is None else ir.form.block_size,
         q_shape=decision.q_shape,
         k_shape=decision.k_shape,
         v_shape=decision.v_shape,
@@ -276,7 +276,7 @@ def _why_exact(site: Site) -> list[str]:
 
 def _cells(site: Site) -> tuple[str, ...]:
     ir = site.ir
-    blocks = "-" if ir is None else f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.block_size}"
+    blocks = "-" if ir is None else f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.form.block_size}"
     gain = "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
     shape = "x".join(map(str, site.q_shape)) or "-"
     if site.k_shape and site.k_shape[2] != site.q_shape[2]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from monarch_compile.plan import SiteForm
+from monarch_compile.form import Form
 
 LEVELS = 2000
 """Steps of the metric that a selection tells apart."""
@@ -23,7 +23,7 @@ LEVELS = 2000
 class Candidate:
     """One form of one site: predicted seconds, and the relative error of the site's output. No form: exact."""
 
-    form: SiteForm | None
+    form: Form | None
     seconds: float
     error: float
 

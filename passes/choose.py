@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.devices import Device, installed
+from monarch_compile.devices import installed
+from monarch_compile.form import ACROSS, Form
 from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import auto_block_size, cost_refusal
+from monarch_compile.lengths import chosen_form, cost_refusal
 from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
@@ -24,7 +25,7 @@ from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.region import AttentionRegion, Missed, Site
 from monarch_compile.passes.sizes import settle
 from monarch_compile.passes.surroundings import Surroundings
-from monarch_compile.plan import ACROSS, SiteForm, SitePlan, site_shape
+from monarch_compile.plan import SitePlan, site_shape
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     return _weigh(site, context, None if plan is None else plan.form, base)
 
 
-def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, base: Decision) -> Choice:
+def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: Decision) -> Choice:
     """Whether a legal site pays in the form of its plan, or in that of the options.
 
     Symbolic sizes are guarded on only as far as the outcome hangs on them.
@@ -92,21 +93,21 @@ def _weigh(site: AttentionRegion, context: Context, planned: SiteForm | None, ba
     batch, seq_len, queries = site.q_shape[0], site.k_shape[2], None
     if site.is_cross and site.q_shape[2] != seq_len:  # which is guarded on: the lengths stay different
         config, queries = replace(config, **ACROSS), site.q_shape[2]
-        planned = planned and replace(planned, **ACROSS)
-    form = planned or _form(config)
-    seen = to_ir(site, facts, form or _auto_form(config, device, _hint(seq_len)))
+        planned = planned and planned.across()
+    auto = planned is None and config.block_size == "auto"
+    seen = to_ir(site, facts, planned or chosen_form(config, device.kind, _hint(seq_len)))
     exact = replace(base, ir=seen, stage="cost")
     if config.policy == "never":
         return Choice(replace(exact, code="policy_never", reason="policy is 'never'"))
     hints, calls = _hints(site), base.calls
     gain = f"{predict(seen, device, hints, calls).speedup:.2f}x"
     if config.policy == "auto":
-        sizes = {"auto": form is None, "batch": batch, "seq_len": seq_len, "queries": queries}
+        sizes = {"auto": auto, "batch": batch, "seq_len": seq_len, "queries": queries}
         refused = cost_refusal(seen, device, hints, f"predicted gain {gain} here", calls=calls, **sizes)
         if refused is not None:
             code, reason = refused
             return Choice(replace(exact, code=code, reason=reason))
-    ir = to_ir(site, facts, form or _auto_form(config, device, seq_len))
+    ir = to_ir(site, facts, planned or chosen_form(config, device.kind, seq_len))
     reason = f"predicted {gain} against exact attention"
     return Choice(replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason), site, facts, ir)
 
@@ -139,20 +140,6 @@ def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decisio
     q, k, v = (tuple(dim_of(n) for n in shape) for shape in (region.q_shape, region.k_shape, region.v_shape))
     mask = "causal" if region.is_causal else mask
     return replace(decision, q_shape=q, k_shape=k, v_shape=v, mask=mask, dtype=region.dtype)
-
-
-def _form(config: MonarchConfig) -> SiteForm | None:
-    """The options' form; None where its block size is "auto"."""
-    size = config.block_size
-    return _form_of(config, size) if isinstance(size, int) else None
-
-
-def _auto_form(config: MonarchConfig, device: Device, seq_len: Any) -> SiteForm:
-    return _form_of(config, auto_block_size(seq_len, device.kind, config.exact))
-
-
-def _form_of(config: MonarchConfig, block_size: int) -> SiteForm:
-    return SiteForm(block_size, config.num_iters, config.init, config.pad, config.window, config.prefix)
 
 
 def _hint(size: Any) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from monarch_compile.form import Form
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.enclosed import enclosing
@@ -15,10 +17,9 @@ from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, d
 from monarch_compile.passes.masks import MaskFact
 from monarch_compile.passes.memory import as_op_gives, strides_are_seen
 from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
-from monarch_compile.plan import SiteForm
 
 
-def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) -> MonarchAttention:
+def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> MonarchAttention:
     """The IR of a legal region. Raises IRError when the options break one of its rules."""
     kinds = {fact.kind for fact in facts}
     return MonarchAttention(
@@ -30,13 +31,9 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: SiteForm) ->
         head_dim=int(region.q_shape[3]),
         value_dim=int(region.v_shape[3]),
         dtype=region.dtype,
-        block_size=form.block_size,
+        form=form,
         scale=region.scale,
-        num_iters=form.num_iters,
-        init=form.init,
-        pad=form.pad,
         mask=next((kind for kind in (MaskKind.KEY_BIAS, MaskKind.KEY_PADDING) if kind.value in kinds), MaskKind.NONE),
-        exact=form.exact,
     )
 
 
@@ -80,7 +77,7 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
 
 def _options(ir: MonarchAttention) -> tuple[Any, ...]:
     """The operator's arguments after the tensors, in its order."""
-    return (ir.scale, ir.block_size, ir.num_iters, ir.init, ir.pad, ir.exact.window, ir.exact.prefix)
+    return (ir.scale, *astuple(ir.form))
 
 
 REPLACED_BY = "monarch_compile_replaced_by"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.models.architectures import Architecture
-from benchmarks.speed.problems import Form
+from benchmarks.speed.problems import AutoForm
 from benchmarks.speed.problems import Problem as Attention
 
 VIT = Architecture("vit-l", depth=24, width=1024, num_heads=16, modulated=False)
@@ -42,10 +42,10 @@ class Problem:
         return Attention(self.batch, self.tokens, heads, dim, self.dtype)
 
 
-FORMS = (Form(window=1), Form(window=None))
+FORMS = (AutoForm(window=1), AutoForm(window=None))
 
 
-def words(form: Form) -> str:
+def words(form: AutoForm) -> str:
     """A form as rows are named."""
     return f"monarch window={form.window}"
 
@@ -57,7 +57,7 @@ class Preset:
     device: str
     problems: tuple[Problem, ...]
     policy: str = "auto"
-    forms: tuple[Form, ...] = FORMS
+    forms: tuple[AutoForm, ...] = FORMS
 
 
 _SHAPES = ((VIT, 1, 4096), (VIT, 4, 4096), (VIT, 1, 16384), (DIT, 1, 4096), (DIT, 1, 16384))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.problems import Form, Inputs, Problem, inputs
+from benchmarks.speed.problems import AutoForm, Inputs, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Call, Subject, monarch
 from monarch_compile.benchmark import Timing, cuda_graph_times, time_interleaved, timing_of
 from monarch_compile.cost import exact_cost, monarch_cost, predict
@@ -47,7 +47,7 @@ class Row:
     problem: Problem
     subject: str
     exact: bool
-    form: Form | None
+    form: AutoForm | None
     block_size: int | None
     flops: int
     bytes: int
@@ -80,7 +80,7 @@ class Verdict:
     """What policy "auto" chooses for one problem and form, beside what was measured; None: not measured."""
 
     problem: Problem
-    form: Form
+    form: AutoForm
     block_size: int
     choice: str
     predicted_exact_ms: float
@@ -103,7 +103,7 @@ class Verdict:
         return asdict(self) | {"is_right": self.is_right}
 
 
-def rows(bench: Bench, problem: Problem, forms: Sequence[Form]) -> Iterator[Row]:
+def rows(bench: Bench, problem: Problem, forms: Sequence[AutoForm]) -> Iterator[Row]:
     """Every subject on `problem`: the exact ones and the peers once, the Monarch form in each of `forms`."""
     made: list[Inputs] = []
 
@@ -111,7 +111,7 @@ def rows(bench: Bench, problem: Problem, forms: Sequence[Form]) -> Iterator[Row]
         with subject.around():
             return _timed(bench, lambda: subject.prepare(_only(made, problem, bench.place)))
 
-    reference = Form().ir(problem, bench.device)
+    reference = AutoForm().ir(problem, bench.device)
     exact = exact_cost(reference)
     for subject in bench.subjects():
         predicted = predict(reference, bench.device).exact_s * 1e3 if subject.exact else None
@@ -121,7 +121,7 @@ def rows(bench: Bench, problem: Problem, forms: Sequence[Form]) -> Iterator[Row]
         ir = form.ir(problem, bench.device)
         cost, predicted = monarch_cost(ir), predict(ir, bench.device).monarch_s * 1e3
         found = timed(Subject(MONARCH, functools.partial(monarch, ir), exact=False))
-        yield Row(problem, MONARCH, False, form, ir.block_size, cost.flops, cost.bytes, predicted, *found)
+        yield Row(problem, MONARCH, False, form, ir.form.block_size, cost.flops, cost.bytes, predicted, *found)
 
 
 def verdicts(bench: Bench, measured: Sequence[Row]) -> list[Verdict]:
@@ -137,7 +137,7 @@ def verdicts(bench: Bench, measured: Sequence[Row]) -> list[Verdict]:
             Verdict(
                 row.problem,
                 row.form,
-                ir.block_size,
+                ir.form.block_size,
                 MONARCH if prediction.pays else "exact",
                 prediction.exact_s * 1e3,
                 prediction.monarch_s * 1e3,

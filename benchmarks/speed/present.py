@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.problems import Form
+from benchmarks.speed.problems import AutoForm
 
 Content = Mapping[str, Any]
 NOTHING = "–"
@@ -41,7 +41,7 @@ def median(row: Mapping[str, Any], clock: str) -> float | None:
 def name_of(row: Mapping[str, Any]) -> str:
     """The subject, with its form where it has one."""
     form = row["form"]
-    return str(row["subject"]) if form is None else f"monarch {Form(**form)}"
+    return str(row["subject"]) if form is None else f"monarch {AutoForm(**form)}"
 
 
 def problem_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -88,7 +88,7 @@ def _choices(content: Content) -> list[str]:
     head += ["Monarch: predicted", "measured", "choice", "right"]
     table = []
     for verdict in content["verdicts"]:
-        form = Form(**verdict["form"])
+        form = AutoForm(**verdict["form"])
         pairs = [verdict[f"{kind}_ms"] for kind in ("predicted_exact", "exact", "predicted_monarch", "monarch")]
         times = [NOTHING if ms is None else f"{ms:.4g}" for ms in pairs]
         right = {True: "yes", False: "**no**", None: NOTHING}[verdict["is_right"]]

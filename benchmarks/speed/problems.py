@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from monarch_compile.devices import Device
-from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.lengths import auto_block_size
 
 
@@ -41,7 +42,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Form:
+class AutoForm:
     """A Monarch form; its block size is what "auto" gives."""
 
     num_iters: int = 1
@@ -54,16 +55,14 @@ class Form:
 
     def ir(self, problem: Problem, device: Device) -> MonarchAttention:
         """The IR of `problem` in this form on `device`."""
-        dim, dtype, groups = problem.head_dim, problem.torch_dtype, ExactGroups(self.window, self.prefix)
-        block = auto_block_size(problem.seq_len, device.kind, groups)
+        dim, dtype = problem.head_dim, problem.torch_dtype
+        block = auto_block_size(problem.seq_len, device.kind, self.window, self.prefix)
         return MonarchAttention(
             *(problem.batch, problem.num_heads, problem.num_heads, problem.seq_len, problem.seq_len, dim, dim),
             dtype=dtype,
-            block_size=block,
+            form=Form(block, self.num_iters, window=self.window, prefix=self.prefix),
             scale=dim**-0.5,
-            num_iters=self.num_iters,
             mask=MaskKind.KEY_PADDING if problem.masked else MaskKind.NONE,
-            exact=groups,
         )
 
 
@@ -95,7 +94,7 @@ class Preset:
 
     device: str
     problems: tuple[Problem, ...]
-    forms: tuple[Form, ...]
+    forms: tuple[AutoForm, ...]
 
 
 H200_SHAPES = ((1024, 256), (64, 1024), (1, 1024), (16, 4096), (1, 4096))
@@ -131,15 +130,15 @@ def _odd() -> Iterator[Problem]:
         yield Problem(batch, seq_len, num_heads, dtype="bfloat16")
 
 
-_ONE_ITERATION = tuple(Form(1, window) for window in WINDOWS)
+_ONE_ITERATION = tuple(AutoForm(1, window) for window in WINDOWS)
 PRESETS: dict[str, Preset] = {
     "h200": Preset(
         "cuda",
         (*(Problem(*shape) for shape in H200_SHAPES), *(Problem(*shape, *HEADS[1]) for shape in H200_WIDE)),
-        (*_ONE_ITERATION, Form(2)),
+        (*_ONE_ITERATION, AutoForm(2)),
     ),
     "h200-heads": Preset("cuda", tuple(_heads()), _ONE_ITERATION),
-    "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, *(Form(1, 1, prefix=prefix) for prefix in (1, 4)))),
-    "full": Preset("cuda", tuple(_full()), tuple(Form(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
+    "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, *(AutoForm(1, 1, prefix=prefix) for prefix in (1, 4)))),
+    "full": Preset("cuda", tuple(_full()), tuple(AutoForm(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }

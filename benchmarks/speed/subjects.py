@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -119,7 +119,5 @@ def peers(functions: Sequence[tuple[str, Peer]]) -> tuple[Subject, ...]:
 def monarch(ir: MonarchAttention, x: Inputs) -> Call:
     """The Monarch form of `ir`, compiled by the backend."""
     torch._dynamo.reset()  # as for flex
-    form = {"block_size": ir.block_size, "num_iters": ir.num_iters}
-    form |= {"window": ir.exact.window, "prefix": ir.exact.prefix}
-    compiled = compiled_attention({"policy": "always", "strict": True, **form})
+    compiled = compiled_attention({"policy": "always", "strict": True, **asdict(ir.form)})
     return functools.partial(compiled, x.q, x.k, x.v, x.mask)

@@ -16,8 +16,8 @@ from torch.export import Dim, export
 
 import monarch_compile
 from monarch_compile import candidates, lower_exported
+from monarch_compile.form import ACROSS
 from monarch_compile.integrations import replace_sdpa
-from monarch_compile.plan import ACROSS
 from tests.support.block import key_padding
 
 ON = {"policy": "always", "cross_attention": True}

@@ -17,7 +17,6 @@ from torch._inductor import compile_fx
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.functional import monarch_attention
-from monarch_compile.ir import ExactGroups
 from monarch_compile.lengths import auto_block_size
 from monarch_compile.passes.pipeline import rewrite
 from tests.support.block import Block, key_padding
@@ -39,8 +38,8 @@ MODEL = Block().eval()
 
 def expected(x: Tensor, visible: Tensor | None = None, **options: Any) -> Tensor:
     """Monarch attention at the block size of the table."""
-    exact = ExactGroups(1, int(options.get("prefix", 0)))
-    return MODEL.by_reference(x, visible, block_size=auto_block_size(x.shape[1], "cpu", exact), **options)
+    block_size = auto_block_size(x.shape[1], "cpu", 1, int(options.get("prefix", 0)))
+    return MODEL.by_reference(x, visible, block_size=block_size, **options)
 
 
 def inputs(seq_len: int, batch: int = 2, *, masked: bool = False) -> list[Tensor]:

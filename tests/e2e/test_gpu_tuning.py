@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.speed import __main__ as driver
 from benchmarks.speed.measure import Bench, cuda_clocks
-from benchmarks.speed.problems import Form, Preset, Problem, inputs
+from benchmarks.speed.problems import AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, peers
 from monarch_compile import autotune, backend
 from monarch_compile.autotune import Machine
@@ -65,7 +65,7 @@ def test_the_benchmark_measures_every_form(tmp_path: Path) -> None:
         raise RuntimeError("not on this device")
 
     problems = (Problem(2, 1024, num_heads=4), Problem(2, 1024, num_heads=4, masked=True))
-    preset = Preset("cuda", problems, (Form(1, None), Form(2, 1)))
+    preset = Preset("cuda", problems, (AutoForm(1, None), AutoForm(2, 1)))
     bench = Bench("cuda", installed("cuda"), cuda_clocks(5), peers([("refuses", refuses)]))
     content = driver.run(bench, preset, tmp_path / "speed.json")
     assert json.loads((tmp_path / "speed.json").read_text()) == json.loads(json.dumps(content))

@@ -11,7 +11,7 @@ from kernel.problems import DTYPES, Case, check, tensors
 from monarch_compile.codegen.launch import Launcher, Problem, build, launch
 from monarch_compile.codegen.schedule import Tiling, choose_schedule
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import ExactGroups
+from monarch_compile.form import Form
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
@@ -142,7 +142,7 @@ def test_exact_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The schedule chooses where the exact groups are computed, not what they are."""
     case = Case(23, 5, 16, 16, window=1, prefix=2, mask="some")
     q, k, v, mask = tensors(case, torch.float32, "cpu")
-    problem = Problem(16, 16, q.dtype, 5, 0.25, 1, "identity", "post", True, ExactGroups(case.window, case.prefix))
+    problem = Problem(16, 16, q.dtype, Form(5, window=case.window, prefix=case.prefix), 0.25, masked=True)
     fused = choose_schedule(problem.ir("N"))
     tiling = Tiling(16, 32, 1, 1)
     found = [Launcher(problem, s)(q, k, v, mask, 5) for s in (fused, replace(fused, near=tiling, fused=False))]
@@ -191,7 +191,7 @@ def test_float64_has_no_kernel() -> None:
 
 
 def test_kernels_for_few_blocks_refuse_more() -> None:
-    problem = Problem(16, 16, torch.float32, 4, 1.0, 1, "identity", "post", False)
+    problem = Problem(16, 16, torch.float32, Form(4), 1.0)
     q = torch.randn(1, 1, 4 * 17, 16)
     with pytest.raises(CodegenError, match="at most 16 blocks; found 17"):
         build(problem, 16, None, True)(q, q, q, None, 17)

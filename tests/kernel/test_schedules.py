@@ -18,7 +18,7 @@ from monarch_compile.codegen.facts import UNKNOWN, Facts, apart_of, expected_fac
 from monarch_compile.codegen.launch import Launcher, Problem
 from monarch_compile.codegen.schedule import ALL, Schedule, Tiling, check_schedule, choose_schedule
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import ExactGroups
+from monarch_compile.form import Form
 from monarch_compile.reference import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -42,10 +42,9 @@ TURNED = {
 
 
 def problem_of(case: Case) -> Problem:
-    exact = ExactGroups(case.window, case.prefix)
-    form = (case.block_size, case.head_dim**-0.5, case.num_iters, case.init, case.pad)
-    masked, biased = case.mask != "none", case.mask == "bias"
-    return Problem(case.head_dim, case.value_dim, torch.float32, *form, masked, exact, case.group, 0, biased)
+    form = Form(case.block_size, case.num_iters, case.init, case.pad, case.window, case.prefix)
+    masked, biased, scale = case.mask != "none", case.mask == "bias", case.head_dim**-0.5
+    return Problem(case.head_dim, case.value_dim, torch.float32, form, scale, masked, case.group, 0, biased)
 
 
 def run(case: Case, schedule: Schedule) -> torch.Tensor:
@@ -129,7 +128,7 @@ def test_a_scale_that_is_not_positive(scale: float, groups: dict[str, int]) -> N
     torch.testing.assert_close(launching.launch(q, k, v, None, **options).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-SCHEDULE = choose_schedule(Problem(16, 16, torch.float32, 4, 0.25, 1, "identity", "post", False).ir(64))
+SCHEDULE = choose_schedule(Problem(16, 16, torch.float32, Form(4), 0.25).ir(64))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def test_how_far_apart_rows_of_an_unknown_length_are() -> None:
 
 
 def test_rows_known_to_be_apart_are_said_to_be() -> None:
-    ir = replace(problem_of(Case(4096, 64, 72, 72)).ir(4096), dtype=torch.float16)
+    ir = problem_of(Case(4096, 64, 72, 72)).ir(4096).changed(dtype=torch.float16)
     schedule = choose_schedule(ir)
     facts = expected_facts(ir, schedule)
     assert facts.apart == 8
@@ -190,7 +189,7 @@ def test_rows_known_to_be_apart_are_said_to_be() -> None:
         assert "q_dim = q_dim" not in source.text
         assert "mask_batch" not in source.text
     assert all("APART" not in source.text for source in emit(ir, schedule))
-    assert expected_facts(replace(ir, head_dim=64, value_dim=64), schedule).apart == 1
+    assert expected_facts(ir.changed(head_dim=64, value_dim=64), schedule).apart == 1
 
 
 def test_a_sequence_that_32_bits_do_not_span_is_wide() -> None:
@@ -208,7 +207,7 @@ def test_a_sequence_that_32_bits_do_not_span_is_wide() -> None:
 
 
 def test_known_facts_leave_no_mask_and_no_long_place() -> None:
-    ir = replace(problem_of(Case(4096, 64, 64, 64)).ir(4096), dtype=torch.float16, num_heads=12, num_kv_heads=12)
+    ir = problem_of(Case(4096, 64, 64, 64)).ir(4096).changed(dtype=torch.float16, num_heads=12, num_kv_heads=12)
     schedule = choose_schedule(ir)
     facts = expected_facts(ir, schedule)
     assert facts == Facts(False, False, False)
@@ -217,8 +216,8 @@ def test_known_facts_leave_no_mask_and_no_long_place() -> None:
         assert "mask=" not in body
         assert "seq_len -" not in body
         assert "[None, :].to(tl.int64)" not in body
-    assert expected_facts(replace(ir, seq_len_q=4095, seq_len_k=4095), schedule).cut
-    assert expected_facts(replace(ir, num_heads="H", num_kv_heads="H"), schedule).wide
+    assert expected_facts(ir.changed(seq_len_q=4095, seq_len_k=4095), schedule).cut
+    assert expected_facts(ir.changed(num_heads="H", num_kv_heads="H"), schedule).wide
 
 
 @pytest.mark.parametrize("changed", ["attend", "represent"])
@@ -250,8 +249,7 @@ def test_summaries_and_the_output_count_where_inputs_are_one_element() -> None:
 def test_unequal_lengths_get_a_schedule_that_their_kernels_have(block_size: int, capability: tuple | None) -> None:
     """Also where the bucket of queries in a block is as large as the block of keys."""
     for rows_key, blocks_key, iters in itertools.product((16, 64, 128), (1, 64, 128, 256, 1024), (1, 2)):
-        form = (block_size, 0.125, iters, "mean", "post", False)
-        problem = Problem(64, 64, torch.float16, *form, rows_key=rows_key)
+        problem = Problem(64, 64, torch.float16, Form(block_size, iters, "mean"), 0.125, rows_key=rows_key)
         ir = problem.ir(blocks_key * block_size)
         assert ir.is_cross
         assert -(-ir.seq_len_q // blocks_key) in (rows_key, rows_key - (blocks_key == 1))

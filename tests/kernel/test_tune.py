@@ -30,7 +30,8 @@ from monarch_compile.codegen.tune import Sizes, candidates, stages, tune
 from monarch_compile.codegen.tuned import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MonarchAttention
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 from monarch_compile.report import kernels_of
@@ -39,9 +40,9 @@ pytestmark = pytest.mark.usefixtures("interpreted", "own_cache")
 
 CPU = torch.device("cpu")
 HERE = Machine(CPU, "Some GPU", None, "3.6.0")
-PROBLEM = Problem(16, 16, torch.float32, 40, 0.25, 1, "identity", "post", False)
+PROBLEM = Problem(16, 16, torch.float32, Form(40), 0.25)
 SIZES = Sizes(75, 1, 1)
-IR = MonarchAttention(1, 1, 1, 75, 75, 16, 16, torch.float32, 40, 0.25)
+IR = MonarchAttention(1, 1, 1, 75, 75, 16, 16, torch.float32, Form(40), 0.25)
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_a_shipped_schedule_that_is_wrong_is_an_error(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("few")
 def test_masks_groups_and_windows_are_tuned_as_they_are() -> None:
-    problem = replace(PROBLEM, masked=True, group=2, exact=ExactGroups(1), block_size=20)
+    problem = replace(PROBLEM, masked=True, group=2, form=Form(20, window=1))
     options = {"device": CPU, "capability": None, "timer": times(10.0, 9.0), "inspect": None}
     result, rejected = tune(problem, SIZES, **options)
     assert rejected == {}
@@ -216,14 +217,14 @@ def test_masks_groups_and_windows_are_tuned_as_they_are() -> None:
     assert result.schedule.near is not None
 
 
-@pytest.mark.parametrize("exact", [ExactGroups(), ExactGroups(1)], ids=str)
+@pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("num_iters", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_candidates_are_legal_and_nearest_first(exact: ExactGroups, num_iters: int, dtype: torch.dtype) -> None:
-    ir = MonarchAttention(1, 1, 1, 4096, 4096, 64, 64, dtype, 64, 0.125, num_iters=num_iters, exact=exact)
+def test_candidates_are_legal_and_nearest_first(window: int | None, num_iters: int, dtype: torch.dtype) -> None:
+    ir = MonarchAttention(1, 1, 1, 4096, 4096, 64, 64, dtype, Form(64, num_iters, window=window), 0.125)
     start = choose_schedule(ir, (8, 6))
     names = stages(ir)
-    assert ("near" in names, "represent" in names) == (exact != ExactGroups(), num_iters > 1)
+    assert ("near" in names, "represent" in names) == (window is not None, num_iters > 1)
     for stage in names:
         found = list(candidates(start, stage, ir, (8, 6)))
         assert len(found) > 5
@@ -303,7 +304,7 @@ def test_symbolic_and_unequal_lengths_are_not_tuned(lengths: dict[str, int | str
     def never(*_: object, **options: object) -> None:
         raise AssertionError
 
-    assert ensure([replace(IR, **lengths)], HERE, never) == ensure([], HERE, never)
+    assert ensure([IR.changed(**lengths)], HERE, never) == ensure([], HERE, never)
 
 
 def test_tuning_while_dynamo_traces_uses_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,19 +369,19 @@ def test_nothing_is_tuned_for_sites_on_the_cpu_or_without_a_device(
 
 
 def test_what_has_no_kernel_is_not_tuned() -> None:
-    causal, double = replace(IR, is_causal=True), replace(IR, dtype=torch.float64)
+    causal, double = IR.changed(is_causal=True), IR.changed(dtype=torch.float64)
     assert list(autotune.tunable([None, causal, IR, double])) == [IR]
 
 
 def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     def fake(problem: Problem, *_: object, **options: object) -> tuple[Tuned, dict[str, str]]:
-        if problem.exact.window == 1:
+        if problem.form.window == 1:
             raise CodegenError("no such kernel")
         return Tuned(shipped(), 1.0, 2.0, 0.0, 3), {"a": "spills"}
 
     sizes = {"batch": 1, "num_heads": 2, "head_dim": 16, "dtype": "float16", "num_iters": 1}
     irs = autotune.problems([256, 1024], [None, 1], HERE, block_size=None, masked=True, **sizes)
-    assert [(ir.seq_len_k, ir.exact.window, ir.mask.value) for ir in irs] == [
+    assert [(ir.seq_len_k, ir.form.window, ir.mask.value) for ir in irs] == [
         (n, window, "key_padding") for n in (256, 1024) for window in (None, 1)
     ]
     autotune.run(irs, HERE, seconds=1.0, tune=fake)

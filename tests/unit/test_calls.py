@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import monarch_compile
 from benchmarks.models.architectures import Architecture
 from benchmarks.never_slower import BOUND, PRESETS, Case
-from benchmarks.speed.problems import Form, Problem
+from benchmarks.speed.problems import AutoForm, Problem
 from monarch_compile.calls import COMPILED, EAGER, REPLAYED, Calls, Launcher, launcher_of
 from monarch_compile.config import parse_options
 from monarch_compile.cost import predict
@@ -32,7 +32,7 @@ from monarch_compile.passes.surroundings import Surroundings, trained_nodes
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLOSE = 1.1
 H100 = DEVICES["h100"]
-FORMS = {"window": Form(1, 1), "paper": Form(1, None)}
+FORMS = {"window": AutoForm(1, 1), "paper": AutoForm(1, None)}
 
 
 def content(name: str) -> Any:
@@ -52,7 +52,7 @@ def kernels() -> Iterator[tuple[MonarchAttention, float, float]]:
     for row in rows:
         if row["subject"] == "monarch":
             exact = min(r["graph_ms"] for r in rows if r["problem"] == row["problem"] and r["subject"] != "monarch")
-            yield Form(**row["form"]).ir(Problem(**row["problem"]), H100), exact, row["graph_ms"]
+            yield AutoForm(**row["form"]).ir(Problem(**row["problem"]), H100), exact, row["graph_ms"]
 
 
 def test_h100_predictions_are_near_and_choices_right() -> None:
@@ -68,7 +68,7 @@ def test_h100_predictions_are_near_and_choices_right() -> None:
         assert chosen <= close * other, f"{ir}: {exact_ms} against {monarch_ms} ms; {prediction}"
 
 
-def steps(clock: str) -> Iterator[tuple[Problem, Form, float, float]]:
+def steps(clock: str) -> Iterator[tuple[Problem, AutoForm, float, float]]:
     rows = content("h100_rates.json")["training"]
     for row in rows:
         if row["form"] != "exact":
@@ -89,7 +89,7 @@ def test_training_steps_on_the_h100_take_the_form_that_was_measured_faster(launc
 
 def test_training_of_the_default_form_stays_exact_at_short_lengths() -> None:
     for shape in ((4, 1024), (4, 4096)):
-        ir, calls = Form(1, 1).ir(Problem(*shape, dtype="bfloat16"), H100), Calls(REPLAYED, trains=True)
+        ir, calls = AutoForm(1, 1).ir(Problem(*shape, dtype="bfloat16"), H100), Calls(REPLAYED, trains=True)
         assert stays_exact(ir, H100, calls)
         assert what_decides(ir, H100, {}, calls) == "backward_exact_wins"
         assert not stays_exact(ir, H100, replace(calls, trains=False))
@@ -127,7 +127,7 @@ def test_what_a_site_takes_of_the_host_is_what_was_measured() -> None:
     forms = {"window": {}, "two iterations": {"num_iters": 2, "window": None}, "prefix": {"prefix": 1}}
     for name, options in forms.items():
         measured = (chains[name, 12] - chains[name, 1]) / 11 * 1e-6
-        ir = Form(**{"window": 1, **options}).ir(Problem(1, 16, dtype="bfloat16"), H100)
+        ir = AutoForm(**{"window": 1, **options}).ir(Problem(1, 16, dtype="bfloat16"), H100)
         behind = Calls(COMPILED, share=1.0)
         found = predict(ir, H100, calls=behind).monarch_s - H100.compiled.call_s  # type: ignore[union-attr]
         assert 0.85 < found / measured < 1.3, name
@@ -175,14 +175,14 @@ def test_a_model_that_waits_for_the_host_stays_exact_unless_graphs_are_replayed(
 
 
 def test_the_longer_the_device_is_busy_the_less_the_host_counts() -> None:
-    ir = Form(1, 1).ir(Problem(1, 4096, dtype="bfloat16"), H100)
+    ir = AutoForm(1, 1).ir(Problem(1, 4096, dtype="bfloat16"), H100)
     gains = [predict(ir, H100, calls=Calls(COMPILED, False, flops, 4.0)).speedup for flops in (0.0, 14e6, 1e9)]
     assert gains == sorted(gains)
     assert gains[-1] == predict(ir, H100).speedup
 
 
 def test_crossovers_of_one_site_differ_by_how_it_is_called() -> None:
-    ir = Form(1, 1).ir(Problem(1, 1024, dtype="bfloat16"), H100)
+    ir = AutoForm(1, 1).ir(Problem(1, 1024, dtype="bfloat16"), H100)
     ways = [Calls(), Calls(COMPILED, share=1.0), Calls(EAGER), Calls(REPLAYED, trains=True), Calls(EAGER, True)]
     assert len({crossover(ir, H100, True, calls) for calls in ways}) == len(ways)
 

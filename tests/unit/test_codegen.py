@@ -32,7 +32,8 @@ from monarch_compile.codegen.schedule import (
 )
 from monarch_compile.codegen.source import KernelSource, cache_dir
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import INITS, PADS, ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.form import INITS, PADS, Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 
 BASE = MonarchAttention(
     batch=2,
@@ -43,14 +44,13 @@ BASE = MonarchAttention(
     head_dim=64,
     value_dim=64,
     dtype=torch.float16,
-    block_size=39,
+    form=Form(39),
     scale=0.125,
 )
 GOLDENS = {
     "t1": BASE,
-    "t1_long_block": dataclasses.replace(BASE, block_size=500),
-    "t2_mean_pre_masked": dataclasses.replace(
-        BASE,
+    "t1_long_block": BASE.changed(block_size=500),
+    "t2_mean_pre_masked": BASE.changed(
         head_dim=25,
         value_dim=80,
         dtype=torch.float32,
@@ -59,34 +59,30 @@ GOLDENS = {
         pad="pre",
         mask=MaskKind.KEY_PADDING,
     ),
-    "t3": dataclasses.replace(BASE, dtype=torch.bfloat16, num_iters=3),
-    "window": dataclasses.replace(BASE, exact=ExactGroups(1)),
-    "window_prefix_masked": dataclasses.replace(
-        BASE, block_size=200, pad="pre", mask=MaskKind.KEY_PADDING, exact=ExactGroups(1, 4)
-    ),
-    "prefix": dataclasses.replace(BASE, exact=ExactGroups(None, 5)),
-    "shared_keys": dataclasses.replace(BASE, num_kv_heads=2, exact=ExactGroups(1)),
-    "t2_window": dataclasses.replace(BASE, num_iters=2, exact=ExactGroups(2)),
-    "t1_turns": dataclasses.replace(BASE, block_size=64, seq_len_q=8192, seq_len_k=8192),
-    "t1_resident": dataclasses.replace(BASE, block_size=256, seq_len_q=65536, seq_len_k=65536),
-    "t2_window_many": dataclasses.replace(
-        BASE, num_iters=2, exact=ExactGroups(2), seq_len_q=39 * 300, seq_len_k=39 * 300
-    ),
-    "window_biased": dataclasses.replace(BASE, mask=MaskKind.KEY_BIAS, exact=ExactGroups(1)),
-    "cross": dataclasses.replace(BASE, seq_len_q=700, init="mean"),
-    "t2_cross_pre_masked": dataclasses.replace(
-        BASE, seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
+    "t3": BASE.changed(dtype=torch.bfloat16, num_iters=3),
+    "window": BASE.changed(window=1),
+    "window_prefix_masked": BASE.changed(block_size=200, pad="pre", mask=MaskKind.KEY_PADDING, window=1, prefix=4),
+    "prefix": BASE.changed(window=None, prefix=5),
+    "shared_keys": BASE.changed(num_kv_heads=2, window=1),
+    "t2_window": BASE.changed(num_iters=2, window=2),
+    "t1_turns": BASE.changed(block_size=64, seq_len_q=8192, seq_len_k=8192),
+    "t1_resident": BASE.changed(block_size=256, seq_len_q=65536, seq_len_k=65536),
+    "t2_window_many": BASE.changed(num_iters=2, window=2, seq_len_q=39 * 300, seq_len_k=39 * 300),
+    "window_biased": BASE.changed(mask=MaskKind.KEY_BIAS, window=1),
+    "cross": BASE.changed(seq_len_q=700, init="mean"),
+    "t2_cross_pre_masked": BASE.changed(
+        seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
     ),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def with_length(ir: MonarchAttention, seq_len: int | str) -> MonarchAttention:
-    return dataclasses.replace(ir, seq_len_q=seq_len, seq_len_k=seq_len)
+    return ir.changed(seq_len_q=seq_len, seq_len_k=seq_len)
 
 
 groups = st.builds(
-    ExactGroups,
+    lambda window, prefix: {"window": window, "prefix": prefix},
     window=st.one_of(st.none(), st.integers(0, 3), st.integers(0, 1 << 40)),
     prefix=st.one_of(st.just(0), st.integers(0, 20), st.integers(0, 1 << 40)),
 )
@@ -106,13 +102,15 @@ def irs(draw: st.DrawFn) -> MonarchAttention:
         head_dim=draw(st.integers(1, 256)),
         value_dim=draw(st.integers(1, 256)),
         dtype=draw(st.sampled_from(DTYPES)),
-        block_size=draw(st.integers(1, 5000)),
+        form=Form(
+            block_size=draw(st.integers(1, 5000)),
+            num_iters=draw(st.integers(1, 4)),
+            init=draw(st.sampled_from(INITS)),
+            pad=draw(st.sampled_from(PADS)),
+            **(draw(groups) if seq_len_q == seq_len else {}),
+        ),
         scale=draw(st.floats(-10, 10, allow_nan=False)),
-        num_iters=draw(st.integers(1, 4)),
-        init=draw(st.sampled_from(INITS)),
-        pad=draw(st.sampled_from(PADS)),
         mask=draw(st.sampled_from(MaskKind)),
-        exact=draw(groups) if seq_len_q == seq_len else ExactGroups(),
     )
 
 
@@ -161,8 +159,8 @@ def test_whole_means_that_every_block_is_in_one_step(ir: MonarchAttention) -> No
 def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
     schedule = choose_schedule(ir, (9, 0))
     assert ir.block_size_q is None or schedule.summarize.rows < 2 * max(16, ir.block_size_q)
-    assert schedule.summarize.step < 2 * max(16, ir.block_size)
-    assert (schedule.near is None) == (ir.exact == ExactGroups())
+    assert schedule.summarize.step < 2 * max(16, ir.form.block_size)
+    assert (schedule.near is None) == (not ir.form.has_exact_keys)
     if ir.num_blocks is not None:
         assert schedule.attend.rows < 2 * max(16, ir.num_blocks)
 
@@ -173,12 +171,12 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
         ({"dtype": torch.float64}, "falls back to the reference"),
         ({"head_dim": 257}, "head_dim=257"),
         ({"value_dim": 512}, "value_dim=512"),
-        ({"seq_len_k": 900, "exact": ExactGroups(1)}, "window or a prefix where seq_len_q != seq_len_k"),
+        ({"seq_len_k": 900, "window": 1}, "window or a prefix where seq_len_q != seq_len_k"),
         ({"is_causal": True}, "causal"),
     ],
 )
 def test_what_has_no_kernel_is_refused_clearly(change: dict[str, Any], message: str) -> None:
-    ir = dataclasses.replace(BASE, **change)
+    ir = BASE.changed(**change)
     with pytest.raises(CodegenError, match=message):
         choose_schedule(ir)
     with pytest.raises(CodegenError, match=message):
@@ -192,7 +190,7 @@ def test_bad_tilings_are_refused(bad: tuple[int, int, int, int]) -> None:
 
 
 def test_wide_heads_take_large_tiles_where_operands_lie_in_shared_memory() -> None:
-    wide = dataclasses.replace(BASE, head_dim=160, value_dim=160, dtype=torch.float16, block_size=64)
+    wide = BASE.changed(head_dim=160, value_dim=160, dtype=torch.float16, block_size=64)
     hopper = choose_schedule(wide, (9, 0))
     assert str(hopper.summarize) == "64x64/w4/s1"
     for other in ((8, 0), (8, 6), None):
@@ -247,7 +245,7 @@ def _check_names(function: ast.FunctionDef) -> None:
 @given(irs(), schedules, st.integers(1, 99), st.integers(1, 1 << 20))
 def test_text_does_not_depend_on_run_time_sizes(ir: MonarchAttention, schedule: Schedule, count: int, n: int) -> None:
     heads = {"num_heads": count * ir.group, "num_kv_heads": count}
-    other = with_length(dataclasses.replace(ir, batch=count, **heads), n)
+    other = with_length(ir.changed(batch=count, **heads), n)
     if ir.is_cross:
         other = dataclasses.replace(other, seq_len_q=n + count)
     assert emit(ir, schedule) == emit(other, schedule)
@@ -273,7 +271,7 @@ def test_provenance(ir: MonarchAttention, schedule: Schedule) -> None:
 )
 def test_kernels_of_an_attention(num_iters: int, init: str, names: list[str]) -> None:
     """What is between iterations is two kernels where the blocks do not fit one tile, or where their number is open."""
-    ir = dataclasses.replace(BASE, num_iters=num_iters, init=init)
+    ir = BASE.changed(num_iters=num_iters, init=init)
     schedule = choose_schedule(ir)
     assert schedule.near is None
     for many in (with_length(ir, 39 * 300), with_length(ir, "N")):
@@ -282,29 +280,29 @@ def test_kernels_of_an_attention(num_iters: int, init: str, names: list[str]) ->
     assert [role.name for role in steps(ir, schedule)] == [f"monarch_{name}" for name in names]
 
 
-@pytest.mark.parametrize("exact", [ExactGroups(1), ExactGroups(None, 3), ExactGroups(0, 3)], ids=str)
-def test_where_the_exact_groups_are_computed(exact: ExactGroups) -> None:
+@pytest.mark.parametrize("groups", [{"window": 1}, {"prefix": 3}, {"window": 0, "prefix": 3}], ids=str)
+def test_where_the_exact_groups_are_computed(groups: dict[str, int]) -> None:
     """In stage 1 where its queries are the sequence's own and the schedule says so; else before all other kernels."""
-    ir = dataclasses.replace(BASE, exact=exact)
+    ir = BASE.changed(**groups)
     fused = choose_schedule(ir)
     apart = dataclasses.replace(fused, near=Tiling(32, 32, 2, 1), fused=False)
     names = [[role.name.removeprefix("monarch_") for role in steps(ir, s)] for s in (fused, apart)]
     assert names == [["summarize_near", "attend"], ["exact", "summarize", "attend"]]
     assert "TILE_J: tl.constexpr = 32" in emit(ir, apart)[0].text
     for change in ({"num_iters": 2}, {"init": "mean"}):
-        other = dataclasses.replace(ir, **change)
+        other = ir.changed(**change)
         for schedule in (choose_schedule(other), fused):
             assert steps(other, schedule)[0].name == "monarch_exact"
 
 
 def test_an_own_block_needs_no_loop_over_a_window() -> None:
     """With window=0 the exact group is the block that stage 1 has just been through."""
-    ir = dataclasses.replace(BASE, block_size=64, exact=ExactGroups(0))
+    ir = BASE.changed(block_size=64, window=0)
     assert "for " not in emit(ir, choose_schedule(ir))[0].text.partition("@triton.jit")[2]
 
 
 def test_a_block_within_one_tile_has_no_loop() -> None:
-    one, several = dataclasses.replace(BASE, block_size=64), dataclasses.replace(BASE, block_size=200)
+    one, several = BASE.changed(block_size=64), BASE.changed(block_size=200)
     assert "for " not in emit(one, choose_schedule(one))[0].text.partition("@triton.jit")[2]
     assert "for tile in tl.range(0, BLOCK, TILE_I)" in emit(several, choose_schedule(several))[0].text
 
@@ -312,7 +310,7 @@ def test_a_block_within_one_tile_has_no_loop() -> None:
 def test_blocks_within_one_tile_have_no_loop() -> None:
     """Up to 64; up to 256 a program walks over tiles, where nothing is added up; beyond, an online softmax."""
     lengths = (64 * 64, 64 * 128, 64 * 256, 64 * 257)
-    irs = [dataclasses.replace(BASE, block_size=64, seq_len_q=n, seq_len_k=n) for n in lengths]
+    irs = [BASE.changed(block_size=64, seq_len_q=n, seq_len_k=n) for n in lengths]
     attend = [emit(ir, choose_schedule(ir, (9, 0)))[-1].text.partition("@triton.jit")[2] for ir in irs]
     assert "for " not in attend[0]
     assert "for turn in tl.range(0, TURNS):" in attend[1]
@@ -323,9 +321,9 @@ def test_blocks_within_one_tile_have_no_loop() -> None:
 
 
 def test_masks_only_where_needed() -> None:
-    whole = emit(dataclasses.replace(BASE, block_size=64), choose_schedule(BASE))
+    whole = emit(BASE.changed(block_size=64), choose_schedule(BASE))
     assert not any("is_head" in source.text or "in_block" in source.text for source in whole)
-    odd = emit(dataclasses.replace(BASE, head_dim=25), choose_schedule(BASE))
+    odd = emit(BASE.changed(head_dim=25), choose_schedule(BASE))
     assert all("is_head" in source.text for source in odd)
 
 
@@ -381,14 +379,14 @@ from monarch_compile.codegen.emit import emit
 from monarch_compile.codegen.inspect_ptx import compile_report
 from monarch_compile.codegen.facts import expected_facts
 from monarch_compile.codegen.schedule import choose_schedule
-from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 reports = []
 for change, capability in json.loads(sys.stdin.read()):
     n = change.pop("seq_len", 4096)
     sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=n, seq_len_k=n, head_dim=64, value_dim=64)
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
-    change["exact"] = ExactGroups(*change.get("exact", ()))
-    ir = MonarchAttention(**{**sizes, "block_size": 64, "scale": 0.125, **change})
+    ir = MonarchAttention(**sizes, dtype=torch.float16, form=Form(64), scale=0.125).changed(**change)
     schedule = choose_schedule(ir, tuple(capability))
     for source in emit(ir, schedule, expected_facts(ir, schedule)):
         report = dataclasses.asdict(compile_report(source, ir, schedule, tuple(capability)))
@@ -401,18 +399,18 @@ TO_COMPILE = [
     ({"dtype": "bfloat16", "num_iters": 2, "init": "mean", "pad": "pre", "mask": "key_padding"}, (9, 0)),
     ({"dtype": "float16", "block_size": 39, "head_dim": 256, "value_dim": 256}, (8, 0)),
     ({"dtype": "float32", "block_size": 39, "head_dim": 80, "value_dim": 25}, (9, 0)),
-    ({"dtype": "float16", "block_size": 39, "exact": (1 << 40, 1000)}, (9, 0)),
+    ({"dtype": "float16", "block_size": 39, "window": 1 << 40, "prefix": 1000}, (9, 0)),
     ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "num_iters": 2}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "seq_len": 65536}, (9, 0)),
     ({"dtype": "bfloat16", "block_size": 256, "seq_len": 65535}, (8, 6)),
     ({"dtype": "float16", "block_size": 128, "seq_len": 16384, "head_dim": 128, "value_dim": 128}, (9, 0)),
-    ({"dtype": "bfloat16", "block_size": 256, "pad": "pre", "mask": "key_padding", "exact": (1, 4)}, (9, 0)),
-    ({"dtype": "bfloat16", "init": "mean", "exact": (0, 4), "head_dim": 128, "value_dim": 128}, (9, 0)),
+    ({"dtype": "bfloat16", "block_size": 256, "pad": "pre", "mask": "key_padding", "window": 1, "prefix": 4}, (9, 0)),
+    ({"dtype": "bfloat16", "init": "mean", "window": 0, "prefix": 4, "head_dim": 128, "value_dim": 128}, (9, 0)),
     ({"dtype": "float16", "num_iters": 2, "head_dim": 40, "value_dim": 40}, (9, 0)),
     ({"dtype": "float16", "head_dim": 160, "value_dim": 160}, (9, 0)),
     ({"dtype": "float16", "mask": "key_bias"}, (9, 0)),
     (
-        {"dtype": "bfloat16", "exact": (1,), "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
+        {"dtype": "bfloat16", "window": 1, "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
         (9, 0),
     ),
 ]
@@ -454,8 +452,9 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
 AHEAD = """
 import sys, torch
 from monarch_compile.codegen.launch import Problem
+from monarch_compile.form import Form
 from monarch_compile.codegen.tune import Sizes, compile_ahead, tasks
-problem = Problem(64, 64, torch.float16, 64, 0.125, 1, "identity", "post", False)
+problem = Problem(64, 64, torch.float16, Form(64), 0.125)
 first = tasks(problem, Sizes(256), (9, 0), "cpu")[0]
 compile_ahead(first)
 """

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.speed.problems import HEAD_DIMS, ODD_SHAPES, Form, Problem
+from benchmarks.speed.problems import HEAD_DIMS, ODD_SHAPES, AutoForm, Problem
 from monarch_compile import cost
 from monarch_compile.cost import exact_cost, exact_cost_of_shapes, monarch_cost, predict
 from monarch_compile.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
-from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.form import FORM_OPTIONS, Form
+from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -42,7 +43,8 @@ H200_MS = {
 def attention(seq_len=4096, block_size=64, batch=1, dtype=torch.float32, init="identity", **more):
     sizes = {"num_heads": 12, "num_kv_heads": 12, "seq_len_q": seq_len, "seq_len_k": seq_len} | more
     head = {"head_dim": 64, "value_dim": 64} | {k: sizes.pop(k) for k in ("head_dim", "value_dim") if k in sizes}
-    return MonarchAttention(batch=batch, **sizes, **head, dtype=dtype, block_size=block_size, scale=0.125, init=init)
+    form = Form(block_size, init=init, **{name: sizes.pop(name) for name in FORM_OPTIONS if name in sizes})
+    return MonarchAttention(batch=batch, **sizes, **head, dtype=dtype, form=form, scale=0.125)
 
 
 def auto(seq_len, device, dtype, batch=1):
@@ -75,17 +77,17 @@ def test_a_window_adds_its_keys_and_one_more_output():
 @pytest.mark.parametrize(
     ("groups", "options", "extra_keys", "exact_rows"),
     [
-        (ExactGroups(0), {}, 0, 0),  # the identity start scores a row's own block anyway
-        (ExactGroups(1), {}, 2 * 64, 0),
-        (ExactGroups(1), {"num_iters": 2}, 3 * 64, 0),
-        (ExactGroups(1), {"init": "mean"}, 3 * 64, 0),
-        (ExactGroups(99), {}, 4096 - 64, 0),
-        (ExactGroups(None, 5), {}, 5, 5),
-        (ExactGroups(1, 5), {}, 2 * 64 + 5, 5),
+        ({"window": 0}, {}, 0, 0),  # the identity start scores a row's own block anyway
+        ({"window": 1}, {}, 2 * 64, 0),
+        ({"window": 1}, {"num_iters": 2}, 3 * 64, 0),
+        ({"window": 1}, {"init": "mean"}, 3 * 64, 0),
+        ({"window": 99}, {}, 4096 - 64, 0),
+        ({"prefix": 5}, {}, 5, 5),
+        ({"window": 1, "prefix": 5}, {}, 2 * 64 + 5, 5),
     ],
 )
 def test_what_exact_groups_cost(groups, options, extra_keys, exact_rows):
-    paper, found = (cost.monarch_cost(attention(**options, exact=e)) for e in (ExactGroups(), groups))
+    paper, found = (cost.monarch_cost(attention(**options, **e)) for e in ({}, groups))
     assert found.flops - paper.flops == 12 * 4 * 64 * (4096 * extra_keys + exact_rows * 4096)
     keys_and_values = 12 * 2 * 4096 * 64 * 4
     assert found.bytes - paper.bytes == 12 * 2 * 4096 * (64 * 4 + 4) + (keys_and_values if exact_rows else 0)
@@ -174,7 +176,7 @@ def test_the_first_table_of_head_sizes_has_rows():
 )
 def test_h200_predictions_hold_for_the_first_table_of_head_sizes(row):
     sizes = {name: row[name] for name in ("seq_len", "block_size", "batch", "num_heads", "head_dim")}
-    heads = {"num_kv_heads": row["num_heads"], "value_dim": row["head_dim"], "exact": ExactGroups(row["window"])}
+    heads = {"num_kv_heads": row["num_heads"], "value_dim": row["head_dim"], "window": row["window"]}
     site = attention(dtype=getattr(torch, row.get("dtype", "bfloat16")), **sizes, **heads)
     assert 0.65 < predict(site, DEVICES["h200"]).monarch_s * 1e3 / row["ms"] < 1.15
 
@@ -191,9 +193,9 @@ def test_the_tables_of_head_sizes_have_rows():
     assert len(list(head_sizes())) == 2 * len(HEAD_DIMS) + 4 * len(ODD_SHAPES)
 
 
-@pytest.mark.parametrize("row", head_sizes(), ids=lambda row: f"{Problem(**row['problem'])} {Form(**row['form'])}")
+@pytest.mark.parametrize("row", head_sizes(), ids=lambda row: f"{Problem(**row['problem'])} {AutoForm(**row['form'])}")
 def test_h200_predictions_hold_for_other_heads_and_odd_lengths(row):
-    site = Form(**row["form"]).ir(Problem(**row["problem"]), DEVICES["h200"])
+    site = AutoForm(**row["form"]).ir(Problem(**row["problem"]), DEVICES["h200"])
     assert 0.75 < predict(site, DEVICES["h200"]).monarch_s * 1e3 / row["times"]["graph"]["p50"] < 1.15
 
 
@@ -234,8 +236,8 @@ def test_exact_rows_of_a_prefix_read_all_keys_and_values_once_more():
     h200 = DEVICES["h200"]
     for seq_len in (4096, 65536):
         with_rows, without = (
-            predict(attention(seq_len, 128, dtype=torch.float16, exact=groups), h200).monarch_s
-            for groups in (ExactGroups(1, 1), ExactGroups(1))
+            predict(attention(seq_len, 128, dtype=torch.float16, **groups), h200).monarch_s
+            for groups in ({"window": 1, "prefix": 1}, {"window": 1})
         )
         added = h200.exact.launch_s + 12 * seq_len * 2 * 64 * 2 / h200.exact.bytes_per_s
         assert 0.9 * added < with_rows - without < 1.25 * added  # their keys are read by all others, too

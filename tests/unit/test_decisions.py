@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.speed.problems import Form, Problem
+from benchmarks.speed.problems import AutoForm, Problem
 from monarch_compile.cost import predict
 from monarch_compile.devices import Device, device_for
-from monarch_compile.ir import PAPER, ExactGroups, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import auto_block_size, exact_wins
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLOSE = 1.1
 """A choice may lose this factor against the other form."""
-FORMS = {"monarch": PAPER, "window": ExactGroups(1), "prefix": ExactGroups(1, 4)}
+FORMS = {"monarch": Form(1), "window": Form(1, window=1), "prefix": Form(1, window=1, prefix=4)}
 EXACT = ("cudnn", "flash")
 
 
@@ -33,8 +34,8 @@ class Measured:
     monarch_ms: float
 
     def __str__(self) -> str:
-        groups = self.ir.exact
-        more = "" if self.ir.num_iters == 1 else f"-t{self.ir.num_iters}"
+        groups = self.ir.form
+        more = "" if self.ir.form.num_iters == 1 else f"-t{self.ir.form.num_iters}"
         return f"{self.ir.batch}x{self.ir.seq_len_k}-w{groups.window}p{groups.prefix}{more}"
 
 
@@ -51,7 +52,7 @@ def _verdicts(path: Path) -> Iterator[Measured]:
         return
     for verdict in content["verdicts"]:
         if verdict["is_right"] is not None:
-            ir = Form(**verdict["form"]).ir(Problem(**verdict["problem"]), device_for("cuda", gpu))
+            ir = AutoForm(**verdict["form"]).ir(Problem(**verdict["problem"]), device_for("cuda", gpu))
             yield Measured(gpu, ir, verdict["exact_ms"], verdict["monarch_ms"])
 
 
@@ -61,9 +62,10 @@ def _first_table() -> list[Measured]:
     found = []
     for row in content["rows"]:
         batch, seq_len = row["batch"], row["seq_len"]
-        for name, groups in FORMS.items():
-            block = auto_block_size(seq_len, "cuda", groups)
-            ir = MonarchAttention(batch, 12, 12, seq_len, seq_len, dim, dim, dtype, block, dim**-0.5, exact=groups)
+        for name, form in FORMS.items():
+            block = auto_block_size(seq_len, "cuda", form.window, form.prefix)
+            sizes = batch, 12, 12, seq_len, seq_len, dim, dim
+            ir = MonarchAttention(*sizes, dtype, replace(form, block_size=block), dim**-0.5)
             found.append(Measured(gpu, ir, min(row[exact][1] for exact in EXACT), row[name][1]))
     return found
 
@@ -93,7 +95,8 @@ def test_the_table_has_rows_that_either_form_wins() -> None:
 
 def test_block_sizes_are_those_that_were_measured() -> None:
     content = json.loads((RESULTS / "h200_attention.json").read_text(encoding="utf-8"))
-    chosen = {(m.ir.batch, m.ir.seq_len_k, m.ir.exact): m.ir.block_size for m in _first_table()}
+    found = ((m.ir, m.ir.form) for m in _first_table())
+    chosen = {(ir.batch, ir.seq_len_k, replace(form, block_size=1)): form.block_size for ir, form in found}
     for row in content["rows"]:
         shape = row["batch"], row["seq_len"]
         assert chosen[(*shape, FORMS["monarch"])] == row["block_size"]

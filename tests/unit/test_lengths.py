@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from monarch_compile.cost import MARGIN, predict
 from monarch_compile.devices import DEVICES
 from monarch_compile.errors import InputError
-from monarch_compile.ir import ExactGroups, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import BATCHES, BLOCK_SIZES, LENGTHS, NEVER, auto_block_size, crossover, exact_wins
 
 SITES = [(device, window) for device in sorted(DEVICES) for window in (None, 1)]
@@ -21,15 +22,13 @@ def site(device, window, seq_len=1, batch=1, block_size=16, num_heads=12, head_d
     dtype = torch.float32 if device == "cpu" else torch.float16
     lengths = {"seq_len_q": seq_len, "seq_len_k": seq_len, "head_dim": head_dim, "value_dim": head_dim}
     heads = {"batch": batch, "num_heads": num_heads, "num_kv_heads": num_heads}
-    return MonarchAttention(
-        **heads, **lengths, dtype=dtype, block_size=block_size, scale=0.125, exact=ExactGroups(window)
-    )
+    return MonarchAttention(**heads, **lengths, dtype=dtype, form=Form(block_size, window=window), scale=0.125)
 
 
 def at(ir, device, seq_len, batch=1):
     """`ir` at a length, with the block size of "auto"."""
-    block_size = auto_block_size(seq_len, DEVICES[device].kind, ir.exact)
-    return replace(ir, batch=batch, seq_len_q=seq_len, seq_len_k=seq_len, block_size=block_size)
+    block_size = auto_block_size(seq_len, DEVICES[device].kind, ir.form.window, ir.form.prefix)
+    return ir.changed(batch=batch, seq_len_q=seq_len, seq_len_k=seq_len, block_size=block_size)
 
 
 @pytest.mark.parametrize("steps", BLOCK_SIZES.values(), ids=map(str, BLOCK_SIZES))
@@ -44,16 +43,16 @@ def test_steps_start_at_one_and_climb(steps):
 def test_a_step_holds_from_its_first_length_on(kind, windowed):
     steps = BLOCK_SIZES[kind, windowed]
     for (start, size), (_, before) in zip(steps[1:], steps, strict=False):
-        assert auto_block_size(start, kind, ExactGroups(1 if windowed else None)) == size
-        assert auto_block_size(start - 1, kind, ExactGroups(1 if windowed else None)) == before
+        assert auto_block_size(start, kind, 1 if windowed else None) == size
+        assert auto_block_size(start - 1, kind, 1 if windowed else None) == before
 
 
 @pytest.mark.parametrize(("kind", "windowed"), BLOCK_SIZES)
 def test_a_prefix_is_in_no_block(kind, windowed):
     window = 1 if windowed else None
     for start, size in BLOCK_SIZES[kind, windowed]:
-        assert auto_block_size(start + 5, kind, ExactGroups(window, 5)) == size
-        assert auto_block_size(start, kind, ExactGroups(window, start)) == BLOCK_SIZES[kind, windowed][0][1]
+        assert auto_block_size(start + 5, kind, window, 5) == size
+        assert auto_block_size(start, kind, window, start) == BLOCK_SIZES[kind, windowed][0][1]
 
 
 def test_the_table_of_the_readme_is_the_one_in_force():
@@ -76,7 +75,7 @@ def test_the_block_size_is_nearly_the_fastest_of_the_powers_of_two(where, seq_le
     device, window = where
     ir = site(device, window, seq_len)
     found = predict(at(ir, device, seq_len), DEVICES[device]).monarch_s
-    best = min(predict(replace(ir, block_size=2**n), DEVICES[device]).monarch_s for n in range(4, 10))
+    best = min(predict(ir.changed(block_size=2**n), DEVICES[device]).monarch_s for n in range(4, 10))
     assert found <= 1.3 * best
 
 
@@ -103,7 +102,7 @@ def test_a_site_pays_from_one_length_on_at_any_batch(device, window, batch):
 
 def test_a_batch_is_weighed_as_the_later_to_pay_of_its_neighbours():
     ir = site("cuda", 1, num_heads=1)
-    alone = [crossover(replace(ir, batch=batch), DEVICES["cuda"], True) for batch in BATCHES]
+    alone = [crossover(ir.changed(batch=batch), DEVICES["cuda"], True) for batch in BATCHES]
     assert len(set(alone)) > 2
     for batch, start in ((3, max(alone[:2])), (16, max(alone[2:4])), (10**6, alone[-1])):
         ask = {"auto": True, "batch": batch}
@@ -115,7 +114,7 @@ def test_a_batch_is_weighed_as_the_later_to_pay_of_its_neighbours():
 @pytest.mark.parametrize("queries", [2, 63, 64, 100, 700, 5000])
 def test_queries_of_another_number_are_weighed_by_both(device, queries):
     """From one length of keys on it pays, as the model says; and no later with more queries."""
-    ir, ask = replace(site(device, None), init="mean"), {"auto": True, "batch": 1}
+    ir, ask = site(device, None).changed(init="mean"), {"auto": True, "batch": 1}
     pays = [exact_wins(ir, DEVICES[device], seq_len=n, queries=queries, **ask) is None for n in LENGTHS]
     assert pays == sorted(pays)
     for length in (n for n, pay in zip(LENGTHS, pays, strict=True) if pay and n != queries):
@@ -125,7 +124,7 @@ def test_queries_of_another_number_are_weighed_by_both(device, queries):
 
 
 def test_few_queries_stay_exact_and_say_how_many():
-    ir = replace(site("cpu", None), init="mean")
+    ir = site("cpu", None).changed(init="mean")
     reason = exact_wins(ir, DEVICES["cpu"], auto=True, batch=1, seq_len=10**6, queries=40)
     assert reason == "with 1 or a few more queries exact attention wins at every length"
     assert exact_wins(ir, DEVICES["cpu"], auto=True, batch=1, seq_len=4096, queries=400) is None

@@ -13,7 +13,8 @@ from support.capture import decisions_of, run_passes
 from support.programs import AFTER, MASKS, PRODUCTS, SCALES, SOFTMAXES, VALUES, Program
 from torch import Tensor
 
-from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 
 PROGRAMS = st.builds(
     Program,
@@ -57,9 +58,8 @@ def _assert_lowered(program: Program, batch: int, heads: int, seq_len: int, dim:
         head_dim=dim,
         value_dim=dim,
         dtype=torch.float32,
-        block_size=1,
+        form=Form(1, window=1),
         scale=decision.ir.scale,
-        exact=ExactGroups(window=1),
         mask=MaskKind.NONE if program.mask == "none" else MaskKind.KEY_PADDING,
     )
     assert decision.ir == expected

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from monarch_compile import measured
 from monarch_compile.cost import predict
 from monarch_compile.devices import DEVICES, MEASURED, Ceiling, installed, scaled
+from monarch_compile.form import Form
 from monarch_compile.ir import MonarchAttention
 
 FOUND = Ceiling(half_flops=300e12, bytes_per_s=1.9e12, launch_s=5e-6)
@@ -51,7 +52,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[i
 
 
 def site(seq_len: int = 4096) -> MonarchAttention:
-    return MonarchAttention(1, 12, 12, seq_len, seq_len, 64, 64, torch.float16, 64, 0.125)
+    return MonarchAttention(1, 12, 12, seq_len, seq_len, 64, 64, torch.float16, Form(64), 0.125)
 
 
 def test_a_gpu_is_measured_once_and_kept(gpu: Callable[..., list[int]]) -> None:

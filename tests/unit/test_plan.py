@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from monarch_compile.config import parse_options
 from monarch_compile.errors import ConfigError, PlanError
-from monarch_compile.plan import Plan, SiteForm, SitePlan
+from monarch_compile.form import Form
+from monarch_compile.plan import Plan, SitePlan
 
 forms = st.builds(
-    SiteForm,
+    Form,
     block_size=st.integers(1, 512),
     num_iters=st.integers(1, 3),
     init=st.sampled_from(["identity", "mean"]),
@@ -41,7 +42,7 @@ plans = st.builds(
 )
 PLAN = Plan(
     sites=(
-        SitePlan("layers.0 (m.py:3)", (8, 64, 64), SiteForm(50), "", 0.125, 2e-3, 1e-3),
+        SitePlan("layers.0 (m.py:3)", (8, 64, 64), Form(50), "", 0.125, 2e-3, 1e-3),
         SitePlan("layers.1 (m.py:3)", (8, 64, 64), None, "causal"),
     ),
     graphs=(("layers.0 (m.py:3)", "layers.1 (m.py:3)"),),
@@ -108,7 +109,7 @@ def test_a_plan_and_what_it_settles_are_not_given_together():
 
 
 def test_sites_are_found_by_name_and_shape():
-    assert PLAN.site("layers.0 (m.py:3)", (8, 64, 64)).form == SiteForm(50)
+    assert PLAN.site("layers.0 (m.py:3)", (8, 64, 64)).form == Form(50)
     with pytest.raises(PlanError, match=r"has no site 'layers\.9'; it has layers\.0"):
         PLAN.site("layers.9", (8, 64, 64))
     with pytest.raises(PlanError, match=r"\(4, 64, 64\), the plan's has \(8, 64, 64\)"):

@@ -306,12 +306,6 @@ BAD_INPUTS = {
     "no size may be 0": lambda q: (q[:, :, :0], q[:, :, :0], q[:, :, :0], {}),
     "share one floating dtype": lambda q: (q, q.half(), q, {}),
     "key_padding_mask must be bool": lambda q: (q, q, q, {"key_padding_mask": torch.zeros(1, 5)}),
-    "block_size must be at least 1": lambda q: (q, q, q, {"block_size": 0}),
-    "num_iters must be at least 1": lambda q: (q, q, q, {"num_iters": 0}),
-    "init must be one of": lambda q: (q, q, q, {"init": "zero"}),
-    "pad must be one of": lambda q: (q, q, q, {"pad": "both"}),
-    "window must be None or at least 0": lambda q: (q, q, q, {"window": -1}),
-    "prefix must be at least 0": lambda q: (q, q, q, {"prefix": -1}),
 }
 
 

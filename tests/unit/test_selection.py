@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monarch_compile.plan import SiteForm
+from monarch_compile.form import Form
 from monarch_compile.selection import LEVELS, Candidate, Growth, fitted_power, pareto, select
 
-FORM = SiteForm(8)
+FORM = Form(8)
 errors = st.floats(0.01, 1.0)
 candidates = st.lists(st.builds(Candidate, st.just(FORM), st.floats(0.1, 5.0), errors), min_size=1, max_size=6)
 EXACT = Candidate(None, 10.0, 0.0)

@@ -14,14 +14,14 @@ from benchmarks.speed import __main__ as driver
 from benchmarks.speed import measure
 from benchmarks.speed.measure import Bench, Row, Verdict, cpu_clocks
 from benchmarks.speed.present import draw, markdown
-from benchmarks.speed.problems import PRESETS, Form, Preset, Problem, inputs
+from benchmarks.speed.problems import PRESETS, AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Unsupported, key_padding_blocks, peers
 from monarch_compile import cli
 from monarch_compile.benchmark import Timing
 from monarch_compile.devices import DEVICES
 
 SMALL = Problem(2, 24, num_heads=1, head_dim=16, dtype="float32")
-TINY = Preset("cpu", (SMALL, replace(SMALL, seq_len=32)), (Form(1, None), Form(1, 1)))
+TINY = Preset("cpu", (SMALL, replace(SMALL, seq_len=32)), (AutoForm(1, None), AutoForm(1, 1)))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_the_h200_preset_is_the_table() -> None:
     assert wide == [(1, 4096), (1, 16384)]
     expected = "1024x256, 64x1024, 1x1024, 16x4096, 1x4096, 4x16384, 1x16384, 1x32768, 1x65536"
     assert ", ".join(f"{batch}x{seq_len}" for batch, seq_len in shapes) == expected
-    assert preset.forms == (Form(1, None), Form(1, 1), Form(2, None))
+    assert preset.forms == (AutoForm(1, None), AutoForm(1, 1), AutoForm(2, None))
 
 
 def test_the_full_preset_covers_every_dimension_once() -> None:
@@ -102,7 +102,7 @@ def fine(q, k, v):
 
 
 def test_what_fails_is_a_row_that_says_so() -> None:
-    rows = list(measure.rows(bench(lost, unwilling, fine), SMALL, (Form(),)))
+    rows = list(measure.rows(bench(lost, unwilling, fine), SMALL, (AutoForm(),)))
     assert [row.subject for row in rows] == ["sdpa", "lost", "unwilling", "fine", "monarch"]
     failures = {row.subject: row.failures for row in rows if row.failures}
     assert failures == {
@@ -132,7 +132,7 @@ def test_inputs_that_do_not_fit_fail_every_row(monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(measure, "inputs", no_room)
-    rows = list(measure.rows(bench(fine), SMALL, (Form(),)))
+    rows = list(measure.rows(bench(fine), SMALL, (AutoForm(),)))
     assert {row.failures["call"] for row in rows} == {"OutOfMemoryError: no room"}
 
 
@@ -157,12 +157,12 @@ def test_fractions_are_of_the_devices_ceilings() -> None:
     ],
 )
 def test_a_choice_is_right_where_it_is_measured_faster_or_close(choice, exact_ms, monarch_ms, right) -> None:
-    assert Verdict(SMALL, Form(), 4, choice, 1.0, 1.0, exact_ms, monarch_ms).is_right is right
+    assert Verdict(SMALL, AutoForm(), 4, choice, 1.0, 1.0, exact_ms, monarch_ms).is_right is right
 
 
 def test_a_verdict_is_against_the_fastest_exact_form_not_a_peer() -> None:
     made = bench(fine)
-    rows = list(measure.rows(made, SMALL, (Form(),)))
+    rows = list(measure.rows(made, SMALL, (AutoForm(),)))
     (verdict,) = measure.verdicts(made, rows)
     assert (verdict.exact_ms, verdict.monarch_ms) == (rows[0].ms, rows[-1].ms)
     slower = replace(rows[0], subject="other", times={"eager": Timing(9, 9, 9, 1)})

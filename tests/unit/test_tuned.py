@@ -14,11 +14,12 @@ import torch
 from monarch_compile.codegen import tuned
 from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule
 from monarch_compile.codegen.tuned import Tuned, is_legal, key_of, read, write
-from monarch_compile.ir import ExactGroups, MaskKind, MonarchAttention
+from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 
 TILING = Tiling(64, 32, 4, 2)
 RESULT = Tuned(Schedule(TILING, TILING, TILING, near=TILING, fused=False), 0.5, 1.0, 1e-4, 7)
-IR = MonarchAttention(1, 12, 12, 4096, 4096, 64, 64, torch.float16, 64, 0.125)
+IR = MonarchAttention(1, 12, 12, 4096, 4096, 64, 64, torch.float16, Form(64), 0.125)
 
 
 @pytest.fixture
@@ -109,7 +110,8 @@ def test_a_bad_entry_is_passed_over_and_the_others_are_kept(
 
 def test_the_key_holds_all_that_a_result_depends_on() -> None:
     base = key_of(IR, 64, "NVIDIA H200", "3.6.0")
-    assert base.startswith("NVIDIA H200 | triton 3.6.0 | f16 dims 64/64 group 1 | blocks of 64, at most 64 | ")
+    assert base.startswith("NVIDIA H200 | triton 3.6.0 | f16 dims 64/64 group 1 | Form(block_size=64, num_iters=1, ")
+    assert " mask none, at most 64 blocks | " in base
     changes = (
         {"dtype": torch.bfloat16},
         {"head_dim": 80},
@@ -120,14 +122,14 @@ def test_the_key_holds_all_that_a_result_depends_on() -> None:
         {"init": "mean"},
         {"pad": "pre"},
         {"mask": MaskKind.KEY_PADDING},
-        {"exact": ExactGroups(1)},
-        {"exact": ExactGroups(None, 1)},
+        {"window": 1},
+        {"window": None, "prefix": 1},
     )
-    others = [key_of(replace(IR, **change), 64, "NVIDIA H200", "3.6.0") for change in changes]
+    others = [key_of(IR.changed(**change), 64, "NVIDIA H200", "3.6.0") for change in changes]
     others += [key_of(IR, 128, "NVIDIA H200", "3.6.0"), key_of(IR, 64, "NVIDIA A100", "3.6.0")]
     others += [key_of(IR, 64, "NVIDIA H200", "3.7.0")]
     assert len({base, *others}) == 1 + len(others)
-    assert key_of(replace(IR, scale=1.0, batch=3, num_heads=4, num_kv_heads=4), 64, "NVIDIA H200", "3.6.0") == base
+    assert key_of(IR.changed(scale=1.0, batch=3, num_heads=4, num_kv_heads=4), 64, "NVIDIA H200", "3.6.0") == base
 
 
 def test_the_key_changes_with_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,12 +139,12 @@ def test_the_key_changes_with_the_templates(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_schedule_for_another_problem_is_not_legal() -> None:
-    windowed = replace(IR, exact=ExactGroups(1))
+    windowed = IR.changed(window=1)
     shipped = choose_schedule(IR, (9, 0))
     assert is_legal(shipped, IR, (9, 0))
     assert is_legal(choose_schedule(windowed, (9, 0)), windowed, (9, 0))
     assert not is_legal(shipped, windowed, (9, 0))
     assert not is_legal(choose_schedule(windowed, (9, 0)), IR, (9, 0))
-    assert not is_legal(choose_schedule(windowed, (9, 0)), replace(windowed, num_iters=2), (9, 0))
+    assert not is_legal(choose_schedule(windowed, (9, 0)), windowed.changed(num_iters=2), (9, 0))
     assert not is_legal(replace(shipped, whole=True, attend=Tiling(64, 32, 4, 1)), IR, (9, 0))
     assert not is_legal(replace(shipped, summarize=Tiling(128, 128, 4, 8)), IR, (9, 0))

@@ -1,0 +1,111 @@
+"""The form of a Monarch attention: how it approximates softmax attention, one value with one table of rules.
+
+Notation follows arXiv 2505.18698: keys are cut into blocks of `block_size`, queries into as many blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from monarch_compile.errors import IRError
+
+INITS = ("identity", "mean")
+PADS = ("post", "pre")
+
+
+class OptionRule(NamedTuple):
+    """What an option may be: a predicate and its wording."""
+
+    allows: Callable[[Any], bool]
+    wording: str
+
+
+def at_least(least: int) -> OptionRule:
+    """An int, or a symbolic one, of at least `least`."""
+    kinds = (int, np.integer, torch.SymInt)
+    return OptionRule(
+        lambda value: isinstance(value, kinds) and not isinstance(value, bool) and bool(value >= least),
+        f"an int of at least {least}",
+    )
+
+
+def one_of(allowed: tuple[str, ...]) -> OptionRule:
+    """One of some strings."""
+    return OptionRule(
+        lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}"
+    )
+
+
+def or_else(value: Any, rule: OptionRule) -> OptionRule:
+    """`value` itself, or what a rule allows."""
+    return OptionRule(
+        lambda x: (x is None if value is None else x == value) or rule.allows(x), f"{value!r} or {rule.wording}"
+    )
+
+
+FORM_RULES: dict[str, OptionRule] = {
+    "block_size": at_least(1),
+    "num_iters": at_least(1),
+    "init": one_of(INITS),
+    "pad": one_of(PADS),
+    "window": or_else(None, at_least(0)),
+    "prefix": at_least(0),
+}
+
+
+def broken_rule(options: Mapping[str, Any], rules: Mapping[str, OptionRule] = FORM_RULES) -> str | None:
+    """What is wrong with the first of `options` that breaks its rule; None where all are allowed."""
+    for name, rule in rules.items():
+        if name in options and not rule.allows(options[name]):
+            return f"{name!r} must be {rule.wording}; found {options[name]!r}"
+    return None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a Monarch attention runs; also what a plan settles site by site.
+
+    block_size: keys in a block. num_iters: pairs of updates of the Monarch factors.
+    init: start from a block's own queries ("identity") or from their mean. pad: pad the sequence to whole blocks after
+        ("post") or before it ("pre").
+    window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: no window, the
+        paper's form).
+    prefix: leading keys that every query attends to exactly, and as many queries that attend to every key exactly:
+        blocks are of what follows.
+
+    Raises:
+        IRError: an option is not allowed.
+    """
+
+    block_size: int
+    num_iters: int = 1
+    init: str = "identity"
+    pad: str = "post"
+    window: int | None = None
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = broken_rule(vars(self))
+        if wrong is not None:
+            raise IRError(wrong)
+
+    @property
+    def has_exact_keys(self) -> bool:
+        """Whether some keys are attended to exactly: a window's or a prefix's. The paper's form has none."""
+        return self.window is not None or self.prefix > 0
+
+    def across(self) -> Form:
+        """The form between sequences of different lengths."""
+        return replace(self, **ACROSS)
+
+
+ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0}
+"""What settles a form between sequences of different lengths: no position of the one means a place in the other."""
+
+FORM_OPTIONS = tuple(f.name for f in fields(Form))
+"""Names of the options of a form, in the order of `Form` and of the operator's arguments."""
