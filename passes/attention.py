@@ -35,10 +35,9 @@ from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.nearby import (
     EXP,
     OWN_MASK,
-    REACH_OF_EXP,
     SOFTMAXES,
     head_mixer,
-    is_between_products,
+    is_attention,
     is_unread_mix,
 )
 from monarch_compile.passes.products import CASTS, MIXED, TRANSPOSES, VIEWS, swaps_matrix
@@ -47,6 +46,9 @@ from monarch_compile.passes.scores import Walk, keeps_matrix, peel_up
 
 SDPA_OP = aten.scaled_dot_product_attention.default
 MAX_RANK = 6
+
+MIXED_HEADS = frozenset({"scores_op", "scores_view", "scores_layout", "probs_op"})
+"""What a miss is called at a layer that mixes heads, or at the views around it."""
 
 
 def find_sites(gm: GraphModule) -> list[Site]:
@@ -64,11 +66,11 @@ def find_sites(gm: GraphModule) -> list[Site]:
                 raise hidden
             if node.target is SDPA_OP:
                 sites.append(_from_sdpa(node))
-            elif node.target in SOFTMAXES and is_between_products(node):
+            elif node.target in SOFTMAXES and is_attention(node):
                 sites.append(_from_softmax(node))
-            elif node.target in OWN_MASK and is_between_products(node):
+            elif node.target in OWN_MASK and is_attention(node):
                 raise Miss("normalisation", f"{node.target} applies a mask of its own", node)
-            elif node.target in EXP and is_between_products(node, REACH_OF_EXP):
+            elif node.target in EXP and is_attention(node):
                 why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
                 raise Miss("normalisation", why, node)
         except Miss as miss:
@@ -78,7 +80,7 @@ def find_sites(gm: GraphModule) -> list[Site]:
 
 def _missed(anchor: Node, miss: Miss) -> Missed:
     """A miss at a softmax; where a layer mixes heads, the views around it are not what is in the way."""
-    mixer = head_mixer(anchor) if miss.code in ("scores_op", "scores_view", "probs_op") else None
+    mixer = head_mixer(anchor) if miss.code in MIXED_HEADS else None
     if mixer is None:
         return Missed(anchor, miss.code, miss.reason, miss.node)
     return Missed(anchor, "heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)

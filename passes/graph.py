@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,12 +63,12 @@ def same_shape(x: Node, y: Node) -> bool:
     return str(shape_of(x)) == str(shape_of(y))
 
 
-def ancestors_of(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Some nodes, and all of their graph that they are computed from."""
+def ancestors_of(nodes: Iterable[Node], follows: Callable[[Node], bool] = lambda node: True) -> Iterator[Node]:
+    """Some nodes, and all of their graph that they are computed from, as far as `follows` goes."""
     pending, seen = [*nodes], set()
     while pending:
         node = pending.pop()
-        if node not in seen:
+        if node not in seen and follows(node):
             seen.add(node)
             pending += node.all_input_nodes
             yield node

@@ -20,6 +20,7 @@ from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
 from monarch_compile.passes.sizes import leading_sizes, told_apart
+from monarch_compile.passes.weights import is_computed
 from monarch_compile.signature import RULES, Refusal, Rule, Signature
 
 AUTOCAST = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -143,6 +144,16 @@ def _check_unguarded(region: AttentionRegion, context: Context) -> str | None:
     return None
 
 
+def _check_learned_keys(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
+    """Keys that layers make of weights alone may be a layer's weight themselves, unless queries are made like that."""
+    if region.anchor is region.output or is_computed(region.k.node, before=region.anchor):
+        return None
+    if not is_computed(region.q.node, before=region.anchor):
+        return None
+    why = "the keys are made of weights alone, so that softmax may run over the classes or codes of a layer"
+    return why, region.k.node
+
+
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
     """A write between the making of a value and its last reading, of which the rewrite knows nothing."""
     ancestors = set(ancestors_of(m.node for m in region.masks))
@@ -228,6 +239,7 @@ CHECKS: tuple[Check | Rule, ...] = (
     Check("dynamic_seq_len", _check_unguarded),
     *_rules("device", "scale"),
     Check("scale_not_constant", _check_factors),
+    Check("learned_keys", _check_learned_keys),
     Check("mutation", _check_mutation),
     Check("context", _check_context),
     Check("as_strided", _check_strided),

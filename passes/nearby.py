@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
-import torch
 from torch.fx import Node
 
-from monarch_compile.passes.graph import WEIGHT, ancestors_of, arg, aten, inputs, normal_dim, shape_of
+from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
+from monarch_compile.passes.keys import Between, runs_over_keys
 from monarch_compile.passes.memory import SETS_STRIDES
-from monarch_compile.passes.products import MIXED, SCORES, TRANSPOSES, swaps_matrix, viewed
+from monarch_compile.passes.products import MIXED, SCORES, pairing_of
+from monarch_compile.passes.weights import is_computed
 
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out, aten._safe_softmax.default})
 OWN_MASK = frozenset({aten._masked_softmax.default})
@@ -30,7 +31,11 @@ BY_WEIGHT: dict[object, int] = {
 }
 """Ops that are a product if their second factor is computed, not a layer's weight; with that factor's place."""
 
-UNREAD = frozenset(
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default})
+
+SIMILARITIES = frozenset({aten.cdist.default, aten._cdist_forward.default, aten.cosine_similarity.default})
+
+UNREAD = SIMILARITIES | frozenset(
     {
         aten.matmul.out,
         aten.mm.out,
@@ -41,36 +46,55 @@ UNREAD = frozenset(
         aten.tensordot.default,
         aten.linalg_multi_dot.default,
         aten.mv.default,
-        aten.cdist.default,
-        aten._cdist_forward.default,
-        aten.cosine_similarity.default,
     }
 )
 """Products and similarities that are not read, so that attention made of them stays exact."""
 
 
-def is_between_products(anchor: Node, reach: int = REACH) -> bool:
-    """Whether the anchor's input comes from a matrix product, and its output goes into one, by elementwise steps."""
+def is_attention(anchor: Node) -> bool:
+    """Whether the anchor stands between two products of matrices, and runs over keys."""
+    near = between_products(anchor)
+    return near is not None and runs_over_keys(near)
+
+
+def is_no_attention(node: Node) -> bool:
+    """Whether a node is a softmax between two products that runs over something else than keys."""
+    near = between_products(node) if node.target in SOFTMAXES | EXP else None
+    return near is not None and bool(near.products) and not runs_over_keys(near)
+
+
+def between_products(anchor: Node) -> Between | None:
+    """The products, or layers, that the anchor's input comes from and its output goes into, by elementwise steps."""
+    reach = REACH_OF_EXP if anchor.target in EXP else REACH
+    below = {anchor: None, **dict.fromkeys(_below(anchor, reach))}
+    mixes = [n for n in below if n.target in MIXED or is_unread_mix(n)]
+    if not mixes:
+        return None
     above = [*_above(anchor, reach)]
-    products = [n for n in above if (n.target in SCORES or is_unread_product(n)) and _gives_scores(n, anchor)]
-    if not products or not any(n.target in MIXED or is_unread_mix(n) for n in _below(anchor, reach)):
+    scores = [n for n in above if _gives_scores(n, anchor)]
+    near = Between(
+        anchor,
+        _softmax_dim(anchor),
+        products=frozenset(n for n in scores if n.target in SCORES or is_unread_product(n)),
+        layers=frozenset(n for n in scores if anchor.target not in EXP and _is_layer(n, anchor)),
+        passed=frozenset(n for n in above if _is_passed(n, anchor, GRIDS_ABOVE)),
+        values=tuple(x for mix in mixes for x in mix.all_input_nodes if x not in below),
+    )
+    return near if near.products | near.layers else None
+
+
+def _is_layer(node: Node, anchor: Node) -> bool:
+    """Whether a node is x @ weight; a convolution is that where its kernels are of one place."""
+    if node.target not in BY_WEIGHT or _mixes_heads(node, anchor):
         return False
-    is_swapped = any(n.target in TRANSPOSES and swaps_matrix(n) for n in above)
-    return is_swapped or not all(_has_weight_as_keys(n, anchor) for n in products)
+    return node.target not in CONVOLUTIONS or all(str(n) == "1" for n in shape_of(inputs(node)[1])[2:])
 
 
-def _has_weight_as_keys(node: Node, anchor: Node) -> bool:
-    """Whether a product, x @ weight, is a linear layer: then softmax is over classes, experts or codes, not over keys.
-
-    Learned queries are attention: there the weight gives the dim that softmax does not run over.
-    """
-    scores = SCORES[node.target](node) if node.target in SCORES else None
-    if scores is None:
-        return False
-    rank, dim = len(shape_of(anchor)), arg(anchor, 1, "dim")
-    is_over_rows = isinstance(dim, int) and normal_dim(dim, rank) == rank - 2
-    keys = viewed((scores.q if is_over_rows else scores.k).node)
-    return keys.op in ("placeholder", "get_attr") and not _is_given(keys)
+def _softmax_dim(anchor: Node) -> int:
+    """The dim that softmax runs over; the last, where that is not known."""
+    rank = len(shape_of(anchor))
+    dim = arg(anchor, 2 if anchor.target in OWN_MASK else 1, "dim")
+    return normal_dim(dim, rank) if isinstance(dim, int) else rank - 1
 
 
 def _gives_scores(node: Node, anchor: Node) -> bool:
@@ -84,12 +108,15 @@ def is_unread_product(node: Node) -> bool:
     """Whether a node is a product of two computed tensors in a spelling that is not read."""
     if node.target in BY_WEIGHT:
         weight = inputs(node)[BY_WEIGHT[node.target]]
-        return isinstance(weight, Node) and weight.op == "call_function" and _is_computed(weight)
-    return node.target in UNREAD or _is_sum_of_products(node)
+        return isinstance(weight, Node) and is_computed(weight)
+    return node.target in UNREAD or pairing_of(node) is not None
 
 
 def is_unread_mix(node: Node) -> bool:
     """The same of a product with the values, to which nothing may be added."""
+    pairing = pairing_of(node)
+    if node.target in SIMILARITIES or (pairing is not None and pairing.target is aten.sub.Tensor):
+        return False
     return node.target is aten.baddbmm.default or is_unread_product(node)
 
 
@@ -101,7 +128,7 @@ def head_mixer(anchor: Node) -> Node | None:
 
 def _above(anchor: Node, reach: int) -> Iterator[Node]:
     above = lambda n: [x for x in n.all_input_nodes if x.op == "call_function"]  # noqa: E731
-    return _around(anchor, above, reach, frozenset({BOTH, ONE}))
+    return _around(anchor, above, reach, GRIDS_ABOVE)
 
 
 def _below(anchor: Node, reach: int) -> Iterator[Node]:
@@ -134,7 +161,7 @@ def _is_like(node: Node, anchor: Node) -> bool:
     own, other = ([str(size) for size in shape_of(n)[-2:]] for n in (node, anchor))
     if getattr(node.target, "__name__", "") == "getitem":
         return True
-    return len(own) == 2 and (own[0] == other[0] or own[1] == other[1] or own == other[::-1])
+    return len(own) == len(other) == 2 and (own[0] == other[0] or own[1] == other[1] or own == other[::-1])
 
 
 def _has_heads_last(node: Node, anchor: Node) -> bool:
@@ -144,6 +171,7 @@ def _has_heads_last(node: Node, anchor: Node) -> bool:
 
 
 BOTH, ONE = "both", "one"
+GRIDS_ABOVE = frozenset({BOTH, ONE})
 
 
 def _grid_of(node: Node, anchor: Node) -> str:
@@ -165,27 +193,3 @@ def _grid_of(node: Node, anchor: Node) -> str:
 
 def _mixes_heads(node: Node, anchor: Node) -> bool:
     return node.target is aten.linear.default and _has_heads_last(node, anchor) and not is_unread_product(node)
-
-
-def _is_sum_of_products(node: Node) -> bool:
-    """Whether a node is (x[..., :, None, :] * y[..., None, :, :]).sum(dim), or with another dim of the three."""
-    product = inputs(node)[0] if node.target is aten.sum.dim_IntList else None
-    if not isinstance(product, Node) or product.target is not aten.mul.Tensor or len(shape_of(product)) < 3:
-        return False
-    shapes = [shape_of(x) if isinstance(x, Node) else () for x in inputs(product)[:2]]
-    whole = str(shape_of(product))
-    return all(len(shape) >= 2 and str(shape) != whole for shape in shapes)
-
-
-STATIC = "_dynamo_static_input_type"
-"""Where Dynamo notes that an input of the graph is a module's parameter or buffer."""
-
-
-def _is_computed(node: Node) -> bool:
-    """Whether a tensor follows from the inputs of a call, and is no parameter or made of such alone."""
-    return any(map(_is_given, ancestors_of([node])))
-
-
-def _is_given(node: Node) -> bool:
-    is_tensor = node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
-    return is_tensor and WEIGHT not in node.meta and STATIC not in node.meta.get("tensor_dict", {})

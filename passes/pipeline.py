@@ -34,6 +34,7 @@ from monarch_compile.passes.graph import SITE_NAME, site_name
 from monarch_compile.passes.heads import share_heads
 from monarch_compile.passes.lowering import lower
 from monarch_compile.passes.memory import must_be_kept
+from monarch_compile.passes.nearby import is_no_attention
 from monarch_compile.passes.operands import as_they_lie, hoist_scales
 from monarch_compile.passes.region import AttentionRegion, Site
 from monarch_compile.passes.room import with_room
@@ -48,7 +49,8 @@ logger = logging.getLogger(__name__)
 class Rewrite:
     """The graph before (pre-dispatch ATen, canonical) and after lowering, and a decision for every site found.
 
-    num_apart: how many exact sites were changed, in nothing that they compute, to be kept from Inductor's fusion.
+    num_apart: how many softmaxes, of exact sites or of layers, were changed, in nothing that they compute, to be kept
+    from Inductor's fusion.
     """
 
     before: GraphModule
@@ -155,13 +157,15 @@ def _keep_apart(state: State) -> str:
     graphs = {gm.graph for gm in all_graphs(state.graph)}
     pairs = zip(state.sites, state.choices, strict=True)
     stay = [site.anchor for site, choice in pairs if not choice.lowers and site.anchor.graph in graphs]
-    misread = [anchor for anchor in stay if may_be_misread(anchor)]
+    anchors = {site.anchor for site in state.sites}
+    others = [n for graph in graphs for n in graph.nodes if n not in anchors and is_no_attention(n)]
+    misread = [anchor for anchor in (*stay, *others) if may_be_misread(anchor)]
     if misread and state.before is None:
         state.before = _copy_graph(state.graph)
     for anchor in misread:
         keep_apart(anchor)
     state.num_apart = len(misread)
-    return f"{state.num_apart} exact sites kept from Inductor's fusion"
+    return f"{state.num_apart} softmaxes kept from Inductor's fusion"
 
 
 def _unfold_softmaxes(state: State) -> str:

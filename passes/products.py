@@ -6,9 +6,10 @@ import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Node
 
-from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
+from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, same_shape, shape_of
 from monarch_compile.passes.region import Operand
 
 
@@ -109,14 +110,20 @@ def _are_matrices(*nodes: object) -> bool:
 
 
 def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] | None:
-    """Both operands with their letters and the output's letters, ellipses written out; None for anything unusual."""
+    """Both operands with their letters, and the output's letters; None for anything unusual."""
+    named, out = einsum_letters(node)
+    return (named[0], named[1], out) if len(named) == 2 else None
+
+
+def einsum_letters(node: Node) -> tuple[list[tuple[Node, str]], str]:
+    """Every operand with its letters, and the output's, ellipses written out; no operands for an odd equation."""
     equation, operands = inputs(node)[0], inputs(node)[1]
-    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
-        return None
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)):
+        return [], ""
     left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if len(terms) != 2:
-        return None
+    if len(terms) != len(operands):
+        return [], ""
     if not arrow:  # an implicit output: the ellipsis, then every letter that occurs once
         letters = left.replace(".", "").replace(",", "")
         out = "..." * ("..." in left) + "".join(sorted(c for c in letters if letters.count(c) == 1))
@@ -129,10 +136,9 @@ def einsum_terms(node: Node) -> tuple[tuple[Node, str], tuple[Node, str], str] |
         own = len(shape_of(n)) - len(t.replace("...", ""))
         letters = t.replace("...", spare[width - own : width] if "..." in t else "")
         if len(letters) != len(shape_of(n)) or len(set(letters)) != len(letters):
-            return None
+            return [], ""
         named.append((n, letters))
-    out = out.replace("...", spare[:width])
-    return named[0], named[1], out
+    return named, out.replace("...", spare[:width])
 
 
 class Simplified(NamedTuple):
@@ -163,7 +169,23 @@ def simplify(operand: Operand, constant_of: Callable[[object], float | None]) ->
     return Simplified(operand, factor, tuple(skipped))
 
 
-TRANSPOSES = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default})
+TRANSPOSES = frozenset(
+    {
+        aten.transpose.int,
+        aten.swapaxes.default,
+        aten.swapdims.default,
+        aten.permute.default,
+        aten.t.default,
+        aten.mT.default,
+        aten.adjoint.default,
+        aten.matrix_H.default,
+        aten.numpy_T.default,
+        aten.movedim.int,
+        aten.movedim.intlist,
+        aten.moveaxis.int,
+        aten.moveaxis.intlist,
+    }
+)
 
 CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default})
 VIEWS = frozenset(
@@ -207,13 +229,31 @@ def swaps_matrix(node: Node) -> bool:
 def source_dims(node: Node) -> list[int]:
     """For each dim of a transposing op's output, the input's dim it is."""
     rank = len(shape_of(node))
-    if node.target is aten.permute.default:
-        return [normal_dim(d, rank) for d in inputs(node)[1]]
-    order = list(range(rank))
-    x, y = (normal_dim(d, rank) for d in (inputs(node)[1:3] if node.target is aten.transpose.int else (-2, -1)))
-    order[x], order[y] = order[y], order[x]
-    return order
+    if node.target is aten.numpy_T.default:  # warns of ranks other than 2
+        return [*range(rank)][::-1]
+    probe = torch.empty([*range(1, rank + 1)], device="meta")
+    target: Any = node.target
+    return [size - 1 for size in target(probe, *node.args[1:], **node.kwargs).shape]
 
+
+def pairing_of(node: Node) -> Node | None:
+    """The op that pairs rows of two tensors, if a node sums up what it makes: their products, or their distances.
+
+    x[..., :, None, :] * y[..., None, :, :] is one, with the None at other dims too.
+    """
+    found = inputs(node)[0] if node.target in SUMS_OF_PAIRS else None
+    while isinstance(found, Node) and found.target in SQUARES:
+        found = inputs(found)[0]
+    if not isinstance(found, Node) or found.target not in PAIRS or len(shape_of(found)) < 3:
+        return None
+    shapes = [shape_of(x) if isinstance(x, Node) else () for x in inputs(found)[:2]]
+    whole = str(shape_of(found))
+    return found if all(len(shape) >= 2 and str(shape) != whole for shape in shapes) else None
+
+
+SUMS_OF_PAIRS = frozenset({aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim})
+SQUARES = frozenset({aten.square.default, aten.pow.Tensor_Scalar, aten.abs.default})
+PAIRS = frozenset({aten.mul.Tensor, aten.sub.Tensor})
 
 SCORES: dict[object, Callable[[Node], Scores | None]] = {
     aten.matmul.default: _matmul_scores,

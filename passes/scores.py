@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
-from monarch_compile.passes.nearby import is_unread_product
+from monarch_compile.passes.nearby import BY_WEIGHT, is_unread_product
 from monarch_compile.passes.products import CASTS, SCORES, TRANSPOSES, VIEWS, Scores, swaps_matrix
 from monarch_compile.passes.region import Factor, MaskTerm, Miss
 
@@ -70,7 +70,7 @@ def peel_up(node: Any, walk: Walk) -> tuple[Node, Scores]:
         if node.target in SUMS:
             return _peel_sum(node, walk)
         step = UP.get(node.target)
-        if is_unread_product(node):
+        if is_unread_product(node) or node.target in BY_WEIGHT:
             why = f"{node.target} as the product of queries and keys has a layout that is not understood"
             raise Miss("scores_layout", why, node)
         if step is None:

@@ -87,7 +87,7 @@ def _written_with_out(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
 WRITES: dict[Program, list[str]] = {
     _constant_written_by_another_name: ["mutation"],
     _constant_written: [LOWERED],
-    _scores_written_by_another_name: ["scores_op", LOWERED],
+    _scores_written_by_another_name: ["scores_view", LOWERED],
     _query_written: ["mutation"],
     _list_written: ["mutation"],
     _copy_outlives_a_write: ["mutation"],
