@@ -3,7 +3,8 @@
 #   make test    the CPU test suite                make test-gpu  the tests that need a CUDA device
 #   make test-nightly    2000 random attention programs, new ones each time, and the longest tests
 #   make lint    ruff and mypy                     make format    let ruff rewrite the sources
-#   make bench   attention alone, timed            make clean     remove .venv and caches
+#   make bench   attention alone, timed            make docs      the API reference, in build/docs
+#   make clean   remove .venv, builds and caches
 # PYTHON=python3.12 make ... chooses the interpreter; ARGS="..." is handed to the command.
 # TORCH=2.14.1 make ... takes that version of torch instead of the one in constraints.txt, in a venv of its own.
 
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH),torch==$(TORCH),--constraint constraints.txt)
 
-.PHONY: setup demo test test-gpu test-nightly lint format bench clean
+.PHONY: setup demo test test-gpu test-nightly lint format bench docs clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -47,6 +48,9 @@ format: $(STAMPS)/lint
 bench: $(STAMPS)/base
 	$(BIN)/monarch-compile bench $(ARGS)
 
+docs: $(STAMPS)/docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs monarch_compile monarch_compile.integrations $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
@@ -61,7 +65,7 @@ $(STAMPS)/base: $(STAMPS)/venv pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/base
+$(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/base
 	$(PIP) --editable ".[$*]"
 	touch $@
 

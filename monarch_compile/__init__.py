@@ -1,7 +1,9 @@
 """A torch.compile backend that lowers attention to MonarchAttention (arXiv 2505.18698) kernels.
 
-torch.compile(model, backend="monarch")
-print(monarch_compile.explain(model, *inputs))
+    compiled = torch.compile(model, backend="monarch")
+    print(monarch_compile.explain(model, *inputs))
+
+Options of the backend: `MonarchConfig`. Without torch.compile: `monarch_compile.integrations`.
 """
 
 from importlib import import_module

@@ -35,6 +35,8 @@ from monarch_compile.errors import ConfigError, LoweringError
 from monarch_compile.functional import monarch_attention
 from monarch_compile.signature import CHOSEN, Refusal
 
+__all__ = ["ReplaceSdpa", "register_diffusers", "register_transformers", "replace_sdpa"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -55,8 +55,8 @@ def test_a_prefix_is_in_no_block(kind, windowed):
         assert auto_block_size(start, kind, window, start) == BLOCK_SIZES[kind, windowed][0][1]
 
 
-def test_the_table_of_the_readme_is_the_one_in_force():
-    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_table_of_the_docs_is_the_one_in_force():
+    lines = (Path(__file__).parents[2] / "docs/dynamic_shapes.md").read_text(encoding="utf-8").splitlines()
     for (kind, windowed), steps in BLOCK_SIZES.items():
         starts = {size: str(start) for start, size in steps}
         title = f"{kind.upper()}, {'a window' if windowed else '`window=None`'}"
