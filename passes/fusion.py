@@ -7,8 +7,11 @@ or that hidden scores are filled with, nor at whether a scale is a number. What 
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch.fx import Node
@@ -189,6 +192,36 @@ def _changes_dtype(chain: Chain) -> bool:
     return len({dtype_of(node) for node in (*chain.products, *chain.mixes)}) > 1
 
 
+def _is_divided_by_another_number(chain: Chain) -> bool:
+    """Whether scores are divided by another number than the sqrt(head_dim) that older patterns take it for.
+
+    The patterns without a permutation by heads add a mask to such scores; those of 16-bit inputs cast them to float32.
+    """
+    if not _patterns_fix_the_scale():
+        return False
+    queries = [x for x in (_factors(product)[0] for product in chain.products) if isinstance(x, Node)]
+    divided = [node for node in (*chain.scores, *queries) if SCALES.get(node.target)]
+    if not any(_is_odd_divisor(node, shape_of(x)[-1]) for node in divided for x in queries):
+        return False
+    is_cast = {dtype_of(chain.softmax)} != {dtype_of(product) for product in chain.products}
+    is_added = any(node.target is aten.add.Tensor for node in chain.scores)
+    return is_cast or (is_added and not all(_is_transposed(x) and source_dims(x) == BY_HEADS for x in queries))
+
+
+def _is_odd_divisor(node: Node, head_dim: Any) -> bool:
+    divisor = constant_of(inputs(node)[1])
+    return divisor is not None and not (isinstance(head_dim, int) and math.isclose(divisor, math.sqrt(head_dim)))
+
+
+@cache
+def _patterns_fix_the_scale() -> bool:
+    """True of torch 2.11: a divisor in some of its patterns is any number, and sqrt(head_dim) in what replaces them."""
+    from torch._inductor.fx_passes import fuse_attention
+
+    pattern = getattr(fuse_attention, "_sfdp_pattern_5", None)
+    return pattern is not None and "inv_scale" not in inspect.signature(pattern).parameters
+
+
 MISREAD: tuple[Callable[[Chain], bool], ...] = (
     _runs_elsewhere,
     _is_scaled_by_tensor,
@@ -196,4 +229,5 @@ MISREAD: tuple[Callable[[Chain], bool], ...] = (
     _is_filled_oddly,
     _is_viewed_across,
     _changes_dtype,
+    _is_divided_by_another_number,
 )

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from tests.support.inductor import without_codegen
-from tests.support.misread import FUSED, MISREAD, given
+from tests.support.misread import DIVIDED, FUSED, MISREAD, given
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,14 @@ def test_what_inductor_fuses_rightly_it_still_does(name: str) -> None:
     output = compiled(FUSED[name], policy="never")(*given())
     assert counters["inductor"]["fuse_attention"] == 1
     torch.testing.assert_close(output, FUSED[name](*given()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DIVIDED)
+def test_any_divisor_is_right(name: str) -> None:
+    expected = DIVIDED[name](*given())
+    output = compiled(DIVIDED[name], policy="never")(*given())
+    torch.testing.assert_close(output, expected, atol=1e-2 if expected.dtype == torch.float16 else 1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["softmax_over_heads", "ones_hidden", "run_time_scale"])

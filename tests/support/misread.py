@@ -103,6 +103,24 @@ FUSED: dict[str, Program] = {
     "zeros_hidden": lambda q, k, v, m: attend(scores(q, k).masked_fill(by_key(m == 0), -torch.inf), v),
     "added": lambda q, k, v, m: attend(scores(q, k) + (1.0 - m[:, None, None]) * -1e4, v),
     "contiguous": lambda q, k, v, m: (q @ k.mT * 0.3).softmax(-1) @ v,
-    "no_permutation": lambda q, k, v, m: F.softmax((q @ k.mT / 3.0) + m[:, :, None, None] * 0.1, -1) @ v,
+    "no_permutation": lambda q, k, v, m: F.softmax((q @ k.mT / DIM**0.5) + m[:, :, None, None] * 0.1, -1) @ v,
 }
 """What is to be left to it."""
+
+
+def _cast(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = (x.permute(0, 2, 1, 3).half() for x in (q, k, v))
+    return (q @ k.mT / 1.5).float().softmax(-1).half() @ v
+
+
+def _cast_after_queries_are_divided(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = (x.permute(0, 2, 1, 3).half() for x in (q, k, v))
+    return (q / 1.5 @ k.mT).float().softmax(-1).half() @ v
+
+
+DIVIDED: dict[str, Program] = {
+    "no_permutation": lambda q, k, v, m: F.softmax((q @ k.mT / 1.5) + m[:, :, None, None] * 0.1, -1) @ v,
+    "cast": _cast,
+    "cast_after_queries_are_divided": _cast_after_queries_are_divided,
+}
+"""What torch 2.11 fuses as if it were divided by sqrt(head_dim), and torch 2.13 rightly."""

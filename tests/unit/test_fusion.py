@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.capture import run_passes
-from support.misread import FUSED, MISREAD, given
+from support.misread import DIVIDED, FUSED, MISREAD, given
 from torch import Tensor
 
+from monarch_compile.passes import fusion
 from monarch_compile.passes.pipeline import Rewrite
 
 
@@ -34,6 +35,21 @@ def test_what_is_read_rightly_is_left_as_it_is(name: str) -> None:
     result = passed(FUSED[name], *given())
     assert len(result.decisions) == 1
     assert result.num_apart == 0
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("name", DIVIDED)
+def test_another_divisor_is_kept_apart_from_patterns_that_fix_it(
+    name: str, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "_patterns_fix_the_scale", lambda: fixed)
+    assert passed(DIVIDED[name], *given()).num_apart == fixed
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_usual_divisor_is_left_to_patterns_that_fix_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "_patterns_fix_the_scale", lambda: True)
+    assert passed(FUSED[name], *given()).num_apart == 0
 
 
 @pytest.mark.parametrize(("order", "apart"), [((1, 2, 0, 3), 1), ((0, 2, 1, 3), 0)])
