@@ -21,6 +21,7 @@ from monarch_compile.errors import LoweringError
 from monarch_compile.passes.memory import storages_of
 from tests.support.block import Block
 from tests.support.capture import run_passes
+from tests.support.versions import sharded_heads
 
 OPTIONS = {"policy": "always", "block_size": 8}
 
@@ -177,7 +178,7 @@ def test_a_write_to_a_view_of_a_subclass_is_seen() -> None:
 
 @torch.no_grad()
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize("sharded", [0, 1], ids=["batch", "heads"])
+@pytest.mark.parametrize("sharded", [0, pytest.param(1, marks=sharded_heads)], ids=["batch", "heads"])
 def test_sharded_batches_and_heads_are_lowered(mesh: Any, sharded: int) -> None:
     """Each rank attends to what it holds: nothing is sent."""
     from torch.distributed.tensor import DTensor, Shard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.capture import run_passes
 from support.soundness import make_inputs
+from support.versions import writes_in_bodies
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -253,7 +254,15 @@ EXACT: dict[Program, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("fn", EXACT, ids=lambda f: f.__name__.strip("_"))
+WRITES = {_mask_written_by_a_branch, _mask_written_in_a_branch_of_a_step, _written_input}
+
+
+def exact_programs() -> Iterator[Any]:
+    for fn in EXACT:
+        yield pytest.param(fn, id=fn.__name__.strip("_"), marks=[writes_in_bodies] if fn in WRITES else [])
+
+
+@pytest.mark.parametrize("fn", exact_programs())
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_attention_in_a_body_stays_exact_for_a_reason(fn: Program) -> None:
@@ -262,12 +271,14 @@ def test_attention_in_a_body_stays_exact_for_a_reason(fn: Program) -> None:
     assert sum(ops(result.after)) == 0
 
 
+@writes_in_bodies
 @torch.no_grad()
 def test_a_body_that_writes_to_its_inputs_says_so() -> None:
     (decision,) = ran(_written_input).decisions
     assert decision.reason == "it stands in the body of a branch of cond, which writes to what it is given"
 
 
+@writes_in_bodies
 def test_a_call_that_only_writes_is_kept() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         kept = k * 1
