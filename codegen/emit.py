@@ -90,7 +90,7 @@ ATTEND = Role("monarch_attend", "attend", ("q", "a", "y", "c", "z"), values=True
 
 def steps(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
     """The kernels of one attention, in the order in which they are launched (a role may repeat)."""
-    near, identity = has_near(ir), ir.form.init == "identity"
+    near, identity = ir.form.has_exact_keys, ir.form.init == "identity"
     fused = near and schedule.fused and can_fuse(ir)
     sequence = [EXACT] if near and not fused else []
     if not identity:
@@ -100,11 +100,6 @@ def steps(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
         sequence += [EXCHANGE] if schedule.exchange else [WEIGH, REPRESENT]
     last = FUSED if fused else ONLY if identity and ir.form.num_iters == 1 else LAST
     return (*sequence, last, ATTEND)
-
-
-def has_near(ir: MonarchAttention) -> bool:
-    """Whether there are exact groups."""
-    return ir.form.has_exact_keys
 
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:
@@ -146,7 +141,7 @@ def _emit(role: Role, ir: MonarchAttention, schedule: Schedule, facts: Facts) ->
         from_sequence=role.from_sequence,
         dot_precision=schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         summarizes=role.template == "summarize",
-        near=role.near or (role.template in FAR_FIELD and has_near(ir)),
+        near=role.near or (role.template in FAR_FIELD and ir.form.has_exact_keys),
         plain=unmasked,
         near_aligned=not (facts.cut or ir.form.block_size % (schedule.near or tiling).step),
         resident=tiling.turns == ALL,
@@ -209,7 +204,7 @@ def _strides(role: Role, ir: MonarchAttention) -> Iterator[tuple[str, ...]]:
 def _tensors(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
     """Inputs first, then what is written."""
     added: tuple[str, ...] = ()
-    if role.template in FAR_FIELD and has_near(ir):
+    if role.template in FAR_FIELD and ir.form.has_exact_keys:
         added = ("near", "rows") if ir.form.prefix and role.values else ("near",)
         place = len(role.tensors) - 1
     elif "k" in role.tensors and ir.mask is not MaskKind.NONE:

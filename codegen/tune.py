@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from monarch_compile.codegen.emit import emit, has_near, role_tiling, steps
+from monarch_compile.codegen.emit import emit, role_tiling, steps
 from monarch_compile.codegen.facts import expected_facts
 from monarch_compile.codegen.inspect_ptx import CompileReport, compile_report
 from monarch_compile.codegen.launch import Launcher, Problem, plainly
@@ -213,7 +213,7 @@ def compile_ahead(task: Task) -> None:
 def stages(ir: MonarchAttention) -> tuple[str, ...]:
     """The fields of a schedule that matter to `ir`, the costliest first."""
     between = ("represent",) if ir.form.num_iters > 1 or ir.form.init != "identity" else ()
-    return ("summarize", "attend", *(("near",) if has_near(ir) else ()), *between)
+    return ("summarize", "attend", *(("near",) if ir.form.has_exact_keys else ()), *between)
 
 
 def candidates(

@@ -177,11 +177,9 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     q, k, v = (torch.randn(batch, seq_len, heads, dim, generator=generator).transpose(1, 2) for _ in range(3))
     cpu = DEVICES["cpu"]
     block = block_size or auto_block_size(seq_len, cpu.kind, window)
-    form = {"block_size": block, "window": window}
-    ir = MonarchAttention(
-        batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, Form(block, window=window), 1 / math.sqrt(dim)
-    )
-    exact, monarch = compiled_attention({}), compiled_attention({"policy": "always", "strict": True, **form})
+    form = Form(block, window=window)
+    ir = MonarchAttention(batch, heads, heads, seq_len, seq_len, dim, dim, q.dtype, form, 1 / math.sqrt(dim))
+    exact, monarch = compiled_attention({}), compiled_attention({"policy": "always", "strict": True, **asdict(form)})
     eager = monarch_attention(q.double(), k.double(), v.double(), block_size=block, window=window)
     error = (monarch(q, k, v) - eager).abs().max().item()
     calls = {"exact": lambda: exact(q, k, v), "monarch": lambda: monarch(q, k, v)}

@@ -39,17 +39,17 @@ def is_trained(inputs: Iterable[object]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
-def transform() -> str:
-    """What differentiates or batches the calls of now: "torch.func", "forward_ad" or "" (nothing).
+def active_transform() -> str:
+    """What differentiates or batches calls now: "torch.func", "forward_ad" or "" (nothing).
 
-    Dynamo guards its graphs on this state, so what it is told at compile time stays true of a graph.
+    Dynamo guards its graphs on this state, so that the value at compile time holds for every call of a graph.
     """
     if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func"
     return "forward_ad" if forward_ad._current_level >= 0 else ""
 
 
-vars(transform)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import Dynamo
+vars(active_transform)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import Dynamo
 
 
 DEVICE_ALONE = Calls()

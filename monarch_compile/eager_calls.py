@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from monarch_compile.calls import EAGER, Calls, transform
+from monarch_compile.calls import EAGER, Calls, active_transform
 from monarch_compile.config import MonarchConfig
 from monarch_compile.devices import installed
 from monarch_compile.form import ACROSS, Form
@@ -62,7 +62,7 @@ def not_plain(tensors: Sequence[Any]) -> Refusal | None:
             return NOT_FOUR_DIMS
         if x.layout is not torch.strided:
             return Refusal("layout", f"a tensor has the layout {x.layout}")
-    return TRANSFORMS.get(transform()) or (TRACED if _traces() else None)
+    return TRANSFORMS.get(active_transform()) or (TRACED if _traces() else None)
 
 
 def _traces() -> bool:

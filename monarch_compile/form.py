@@ -68,7 +68,7 @@ def broken_rule(options: Mapping[str, Any], rules: Mapping[str, OptionRule] = FO
 
 @dataclass(frozen=True)
 class Form:
-    """How a Monarch attention runs; also what a plan settles site by site.
+    """How a Monarch attention approximates softmax attention: one value for each site, which a plan may choose.
 
     block_size: keys in a block. num_iters: pairs of updates of the Monarch factors.
     init: start from a block's own queries ("identity") or from their mean. pad: pad the sequence to whole blocks after
@@ -105,7 +105,7 @@ class Form:
 
 
 ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0}
-"""What settles a form between sequences of different lengths: no position of the one means a place in the other."""
+"""Options of every form between sequences of different lengths, where no position corresponds to another."""
 
 FORM_OPTIONS = tuple(f.name for f in fields(Form))
 """Names of the options of a form, in the order of `Form` and of the operator's arguments."""

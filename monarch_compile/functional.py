@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from monarch_compile.calls import transform
+from monarch_compile.calls import active_transform
 from monarch_compile.errors import InputError
 from monarch_compile.form import FORM_OPTIONS, broken_rule
 
@@ -72,7 +72,7 @@ def monarch_attention(
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    run = attention_under_transforms if transform() else attention
+    run = attention_under_transforms if active_transform() else attention
     output: Tensor = run(q, k, v, key_mask, float(scale), *form)
     return output
 

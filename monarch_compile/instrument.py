@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class AttentionCall:
     """One run of one site: q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k).
 
-    key_mask is True where a key is visible, or floating and added to the scores. options: those
-    of the operator, `ops.OPTIONS`.
+    key_mask is True where a key is visible, or floating and added to the scores.
+    options: those of the operator, by name (`ops.OPTIONS`).
     """
 
     site: str

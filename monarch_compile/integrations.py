@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ class ReplaceSdpa(TorchFunctionMode):
         if isinstance(decision, Refusal):
             return self._stays(decision)
         self.lowered += 1
-        return in_order(monarch_attention(q, k, v, scale=scale, **mask, **asdict(decision)), order)
+        return in_order(monarch_attention(q, k, v, scale=scale, **mask, **vars(decision)), order)
 
     def _stays(self, refusal: Refusal) -> Tensor | None:
         """Count and, the first time, log it. Raises LoweringError where strict mode does not accept it."""

@@ -29,8 +29,8 @@ REMEDIES: dict[str, str] = {
     "in_body": "move the attention out of the body; into those of cond, scan and while_loop (where none writes to its "
     "inputs, outside of training) and of checkpoints without context_fn is looked",
     "layout": "dense tensors",
-    "learned_keys": "scaled_dot_product_attention, which says that it is attention: nothing, where it is a layer over "
-    "classes or codes",
+    "learned_keys": "scaled_dot_product_attention, where it is attention; nothing, where it is a layer over classes or "
+    "codes",
     "mask_bias": NEVER,
     "mask_causal": NOT_YET,
     "mask_fill": "fill hidden scores with -inf (or at most -1e4), or pass the mask to scaled_dot_product_attention",

@@ -25,8 +25,8 @@ def sources_of(node: Node, dim: int) -> Sources | None:
     if len(tensors) == 1:
         (source,) = tensors
         before, after = shape_of(source), shape_of(node)
-        is_moved = _is_moved(source, node)
-        if is_moved and (node.target in RESHAPES or len(before) != len(after)):
+        is_view = _has_as_many_elements(source, node)
+        if is_view and (node.target in RESHAPES or len(before) != len(after)):
             return [(source, place) for place in _reshaped(before, after, dim)]
         if node.target in RESHAPES:  # symbolic sizes, written in two ways
             place = dim - len(after)
@@ -59,7 +59,7 @@ def _unknown(node: Node, dim: int) -> None:
 RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 
 
-def _is_moved(before: Node, after: Node) -> bool:
+def _has_as_many_elements(before: Node, after: Node) -> bool:
     return str(math.prod(shape_of(before))) == str(math.prod(shape_of(after)))
 
 
@@ -172,8 +172,7 @@ def _of_cosines(node: Node, dim: int) -> Sources:
     return _broadcast(inputs(node)[:2], place, shape_of(node)[dim])
 
 
-def _of_one(node: Node, dim: int) -> Sources:
-    """Of a matrix times a vector."""
+def _of_matrix_vector(node: Node, dim: int) -> Sources:
     return [(inputs(node)[0], dim)]
 
 
@@ -191,7 +190,7 @@ RULES: dict[object, Callable[[Node, int], Sources | None]] = {
     aten.tensordot.default: _of_tensordot,
     aten.inner.default: _of_inner,
     aten.linalg_multi_dot.default: _of_chain,
-    aten.mv.default: _of_one,
+    aten.mv.default: _of_matrix_vector,
     **dict.fromkeys((aten.cdist.default, aten._cdist_forward.default), _of_distances),
     aten.cosine_similarity.default: _of_cosines,
 }
