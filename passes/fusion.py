@@ -197,15 +197,14 @@ def _is_divided_by_another_number(chain: Chain) -> bool:
 
     The patterns without a permutation by heads add a mask to such scores; those of 16-bit inputs cast them to float32.
     """
-    if not _patterns_fix_the_scale():
-        return False
     queries = [x for x in (_factors(product)[0] for product in chain.products) if isinstance(x, Node)]
     divided = [node for node in (*chain.scores, *queries) if SCALES.get(node.target)]
     if not any(_is_odd_divisor(node, shape_of(x)[-1]) for node in divided for x in queries):
         return False
     is_cast = {dtype_of(chain.softmax)} != {dtype_of(product) for product in chain.products}
     is_added = any(node.target is aten.add.Tensor for node in chain.scores)
-    return is_cast or (is_added and not all(_is_transposed(x) and source_dims(x) == BY_HEADS for x in queries))
+    is_by_heads = all(_is_transposed(x) and source_dims(x) == BY_HEADS for x in queries)
+    return (is_cast or (is_added and not is_by_heads)) and _patterns_fix_the_scale()  # last: it may import Inductor
 
 
 def _is_odd_divisor(node: Node, head_dim: Any) -> bool:
