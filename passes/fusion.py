@@ -9,17 +9,41 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from monarch_compile.passes.constants import DROPPED, constant_of
-from monarch_compile.passes.graph import arg, aten, call_like, dtype_of, inputs, normal_dim, shape_of, value_of
+from monarch_compile.passes.constants import DROPPED, constant_of, held_by
+from monarch_compile.passes.graph import (
+    FLOATS,
+    ancestors_of,
+    arg,
+    aten,
+    call_like,
+    dtype_of,
+    inputs,
+    normal_dim,
+    shape_of,
+    value_of,
+)
 from monarch_compile.passes.nearby import EXP, SOFTMAXES
-from monarch_compile.passes.products import MIXED, SCALES, SCORES, TRANSPOSES, VIEWS, source_dims, swaps_matrix
+from monarch_compile.passes.products import (
+    CASTS,
+    MIXED,
+    PARTS,
+    SCALES,
+    SCORES,
+    TRANSPOSES,
+    VIEWS,
+    source_dims,
+    swaps_matrix,
+)
 from monarch_compile.passes.scores import keeps_matrix
 
 STEPS = 12
@@ -103,8 +127,17 @@ def _runs_elsewhere(chain: Chain) -> bool:
 
 
 def _is_scaled_by_tensor(chain: Chain) -> bool:
-    scales = [node for node in chain.scores if node.target in SCALES]
-    return any(isinstance(x, Node) and constant_of(x) is None for node in scales for x in _others(node, chain))
+    """Whether a scale is known at run time only, or may be another for each head or feature."""
+    scales = [x for node in chain.scores if node.target in SCALES for x in _others(node, chain)]
+    divisors = [x for query in _queries(chain) for x in _divisors(query)]
+    return any(isinstance(x, Node) and constant_of(x) is None for x in (*scales, *divisors))
+
+
+def _is_divided_by_constant_tensor(chain: Chain) -> bool:
+    """Whether SDPA would be handed a tensor for its scale, and refuse it; the patterns with where look for a number."""
+    scores = [] if _is_filled_by_where(chain) else _divisors_of_scores(chain)
+    divisors = (*scores, *(x for query in _queries(chain) for x in _divisors(query)))
+    return any(isinstance(x, Node) for x in divisors) and not _patterns_fix_the_scale()
 
 
 def _others(node: Node, chain: Chain) -> list[Any]:
@@ -159,6 +192,14 @@ def _is_filled_oddly(chain: Chain) -> bool:
     return False
 
 
+def _is_added_oddly(chain: Chain) -> bool:
+    """Whether a mask is added times a number, which the patterns drop, or has one dim, which SDPA refuses."""
+    if any(node.kwargs.get("alpha", 1) != 1 for node in chain.scores):
+        return True
+    masks = [x for node in chain.scores if node.target not in SCALES for x in _others(node, chain)]
+    return any(isinstance(x, Node) and len(shape_of(x)) == 1 for x in masks)
+
+
 FILLS = frozenset(
     {
         aten.masked_fill.Scalar,
@@ -189,27 +230,114 @@ def _is_viewed_across(chain: Chain) -> bool:
 
 
 def _changes_dtype(chain: Chain) -> bool:
-    return len({dtype_of(node) for node in (*chain.products, *chain.mixes)}) > 1
+    """Whether products differ in dtype, or a cast to a dtype that attention is not computed in lies between them."""
+    between = {dtype_of(node) for node in (*chain.scores, *chain.probs)} - {None}  # None: sizes
+    return len({dtype_of(node) for node in (*chain.products, *chain.mixes)}) > 1 or not between <= FLOATS
 
 
 def _is_divided_by_another_number(chain: Chain) -> bool:
-    """Whether scores are divided by another number than the sqrt(head_dim) that older patterns take it for.
+    """Whether older patterns may take a divisor for the sqrt(head_dim) that it is not."""
+    return _may_be_rescaled(chain) and _patterns_fix_the_scale()  # last: it may import Inductor
 
-    The patterns without a permutation by heads add a mask to such scores; those of 16-bit inputs cast them to float32.
+
+def _may_be_rescaled(chain: Chain) -> bool:
+    """Whether another divisor is where a pattern may fix it.
+
+    That is on queries that are copied; or on scores, if these are filled by where (of the values' head_dim then), if
+    they are cast and no more, as softmax casts those of 16 bits, and the queries copied, or if these are not copied and
+    there is more, such as a mask.
     """
-    queries = [x for x in (_factors(product)[0] for product in chain.products) if isinstance(x, Node)]
-    divided = [node for node in (*chain.scores, *queries) if SCALES.get(node.target)]
-    if not any(_is_odd_divisor(node, shape_of(x)[-1]) for node in divided for x in queries):
+    queries = _queries(chain)
+    head_dims = [shape_of(query)[-1] for query in queries]
+    if any(_is_odd_divisor(x, head_dims) for query in queries for x in _divisors(query)):
+        return True
+    if _is_filled_by_where(chain):
+        head_dims += [shape_of(mix)[-1] for mix in chain.mixes]
+    if not any(_is_odd_divisor(x, head_dims) for x in _divisors_of_scores(chain)):
         return False
-    is_cast = {dtype_of(chain.softmax)} != {dtype_of(product) for product in chain.products}
-    is_added = any(node.target is aten.add.Tensor for node in chain.scores)
-    is_by_heads = all(_is_transposed(x) and source_dims(x) == BY_HEADS for x in queries)
-    return (is_cast or (is_added and not is_by_heads)) and _patterns_fix_the_scale()  # last: it may import Inductor
+    changed = [node for node in chain.scores if node.target not in {*SCALES, *VIEWS, *CASTS}]
+    dtypes = {dtype_of(x) for x in (chain.softmax, *chain.scores, *chain.products, *chain.mixes)} - {None}
+    is_masked = any(node.target in FILLS or _adds_data(node, chain) for node in changed)
+    copies = {_is_copied(node) for query in queries for node in _steps_to(query)}
+    return (
+        _is_filled_by_where(chain)
+        or (dtypes not in ONE_DTYPE and not is_masked and copies != {False})
+        or (bool(changed) and copies != {True})
+    )
 
 
-def _is_odd_divisor(node: Node, head_dim: Any) -> bool:
-    divisor = constant_of(inputs(node)[1])
-    return divisor is not None and not (isinstance(head_dim, int) and math.isclose(divisor, math.sqrt(head_dim)))
+def _adds_data(node: Node, chain: Chain) -> bool:
+    """Whether scores are added to what Inductor cannot fold to zeros, and drop."""
+    return node.target is aten.add.Tensor and any(isinstance(x, Node) and _is_data(x) for x in _others(node, chain))
+
+
+def _is_data(node: Node) -> bool:
+    """Whether a tensor surely holds what is known at run time only."""
+    return any(x.op == "placeholder" for x in ancestors_of([node], follows=_keeps_data))
+
+
+def _keeps_data(node: Node) -> bool:
+    return MAKER.match(str(node.target)) is None and not (node.target in SCALES and 0 in node.args)
+
+
+MAKER = re.compile(r"aten\.(zeros|ones|full|fill|new_|empty|scalar_tensor)")
+"""The names of ops whose output may be one number throughout, whatever its inputs are."""
+
+ONE_DTYPE = ({torch.float32}, {torch.float64})
+"""Of attention in which nothing is cast."""
+
+
+def _queries(chain: Chain) -> list[Node]:
+    return [query for query in (_factors(product)[0] for product in chain.products) if isinstance(query, Node)]
+
+
+def _divisors_of_scores(chain: Chain) -> list[Any]:
+    return [x for node in chain.scores if SCALES.get(node.target) for x in _others(node, chain)]
+
+
+def _divisors(query: Node) -> list[Any]:
+    """What queries are divided by, if a product may copy them: no pattern has that where it does not."""
+    steps = _steps_to(query)
+    if all(_is_copied(node) is False for node in steps):
+        return []
+    return [inputs(node)[1] for node in steps if SCALES.get(node.target)]
+
+
+def _steps_to(query: Node) -> list[Node]:
+    """The nodes that hold queries on their way to a product, back to where they were permuted or computed."""
+    steps = [query]
+    while steps[-1].target in {*SCALES, *VIEWS, *CASTS, *PARTS} and isinstance(inputs(steps[-1])[0], Node):
+        steps.append(inputs(steps[-1])[0])
+    return steps
+
+
+def _is_copied(node: Node) -> bool | None:
+    """Whether a product copies an operand to make one dim of its batch and its heads; None if that is not known."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() != len(BY_HEADS):
+        return None
+    batch, heads = value.shape[:2]
+    if statically_known_true(batch == 1) or statically_known_true(heads == 1):
+        return False
+    whole = value.stride(1) * heads
+    if statically_known_true(value.stride(0) == whole):
+        return False
+    return True if statically_known_true(value.stride(0) != whole) else None
+
+
+def _is_filled_by_where(chain: Chain) -> bool:
+    return any(node.target in FILLS and "where" in str(node.target) for node in chain.scores)
+
+
+def _is_odd_divisor(divisor: Any, head_dims: list[Any]) -> bool:
+    """Whether a divisor is not known to be the sqrt() of all the head_dims, but for its own rounding or float32's."""
+    number = constant_of(divisor)
+    if number is None or not all(isinstance(dim, int) for dim in head_dims):
+        return True
+    usual = [math.sqrt(dim) for dim in head_dims]
+    if isinstance(divisor, Node):
+        return any(number != held_by(x, dtype_of(divisor)) for x in usual)
+    return not all(math.isclose(number, x, rel_tol=2.0**-24) for x in usual)
 
 
 @cache
@@ -224,8 +352,10 @@ def _patterns_fix_the_scale() -> bool:
 MISREAD: tuple[Callable[[Chain], bool], ...] = (
     _runs_elsewhere,
     _is_scaled_by_tensor,
+    _is_divided_by_constant_tensor,
     _is_turned_oddly,
     _is_filled_oddly,
+    _is_added_oddly,
     _is_viewed_across,
     _changes_dtype,
     _is_divided_by_another_number,

@@ -75,6 +75,25 @@ def _shifted_by_another_dim(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tenso
     return weights / weights.sum(-2, keepdim=True) @ v.permute(0, 2, 1, 3)
 
 
+def _by_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.permute(0, 2, 1, 3) for x in tensors)
+
+
+def _queries_divided(q: Tensor, k: Tensor, v: Tensor, m: Tensor, divisor: float | Tensor) -> Tensor:
+    q, k, v = _by_heads(q, k, v)
+    return (q / divisor @ k.mT).masked_fill(by_key(m == 0), -torch.inf).softmax(-1) @ v
+
+
+def _half_queries_divided_by_head(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = _by_heads(q.half(), k.half(), v.half())
+    return (q / torch.arange(1, HEADS + 1)[:, None, None] @ k.mT).softmax(-1) @ v
+
+
+def _cast_to_int(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    q, k, v = _by_heads(q.half(), k.half(), v.half())
+    return (q @ k.mT + m[:, None, None].half()).int().float().softmax(-1).half() @ v
+
+
 CODES = torch.nn.Parameter(given()[1])
 """A parameter in the place of keys and values: no attention, which Inductor takes for it all the same."""
 
@@ -95,8 +114,27 @@ MISREAD: dict[str, Program] = {
     "filled_weakly": lambda q, k, v, m: attend(scores(q, k).masked_fill(by_key(m == 0), -2.0), v),
     "filled_weakly_by_where": _weak_where,
     "viewed_across_heads": _across_heads,
+    "divided_by_constant_tensor": lambda q, k, v, m: (
+        (q @ k.mT / torch.tensor(1.5) + m[:, :, None, None] * 0.1).softmax(-1) @ v
+    ),
+    "queries_divided_by_tensor": lambda q, k, v, m: _queries_divided(q, k, v, m, m.sum().sqrt()),
+    "queries_divided_by_head": _half_queries_divided_by_head,
+    "added_twice": lambda q, k, v, m: attend(torch.add(scores(q, k), m[:, None, None] * 0.5, alpha=2), v),
+    "added_in_one_dim": lambda q, k, v, m: attend(scores(q, k) + m[0] * 0.5, v),
+    "cast_to_int": _cast_to_int,
 }
 """Ops as in a pattern; their dims, orders or numbers are others."""
+
+
+def _filled_by_where(divisor: float, copies: int = 1) -> Program:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        q, k, v = _by_heads(q, k, torch.cat([v] * copies, -1))
+        product = q @ k.permute(0, 1, 3, 2) / torch.full([], divisor)
+        hidden = torch.full([], torch.finfo(q.dtype).min)
+        return torch.where(CAUSAL, product, hidden).softmax(-1) @ v + torch.cat([k] * copies, -1) + v
+
+    return program
+
 
 FUSED: dict[str, Program] = {
     "divided": lambda q, k, v, m: attend(scores(q, k), v),
@@ -104,6 +142,11 @@ FUSED: dict[str, Program] = {
     "added": lambda q, k, v, m: attend(scores(q, k) + (1.0 - m[:, None, None]) * -1e4, v),
     "contiguous": lambda q, k, v, m: (q @ k.mT * 0.3).softmax(-1) @ v,
     "no_permutation": lambda q, k, v, m: F.softmax((q @ k.mT / DIM**0.5) + m[:, :, None, None] * 0.1, -1) @ v,
+    "half": lambda q, k, v, m: (q.half() @ k.half().mT / 1.5).softmax(-1) @ v.half(),
+    "half_masked_by_heads": lambda q, k, v, m: attend(
+        scores(q.half(), k.half()) + (1 - m[:, None, None]).half() * -1e4, v.half()
+    ),
+    "filled_by_where": _filled_by_where(DIM**0.5),
 }
 """What is to be left to it."""
 
@@ -122,5 +165,17 @@ DIVIDED: dict[str, Program] = {
     "no_permutation": lambda q, k, v, m: F.softmax((q @ k.mT / 1.5) + m[:, :, None, None] * 0.1, -1) @ v,
     "cast": _cast,
     "cast_after_queries_are_divided": _cast_after_queries_are_divided,
+    "half": lambda q, k, v, m: attend(scores(q.half(), k.half()), v.half()),
+    "half_with_zeros": lambda q, k, v, m: attend(
+        scores(q.half(), k.half()) + torch.zeros_like(m[:, None, None]), v.half()
+    ),
+    "one_sequence": lambda q, k, v, m: attend(scores(q[:1], k[:1]) + m[:1, None, None] * 0.1, v[:1]),
+    "queries_alone": lambda q, k, v, m: _queries_divided(q, k, v, m, 1.5),
+    "true": lambda q, k, v, m: F.softmax((q @ k.mT / True) + m[:, :, None, None] * 0.1, -1) @ v,
+    "product_added": lambda q, k, v, m: (
+        torch.addcmul(q @ k.mT / 1.5, m[:, :, None, None], m[:, :, None, None]).softmax(-1) @ v
+    ),
+    "filled_by_where": _filled_by_where(1.5),
+    "filled_by_where_before_wide_values": _filled_by_where(DIM**0.5, copies=2),
 }
 """What torch 2.11 fuses as if it were divided by sqrt(head_dim), and torch 2.13 rightly."""
