@@ -18,7 +18,7 @@ from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.errors import CodegenError, LoweringError, PlanError
-from monarch_compile.signature import CHOSEN
+from monarch_compile.refusal import CODES
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite
@@ -188,7 +188,7 @@ def _dump_kernels(result: Rewrite) -> None:
 
 
 def _require_lowered(decisions: Sequence[Decision]) -> None:
-    missed = [d for d in decisions if d.status == EXACT and d.code not in CHOSEN]
+    missed = [d for d in decisions if d.status == EXACT and not CODES[d.code].is_choice]
     if missed:
         lines = "\n".join(
             f"  {d.name}: [{d.code}] {d.reason} (node {d.node}); would lower with: {d.remedy}" for d in missed

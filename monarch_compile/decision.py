@@ -8,7 +8,7 @@ import torch
 
 from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.ir import Dim, MonarchAttention
-from monarch_compile.remedies import remedy_for
+from monarch_compile.refusal import remedy_for
 
 LOWERED = "lowered"
 EXACT = "exact"

@@ -26,7 +26,8 @@ from monarch_compile.form import ACROSS, Form
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.lengths import chosen_form, cost_refusal
 from monarch_compile.ops import kernel_refusal
-from monarch_compile.signature import Refusal, Signature, first_broken
+from monarch_compile.refusal import Refusal
+from monarch_compile.signature import Signature, first_broken
 
 T = TypeVar("T")
 Triple = tuple[T, T, T]
@@ -167,7 +168,7 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig,
         sizes = {"auto": config.block_size == "auto", "batch": problem.batch, "seq_len": seq_len, "queries": queries}
         refused = cost_refusal(replace(problem, form=form), device, {}, f"found {seq_len}", calls=calls, **sizes)
         if refused is not None:
-            return Refusal(*refused)
+            return refused
     return form
 
 

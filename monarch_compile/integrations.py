@@ -32,7 +32,7 @@ from monarch_compile.eager_calls import (
 )
 from monarch_compile.errors import ConfigError, LoweringError
 from monarch_compile.functional import monarch_attention
-from monarch_compile.signature import CHOSEN, Refusal
+from monarch_compile.refusal import Refusal
 
 __all__ = ["ReplaceSdpa", "register_diffusers", "register_transformers", "replace_sdpa"]
 
@@ -86,7 +86,7 @@ class ReplaceSdpa(TorchFunctionMode):
             (dropout_p, is_causal, scale, enable_gqa, is_trained(tensors)),
         )
         looked_at = attn_mask is not None and self._strict  # a choice does not excuse a mask that is not legal
-        if isinstance(decision, Refusal) and not (looked_at and decision.code in CHOSEN):
+        if isinstance(decision, Refusal) and not (looked_at and decision.is_choice):
             return self._stays(decision)
         order = eager_order([Layout.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True)], scale, enable_gqa)
         if isinstance(order, Refusal):
@@ -103,7 +103,7 @@ class ReplaceSdpa(TorchFunctionMode):
     def _stays(self, refusal: Refusal) -> Tensor | None:
         """Count and, the first time, log it. Raises LoweringError where strict mode does not accept it."""
         if refusal.code not in self.reasons:
-            chosen = refusal.code in CHOSEN
+            chosen = refusal.is_choice
             if self._strict and not chosen:
                 raise LoweringError(f"strict=True and a call cannot be lowered: {refusal}")
             self.reasons[refusal.code] = str(refusal)

@@ -19,6 +19,7 @@ from monarch_compile.devices import Device
 from monarch_compile.errors import InputError
 from monarch_compile.form import Form
 from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.refusal import Refusal
 
 if TYPE_CHECKING:
     from monarch_compile.config import MonarchConfig
@@ -131,8 +132,8 @@ def what_decides(ir: MonarchAttention, device: Device, hints: Mapping[str, int],
 
 def cost_refusal(
     ir: MonarchAttention, device: Device, hints: Mapping[str, int], note: str, *, calls: Calls, **sizes: Any
-) -> tuple[str, str] | None:
-    """(code, reason) of a site that exact attention wins; None where the Monarch form pays.
+) -> Refusal | None:
+    """Why a site stays exact that exact attention wins; None where the Monarch form pays.
 
     sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
     """
@@ -140,7 +141,7 @@ def cost_refusal(
     if reason is None:
         return None
     code = what_decides(ir, device, hints, calls)
-    return code, "; ".join(part for part in (reason, WHY[code], note) if part)
+    return Refusal(code, "; ".join(part for part in (reason, WHY[code], note) if part))
 
 
 @lru_cache(maxsize=256)

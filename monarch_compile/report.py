@@ -16,7 +16,7 @@ from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.devices import installed
 from monarch_compile.errors import CodegenError, InputError
 from monarch_compile.ir import Dim, MonarchAttention
-from monarch_compile.remedies import remedy_for
+from monarch_compile.refusal import remedy_for
 from monarch_compile.version import __version__
 
 

@@ -14,28 +14,13 @@ import torch
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.ir import MAX_HEAD_DIM
-from monarch_compile.lengths import WHY
+from monarch_compile.refusal import Refusal
 
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
 """Kind of device -> dtypes that attention is lowered in."""
-
-CHOSEN = frozenset({*WHY, "plan_exact", "policy_never", "min_seq_len", "single_query"})
-"""Codes of attention kept exact because the user, a plan or the cost model wanted so; strict mode accepts them."""
-
-
-class Refusal(NamedTuple):
-    """Why an attention stays exact. `node` is the FX node that decides it; None for a call of eager code."""
-
-    code: str
-    reason: str
-    node: Any = None
-
-    def __str__(self) -> str:
-        return f"[{self.code}] {self.reason}"
-
 
 Shape = tuple[Any, ...]
 

@@ -41,18 +41,19 @@ from monarch_compile.passes.nearby import (
     is_unread_mix,
 )
 from monarch_compile.passes.products import CASTS, MIXED, TRANSPOSES, VIEWS, swaps_matrix
-from monarch_compile.passes.region import AttentionRegion, MaskTerm, Miss, Missed, Operand, Site, frame_of
+from monarch_compile.passes.region import AttentionRegion, MaskTerm, Operand, RefusedSite, Site, frame_of
 from monarch_compile.passes.scores import Walk, keeps_matrix, peel_up
+from monarch_compile.refusal import Refusal, Refused
 
 SDPA_OP = aten.scaled_dot_product_attention.default
 MAX_RANK = 6
 
 MIXED_HEADS = frozenset({"scores_op", "scores_view", "scores_layout", "probs_op"})
-"""What a miss is called at a layer that mixes heads, or at the views around it."""
+"""What a refusal is called at a layer that mixes heads, or at the views around it."""
 
 
 def find_sites(gm: GraphModule) -> list[Site]:
-    """Every attention site of a pre-dispatch ATen graph, in graph order; near misses included."""
+    """Every attention site of a pre-dispatch ATen graph, in graph order; refused ones included."""
     sites: list[Site] = []
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -63,27 +64,27 @@ def find_sites(gm: GraphModule) -> list[Site]:
         try:
             hidden = hidden_attention(node)
             if hidden is not None:
-                raise hidden
-            if node.target is SDPA_OP:
+                sites.append(RefusedSite(node, hidden))
+            elif node.target is SDPA_OP:
                 sites.append(_from_sdpa(node))
             elif node.target in SOFTMAXES and is_attention(node):
                 sites.append(_from_softmax(node))
             elif node.target in OWN_MASK and is_attention(node):
-                raise Miss("normalisation", f"{node.target} applies a mask of its own", node)
+                raise Refused("normalisation", f"{node.target} applies a mask of its own", node)
             elif node.target in EXP and is_attention(node):
                 why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
-                raise Miss("normalisation", why, node)
-        except Miss as miss:
-            sites.append(_missed(node, miss))
+                raise Refused("normalisation", why, node)
+        except Refused as refused:
+            sites.append(_refused(node, refused.refusal))
     return sites
 
 
-def _missed(anchor: Node, miss: Miss) -> Missed:
-    """A miss at a softmax; where a layer mixes heads, the views around it are not what is in the way."""
-    mixer = head_mixer(anchor) if miss.code in MIXED_HEADS else None
-    if mixer is None:
-        return Missed(anchor, miss.code, miss.reason, miss.node)
-    return Missed(anchor, "heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
+def _refused(anchor: Node, refusal: Refusal) -> RefusedSite:
+    """A refusal at a softmax; where a layer mixes heads, the views around it are not what is in the way."""
+    mixer = head_mixer(anchor) if refusal.code in MIXED_HEADS else None
+    if mixer is not None:
+        refusal = Refusal("heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
+    return RefusedSite(anchor, refusal)
 
 
 def _inside(node: Node) -> list[Site]:
@@ -92,10 +93,10 @@ def _inside(node: Node) -> list[Site]:
         return [site for body in modules_of(node).values() for site in find_sites(body)]
     name = str(getattr(node.target, "__name__", node.target))
     if name == "flex_attention":
-        return [Missed(node, "flex_attention", "FlexAttention stays the exact attention it is", node)]
+        return [RefusedSite(node, Refusal("flex_attention", "FlexAttention stays the exact attention it is", node))]
     why = f"it stands in the body of {WHY.get(name, name)}, which {node.meta.get(CLOSED) or 'is kept as it is'}"
     sites = [site for body in bodies_of(node, to_aten) for site in find_sites(body)]
-    return [Missed(site.anchor, "in_body", why, site.anchor) for site in sites]
+    return [RefusedSite(site.anchor, Refusal("in_body", why, site.anchor)) for site in sites]
 
 
 def _from_sdpa(node: Node) -> AttentionRegion:
@@ -103,13 +104,13 @@ def _from_sdpa(node: Node) -> AttentionRegion:
     mask, dropout_p = arg(node, 3, "attn_mask"), arg(node, 4, "dropout_p", 0.0)
     scale = node.kwargs.get("scale")
     if dropout_p != 0:
-        raise Miss("dropout_active", f"attention dropout is active (p={dropout_p})", node)
+        raise Refused("dropout_active", f"attention dropout is active (p={dropout_p})", node)
     if scale is not None and not isinstance(scale, (int, float)):
-        raise Miss("scale_not_constant", "the scale is not a constant", node)
+        raise Refused("scale_not_constant", "the scale is not a constant", node)
     rank = len(shape_of(q))
     if not 2 <= rank <= MAX_RANK or any(len(shape_of(x)) != rank for x in (k, v)):
         found = [len(shape_of(x)) for x in (q, k, v)]
-        raise Miss("rank", f"q, k and v must share a rank of 2 to {MAX_RANK}; found {found}", node)
+        raise Refused("rank", f"q, k and v must share a rank of 2 to {MAX_RANK}; found {found}", node)
     lead = shape_of(q)[:-2]
     group = _group_of(node, q, k, v) if node.kwargs.get("enable_gqa", False) else 1
     masks = []
@@ -141,9 +142,9 @@ def _group_of(node: Node, q: Node, k: Node, v: Node) -> int:
     own, *others = (shape_of(x)[-3:-2] for x in (q, k, v))
     heads = [x[0] for x in (own, *others) if x and isinstance(x[0], int)]
     if len(heads) != 3 or (len(shape_of(q)) == 3 and heads[0] != heads[1]):
-        raise Miss("gqa", "grouped-query attention needs four dims and static numbers of heads", node)
+        raise Refused("gqa", "grouped-query attention needs four dims and static numbers of heads", node)
     if heads[1] != heads[2]:
-        raise Miss("gqa", f"keys have {heads[1]} heads and values {heads[2]}", node)
+        raise Refused("gqa", f"keys have {heads[1]} heads and values {heads[2]}", node)
     return int(heads[0] // heads[1])
 
 
@@ -151,7 +152,7 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
     rank, given = len(shape_of(anchor)), arg(anchor, 1, "dim")
     swapped = rank >= 2 and normal_dim(given, rank) == rank - 2
     if not swapped and (rank < 2 or normal_dim(given, rank) != rank - 1):
-        raise Miss(
+        raise Refused(
             "softmax_dim", f"softmax runs over dim {given}, not over the keys (one of the last two dims)", anchor
         )
     walk = Walk(swapped)
@@ -161,9 +162,9 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
     mixed = MIXED[output.target](output, below[-1], down.swapped)
     if mixed is None and swapped:
         why = f"softmax runs over dim {given}, the product with the values sums over another"
-        raise Miss("softmax_dim", why, anchor)
+        raise Refused("softmax_dim", why, anchor)
     if mixed is None:
-        raise Miss("values_layout", "the product with the values has a layout that is not understood", output)
+        raise Refused("values_layout", "the product with the values has a layout that is not understood", output)
     interior = (*walk.seen, anchor, *below[1:])
     _require_single_use(walk.seen, {*interior, output})
     masks = (*walk.masks, *down.masks)
@@ -191,7 +192,7 @@ def _require_single_use(scores: list[Node], inside: set[Node]) -> None:
     for node in scores:
         for user in node.users:
             if user not in inside and not _serves_only(user, inside):
-                raise Miss("scores_reused", f"the attention scores are also used by {user.name}", user)
+                raise Refused("scores_reused", f"the attention scores are also used by {user.name}", user)
 
 
 MAX_SERVANTS = 16
@@ -239,19 +240,19 @@ def _peel_down(anchor: Node, swapped: bool) -> Down:
         users = list(node.users)
         if len(users) != 1:
             extra = next((u for u in users if not _may_step_down(u)), users[-1])
-            raise Miss("probs_reused", f"the attention probabilities are also used by {extra.name}", extra)
+            raise Refused("probs_reused", f"the attention probabilities are also used by {extra.name}", extra)
         (user,) = users
         if user.target in MIXED:
             return down
         if is_unread_mix(user):
             why = f"{user.target} as the product with the values has a layout that is not understood"
-            raise Miss("values_layout", why, user)
+            raise Refused("values_layout", why, user)
         if user.target in DROPOUTS:
-            raise Miss("dropout_active", f"attention dropout is active (p={arg(user, 1, 'p')})", user)
+            raise Refused("dropout_active", f"attention dropout is active (p={arg(user, 1, 'p')})", user)
         step = DOWN.get(user.target)
         if step is None or not step(user, down):
             label = getattr(user.target, "__name__", user.op)
-            raise Miss("probs_op", f"{label} stands between softmax and the product with the values", user)
+            raise Refused("probs_op", f"{label} stands between softmax and the product with the values", user)
         down.chain.append(user)
 
 

@@ -22,10 +22,11 @@ from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
 from monarch_compile.passes.legality import Context, first_refusal, packed_length
 from monarch_compile.passes.lowering import to_ir
 from monarch_compile.passes.masks import MaskFact
-from monarch_compile.passes.region import AttentionRegion, Missed, Site
+from monarch_compile.passes.region import AttentionRegion, RefusedSite, Site
 from monarch_compile.passes.sizes import settle
 from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.plan import SitePlan, site_shape
+from monarch_compile.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     Raises:
         PlanError: the options have a plan that does not fit the site.
     """
-    if isinstance(site, Missed):
+    if isinstance(site, RefusedSite):
         _planned(name, (), config)
-        return Choice(_decision(site.anchor, name, "match", site.code, site.reason, site.node))
+        return _exact(_undecided(name, site.anchor), "match", site.refusal)
     settle(site)
     context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
-    base = _describe(site, _decision(site.anchor, name, "legality", "", "", site.output), ",".join(kinds) or "none")
+    base = _describe(site, _undecided(name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:
@@ -65,21 +66,12 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     refusal = first_refusal(site, context)
     if refusal is not None:
         stage = "mask" if refusal.code.startswith("mask_") else "legality"
-        exact = replace(
-            base,
-            stage=stage,
-            code=refusal.code,
-            reason=refusal.reason,
-            node=name_of(refusal.node),
-            source=source_of(refusal.node),
-        )
-        return Choice(exact)
+        return _exact(base, stage, refusal)
     missing = kernel_refusal(site.output.meta["val"].device)
     if missing is not None:
-        return Choice(replace(base, code="no_kernels", reason=missing, node=name_of(site.output)))
+        return _exact(base, "legality", Refusal("no_kernels", missing))
     if plan is not None and plan.form is None:
-        reason = f"the plan keeps it exact: {plan.reason}"
-        return Choice(replace(base, stage="cost", code="plan_exact", reason=reason, node=name_of(site.output)))
+        return _exact(base, "cost", Refusal("plan_exact", f"the plan keeps it exact: {plan.reason}"))
     base = replace(base, calls=around.calls(site))
     return _weigh(site, context, None if plan is None else plan.form, base)
 
@@ -96,17 +88,16 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
         planned = planned and planned.across()
     auto = planned is None and config.block_size == "auto"
     seen = to_ir(site, facts, planned or chosen_form(config, device.kind, _hint(seq_len)))
-    exact = replace(base, ir=seen, stage="cost")
+    base = replace(base, ir=seen)
     if config.policy == "never":
-        return Choice(replace(exact, code="policy_never", reason="policy is 'never'"))
+        return _exact(base, "cost", Refusal("policy_never", "policy is 'never'"))
     hints, calls = _hints(site), base.calls
     gain = f"{predict(seen, device, hints, calls).speedup:.2f}x"
     if config.policy == "auto":
         sizes = {"auto": auto, "batch": batch, "seq_len": seq_len, "queries": queries}
         refused = cost_refusal(seen, device, hints, f"predicted gain {gain} here", calls=calls, **sizes)
         if refused is not None:
-            code, reason = refused
-            return Choice(replace(exact, code=code, reason=reason))
+            return _exact(base, "cost", refused)
     ir = to_ir(site, facts, planned or chosen_form(config, device.kind, seq_len))
     reason = f"predicted {gain} against exact attention"
     return Choice(replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason), site, facts, ir)
@@ -116,13 +107,23 @@ def _planned(name: str, shape: tuple[int, ...], config: MonarchConfig) -> SitePl
     return None if config.plan is None else config.plan.site(name, shape)
 
 
-def _decision(anchor: Node, name: str, stage: str, code: str, reason: str, node: Node) -> Decision:
+def _exact(base: Decision, stage: str, refusal: Refusal) -> Choice:
+    """The site stays exact; a refusal without a node leaves the one that `base` has."""
+    decision = replace(base, stage=stage, code=refusal.code, reason=refusal.reason)
+    if refusal.node is not None:
+        decision = replace(decision, node=name_of(refusal.node), source=source_of(refusal.node))
+    return Choice(decision)
+
+
+def _undecided(name: str, anchor: Node, output: Node | None = None) -> Decision:
+    """What is known of a site before anything is decided. output: the node of its result, where it was matched."""
+    node = output or anchor
     return Decision(
         name=name,
         status=EXACT,
-        stage=stage,
-        code=code,
-        reason=reason,
+        stage="match",
+        code="",
+        reason="",
         node=name_of(node),
         source=source_of(node),
         dtype=dtype_of(anchor),

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.graph import FLOATS, aten, value_of
 from monarch_compile.passes.memory import is_mutating
-from monarch_compile.passes.region import Miss
+from monarch_compile.refusal import Refusal
 
 LAYERS = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
 """torch.nn's inference fast paths."""
@@ -30,19 +30,19 @@ PACKED = re.compile(r"qkv|kv_?packed")
 """What is in the name of an op, or of its arguments, that takes queries, keys and values as one tensor."""
 
 
-def hidden_attention(node: Node) -> Miss | None:
+def hidden_attention(node: Node) -> Refusal | None:
     """Why an op's attention stays exact; None for an op that computes none, as far as its name and inputs tell."""
     target = node.target
     if target in LAYERS:
-        return Miss("fused_layer", f"{target} hides its attention inside one op", node)
+        return Refusal("fused_layer", f"{target} hides its attention inside one op", node)
     if target in SEEN or not _computes_attention(node):
         return None
     if not isinstance(target, OpOverload):
-        return Miss("tensor_subclass", "it is called on a tensor subclass that answers calls by itself", node)
+        return Refusal("tensor_subclass", "it is called on a tensor subclass that answers calls by itself", node)
     if target.namespace == "aten":
         why = f"{target} is called by its own name"
-        return Miss("attention_kernel", why, node)
-    return Miss("custom_op", f"{target} is an operator of its own, whose attention cannot be seen", node)
+        return Refusal("attention_kernel", why, node)
+    return Refusal("custom_op", f"{target} is an operator of its own, whose attention cannot be seen", node)
 
 
 def _computes_attention(node: Node) -> bool:

@@ -21,7 +21,8 @@ from monarch_compile.passes.memory import Write, storages_of, strided_reader, wr
 from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
 from monarch_compile.passes.sizes import leading_sizes, told_apart
 from monarch_compile.passes.weights import is_computed
-from monarch_compile.signature import RULES, Refusal, Rule, Signature
+from monarch_compile.refusal import Refusal
+from monarch_compile.signature import RULES, Rule, Signature
 
 AUTOCAST = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """What autocast casts to one dtype, where it is in force."""

@@ -1,4 +1,4 @@
-"""What matching finds: an attention region, or the nearest miss with its reason."""
+"""What matching finds: an attention region, or an attention that is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from monarch_compile.refusal import Refusal
+
 
 def frame_of(lead: tuple[Any, ...]) -> tuple[Any, Any]:
     """(batch, heads) of the lowered form for the leading dims of some scores."""
     if len(lead) < 2:
         return (*lead, *(1,) * (2 - len(lead)))
     return (lead[0], lead[1]) if len(lead) == 2 else (math.prod(lead[:-1]), lead[-1])
-
-
-class Miss(Exception):
-    """Matching stopped: `code` and `reason` say why, `node` where."""
-
-    def __init__(self, code: str, reason: str, node: Node) -> None:
-        super().__init__(f"{code}: {reason} ({node.name})")
-        self.code, self.reason, self.node = code, reason, node
 
 
 @dataclass(frozen=True)
@@ -146,13 +140,11 @@ class AttentionRegion:
 
 
 @dataclass(frozen=True)
-class Missed:
-    """A softmax that looks like attention and could not be read as a region."""
+class RefusedSite:
+    """What looks like attention and could not be read as a region."""
 
     anchor: Node
-    code: str
-    reason: str
-    node: Node
+    refusal: Refusal
 
 
-Site = AttentionRegion | Missed
+Site = AttentionRegion | RefusedSite

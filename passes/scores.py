@@ -17,7 +17,8 @@ from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
 from monarch_compile.passes.nearby import BY_WEIGHT, is_unread_product
 from monarch_compile.passes.products import CASTS, SCORES, TRANSPOSES, VIEWS, Scores, swaps_matrix
-from monarch_compile.passes.region import Factor, MaskTerm, Miss
+from monarch_compile.passes.region import Factor, MaskTerm
+from monarch_compile.refusal import Refused
 
 
 @dataclass
@@ -46,9 +47,9 @@ class Walk:
     def note(self, node: Node, mask: Node, role: str, gain: float = 1.0) -> None:
         """A mask, applied to the scores `node`."""
         if self.factors:
-            raise Miss("mask_scaled", "a mask is applied before a scale that is known at run time only", node)
+            raise Refused("mask_scaled", "a mask is applied before a scale that is known at run time only", node)
         if role != "times" and any(later.role == "times" for later in self.masks):
-            raise Miss("mask_scaled", "a mask is applied before the scores are multiplied by another", node)
+            raise Refused("mask_scaled", "a mask is applied before the scores are multiplied by another", node)
         self.masks.append(MaskTerm(mask, role, shape_of(node)[:-2], gain, self.swapped))
 
     @property
@@ -61,7 +62,7 @@ def peel_up(node: Any, walk: Walk) -> tuple[Node, Scores]:
     """Peel steps until the product of queries and keys, which is returned with its operands in their roles.
 
     Raises:
-        Miss: a step is not understood, or the product has an odd layout.
+        Refused: a step is not understood, or the product has an odd layout.
     """
     while isinstance(node, Node):
         walk.seen.append(node)
@@ -72,28 +73,28 @@ def peel_up(node: Any, walk: Walk) -> tuple[Node, Scores]:
         step = UP.get(node.target)
         if is_unread_product(node) or node.target in BY_WEIGHT:
             why = f"{node.target} as the product of queries and keys has a layout that is not understood"
-            raise Miss("scores_layout", why, node)
+            raise Refused("scores_layout", why, node)
         if step is None:
             code = "softcap" if node.target is aten.tanh.default else "scores_op"
             label = getattr(node.target, "__name__", node.op)
-            raise Miss(code, f"{label} stands between softmax and a product of queries and keys", node)
+            raise Refused(code, f"{label} stands between softmax and a product of queries and keys", node)
         above = step(node, walk)
         if step not in RESHAPING and isinstance(above, Node) and not same_shape(above, node):
-            raise Miss("scores_view", f"the scores are broadcast to {list(shape_of(node))}", node)
+            raise Refused("scores_view", f"the scores are broadcast to {list(shape_of(node))}", node)
         node = above
-    raise Miss("scores_op", "softmax is not fed by a product of queries and keys", walk.seen[-1])
+    raise Refused("scores_op", "softmax is not fed by a product of queries and keys", walk.seen[-1])
 
 
 def _product(node: Node, walk: Walk) -> Scores:
     scores = SCORES[node.target](node)
     if scores is None:
-        raise Miss("scores_layout", "the product of queries and keys has a layout that is not understood", node)
+        raise Refused("scores_layout", "the product of queries and keys has a layout that is not understood", node)
     if scores.bias is not None:
         walk.note(node, scores.bias, "add", walk.scale * scores.beta)
     for shift in walk.shifts:
         if not _comes_from(shift, {*walk.seen, *_origins(scores.q.node), *_origins(scores.k.node)}):
             why = "whole rows are shifted by a tensor of unknown size: a large one leaves nothing but rounding of them"
-            raise Miss("row_shift", why, shift)
+            raise Refused("row_shift", why, shift)
     return scores._replace(q=scores.k, k=scores.q) if walk.swapped else scores
 
 
@@ -137,12 +138,12 @@ SUMS: dict[object, float] = {aten.add.Tensor: 1.0, aten.add.Scalar: 1.0, aten.su
 
 
 def _peel_sum(node: Node, walk: Walk) -> tuple[Node, Scores]:
-    """One side of the sum is the scores, the other a mask or a bias: try both, keep the nearer miss."""
+    """One side of the sum is the scores, the other a mask or a bias: try both, keep the refusal that came later."""
     sign, (left, right), alpha = SUMS[node.target], inputs(node)[:2], arg(node, 2, "alpha", 1)
     if not isinstance(alpha, (int, float)):
-        raise Miss("scores_op", "a mask is added with an alpha that is not a constant", node)
+        raise Refused("scores_op", "a mask is added with an alpha that is not a constant", node)
     sides = [(left, right, sign * alpha), (right, left, 1.0)] if sign * alpha == 1 else [(left, right, sign * alpha)]
-    misses: list[tuple[int, Miss]] = []
+    refusals: list[tuple[int, Refused]] = []
     for scores_side, added, factor in sides:
         if not isinstance(scores_side, Node) or not same_shape(scores_side, node):
             continue
@@ -150,14 +151,14 @@ def _peel_sum(node: Node, walk: Walk) -> tuple[Node, Scores]:
         try:
             _note_added(node, attempt, scores_side, added, factor)
             found = peel_up(scores_side, attempt)
-        except Miss as miss:
-            misses.append((len(attempt.seen), miss))
+        except Refused as refused:
+            refusals.append((len(attempt.seen), refused))
             continue
         walk.adopt(attempt)
         return found
-    if not misses:
-        raise Miss("scores_op", "neither side of a sum is a product of queries and keys", node)
-    raise max(misses, key=lambda pair: pair[0])[1]
+    if not refusals:
+        raise Refused("scores_op", "neither side of a sum is a product of queries and keys", node)
+    raise max(refusals, key=lambda pair: pair[0])[1]
 
 
 def _note_added(node: Node, walk: Walk, scores: Node, added: Any, factor: float) -> None:
@@ -165,13 +166,13 @@ def _note_added(node: Node, walk: Walk, scores: Node, added: Any, factor: float)
     constant = constant_of(added)
     if constant is not None:
         if not abs(constant * walk.scale * factor) <= IGNORED or (walk.factors and walk.masks):
-            raise Miss("scores_op", f"{added} is added to the scores: not a small constant", node)
+            raise Refused("scores_op", f"{added} is added to the scores: not a small constant", node)
     elif not isinstance(added, Node):
-        raise Miss("scores_op", f"{added} is added to the scores: not a small constant", node)
+        raise Refused("scores_op", f"{added} is added to the scores: not a small constant", node)
     elif spans(added, walk.keys_place) or not _is_float(added):
         walk.note(node, added, "add", walk.scale * factor)
     elif walk.masks and not (factor < 0 and _is_top_of(added, scores, walk.keys_place)):
-        raise Miss("row_shift", "the scores are shifted by a tensor before they are masked", node)
+        raise Refused("row_shift", "the scores are shifted by a tensor before they are masked", node)
     else:
         walk.shifts.append(added)
 
@@ -201,19 +202,19 @@ TOPS = frozenset({aten.amax.default, aten.max.dim})
 
 def _up_cast(node: Node, walk: Walk) -> Any:
     if dtype_of(node) not in FLOATS:
-        raise Miss("scores_op", f"the scores are cast to {dtype_of(node)}", node)
+        raise Refused("scores_op", f"the scores are cast to {dtype_of(node)}", node)
     return inputs(node)[0]
 
 
 def _up_view(node: Node, walk: Walk) -> Any:
     if not keeps_matrix(node):
-        raise Miss("scores_view", "the scores are reshaped across rows or keys", node)
+        raise Refused("scores_view", "the scores are reshaped across rows or keys", node)
     return inputs(node)[0]
 
 
 def _up_transpose(node: Node, walk: Walk) -> Any:
     if not swaps_matrix(node):
-        raise Miss("scores_view", "the leading dims of the scores change places", node)
+        raise Refused("scores_view", "the leading dims of the scores change places", node)
     walk.swapped = not walk.swapped
     return inputs(node)[0]
 
@@ -242,8 +243,8 @@ def _up_scale(node: Node, walk: Walk) -> Any:
                 return scores
     odd = [number for _, factor in pairs if (number := constant_of(factor)) is not None]
     if odd:
-        raise Miss("scale", f"the scores are {'divided' if divide else 'multiplied'} by {odd[0]:g}", node)
-    raise Miss("scale_not_constant", "the scores are multiplied by something that is not a constant", node)
+        raise Refused("scale", f"the scores are {'divided' if divide else 'multiplied'} by {odd[0]:g}", node)
+    raise Refused("scale_not_constant", "the scores are multiplied by something that is not a constant", node)
 
 
 def _may_scale_queries(factor: Node, scores: Node) -> bool:
@@ -268,10 +269,10 @@ def _up_where(node: Node, walk: Walk) -> Any:
 def _note_filled(node: Node, walk: Walk, mask: Any, role: str, fill: Any) -> None:
     value = constant_of(fill)
     if value is None or not isinstance(mask, Node) or dtype_of(mask) != torch.bool:
-        raise Miss("mask_fill", "masked scores are filled with something that is not a constant", node)
+        raise Refused("mask_fill", "masked scores are filled with something that is not a constant", node)
     if not value * walk.scale <= DROPPED:
         scaled = f" and scaled by {walk.scale:g} afterwards" if walk.scale != 1 else ""
-        raise Miss("mask_fill", f"masked scores are filled with {value:g}{scaled}, which does not hide a key", node)
+        raise Refused("mask_fill", f"masked scores are filled with {value:g}{scaled}, which does not hide a key", node)
     walk.note(node, mask, role)
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import monarch_compile
 from monarch_compile.integrations import replace_sdpa
-from monarch_compile.remedies import REMEDIES
+from monarch_compile.refusal import CODES
 
 OPTIONS: dict[str, Any] = {"policy": "always", "block_size": 8}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def test_what_is_transformed_or_traced_is_plain_sdpa(name: str) -> None:
     else:
         assert found == expected
     assert (replaced.lowered, list(replaced.reasons)) == (0, [code])
-    assert code in REMEDIES
+    assert code in CODES
 
 
 RAISES: dict[str, tuple[str, Callable[[], Tensor]]] = {

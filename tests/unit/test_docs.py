@@ -12,7 +12,7 @@ from torch._inductor import config
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.config import MonarchConfig
-from monarch_compile.remedies import REMEDIES
+from monarch_compile.refusal import CODES
 from tests.support.inductor import without_codegen
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_codes_of_refusals_exist():
     text = "\n".join(text_of(name) for name in NAMES if name.startswith("docs/"))
     found = {name for groups in CODE.findall(text) for name in re.findall(r"\w+", " ".join(groups))}
     assert len(found) >= 20
-    assert found - REMEDIES.keys() == set()
+    assert found - CODES.keys() == set()
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "benchmarks/NOTES.md"])

@@ -11,27 +11,27 @@ from support.capture import decisions_of
 import monarch_compile
 from monarch_compile.lengths import WHY
 from monarch_compile.passes.masks import KINDS, LOWERED_KINDS
-from monarch_compile.remedies import REMEDIES
+from monarch_compile.refusal import CODES
 
 PACKAGE = Path(monarch_compile.__file__).parent
 SOURCES = [*(PACKAGE / "passes").glob("*.py"), PACKAGE / "signature.py", PACKAGE / "eager_calls.py"]
-CODE = re.compile(r'(?:Miss|Missed|Check|Rule|Refusal)\((?:[\w.]+, )?"(\w+)"|code ?= ?"(\w+)"')
+CODE = re.compile(r'(?:Refused|Check|Rule|Refusal)\((?:[\w.]+, )?"(\w+)"|code ?= ?"(\w+)"')
 
 
 def test_every_code_has_a_remedy() -> None:
     found = {a or b for path in SOURCES for a, b in CODE.findall(path.read_text(encoding="utf-8"))}
     found |= {f"mask_{kind}" for kind in KINDS if kind not in LOWERED_KINDS} | {*WHY}
     assert len(found) > 30
-    assert found - {"lowered"} == set(REMEDIES)
+    assert found - {"lowered"} == set(CODES)
 
 
 def test_a_near_miss_tells_its_story() -> None:
     q = torch.randn(2, 3, 7, 4)
     (decision,) = decisions_of(lambda q: torch.softmax(30 * torch.tanh(q @ q.mT / 30), -1) @ q, q)
     assert (decision.stage, decision.code, decision.node) == ("match", "softcap", "tanh")
-    assert "test_remedies.py" in decision.source
-    assert decision.remedy == REMEDIES["softcap"]
+    assert "test_refusal.py" in decision.source
+    assert decision.remedy == CODES["softcap"].remedy
     text = str(monarch_compile.explain(lambda q: torch.relu(torch.softmax(q @ q.mT, -1)) @ q, q))
     assert "exact because: relu" in text
-    assert "test_remedies.py" in text
-    assert f"would lower with: {REMEDIES['probs_op']}" in text
+    assert "test_refusal.py" in text
+    assert f"would lower with: {CODES['probs_op'].remedy}" in text
