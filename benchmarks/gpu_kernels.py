@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.resumable import machine
 from benchmarks.speed.problems import Problem as Attention
 from benchmarks.speed.problems import inputs
-from monarch_compile.codegen import launch as launching
+from monarch_compile.codegen import launcher as launching
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 

@@ -24,9 +24,8 @@ from monarch_compile.lengths import auto_block_size
 from monarch_compile.measured import real_tensors
 
 if TYPE_CHECKING:
-    from monarch_compile.codegen.schedule import Schedule
-    from monarch_compile.codegen.tune import Sizes
-    from monarch_compile.codegen.tuned import Tuned
+    from monarch_compile.codegen.emitters import Schedule
+    from monarch_compile.codegen.tuning.store import Tuned
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Machine:
         Raises:
             CodegenError: there is none that kernels run on, or no triton.
         """
-        from monarch_compile.codegen.launch import capability_of
+        from monarch_compile.codegen.launcher import capability_of
 
         if not torch.cuda.is_available():
             raise CodegenError("tuning needs a CUDA device, and this machine has none")
@@ -75,48 +74,42 @@ def ensure(irs: Iterable[MonarchAttention], machine: Machine, tune: Tune | None 
     tuning fails, with a warning.
     The result is a digest of the schedules in use, for the keys of compile caches.
     """
-    from monarch_compile.codegen.launch import Problem, use
+    from monarch_compile.codegen.emitters import emitter
+    from monarch_compile.codegen.launcher import use
 
     used = []
     for ir in dict.fromkeys(irs):
         if ir.is_cross or ir.mask is MaskKind.KEY_BIAS or not isinstance(ir.seq_len_k, int):
             logger.info("this is not tuned and runs the shipped schedule: %s", ir)
             continue
-        problem = Problem.of(ir)
-        blocks_key = problem.blocks_key(ir.seq_len_k)
         schedule = _schedule(ir, machine, tune or default_tune())
         if schedule is not None:
-            use(problem, blocks_key, machine.capability, schedule)
-            used.append(f"{problem} {blocks_key} {schedule}")
+            use(ir, machine.capability, schedule)
+            used.append(f"{emitter(ir.family).bucketed(ir)} {schedule}")
     return hashlib.sha256("\n".join(used).encode()).hexdigest()[:16]
 
 
 def tuned_now(ir: MonarchAttention, machine: Machine, tune: Tune) -> tuple[Tuned, dict[str, str]]:
     """Tune `ir` whatever the cache holds, and keep the result there."""
-    from monarch_compile.codegen.launch import Problem
-    from monarch_compile.codegen.tuned import write
+    from monarch_compile.codegen.tuning.store import write
 
     with real_tensors(), torch.no_grad():  # a backend is called while Dynamo traces
-        result, rejected = tune(
-            Problem.of(ir), sizes_of(ir), device=machine.device, capability=machine.capability, timer=graph_timer
-        )
+        result, rejected = tune(sized(ir), device=machine.device, capability=machine.capability, timer=graph_timer)
     write({key(ir, machine): result})
     return result, rejected
 
 
 def key(ir: MonarchAttention, machine: Machine) -> str:
     """The cache's key for `ir`, a length of known size, on `machine`."""
-    from monarch_compile.codegen.launch import Problem
-    from monarch_compile.codegen.tuned import key_of
+    from monarch_compile.codegen.tuning.store import key_of
 
-    return key_of(ir, Problem.of(ir).blocks_key(_number(ir.seq_len_k, 1)), machine.gpu, machine.triton)
+    return key_of(ir, machine.gpu, machine.triton)
 
 
-def sizes_of(ir: MonarchAttention) -> Sizes:
-    """What `ir` is tuned at; symbolic counts of heads and batch entries are taken to be 12 and 1."""
-    from monarch_compile.codegen.tune import Sizes
-
-    return Sizes(_number(ir.seq_len_k, 1), _number(ir.batch, 1), _number(ir.num_kv_heads, 12))
+def sized(ir: MonarchAttention) -> MonarchAttention:
+    """`ir` as it is tuned: symbolic counts of heads and batch entries are taken to be 12 and 1."""
+    heads = _number(ir.num_kv_heads, 12)
+    return ir.changed(batch=_number(ir.batch, 1), num_heads=heads * ir.group, num_kv_heads=heads)
 
 
 def graph_timer(call: Callable[[], Any]) -> float:
@@ -127,13 +120,13 @@ def graph_timer(call: Callable[[], Any]) -> float:
 
 def default_tune(seconds: float | None = None) -> Tune:
     """The search, for about as long; `LAZY_SECONDS` where nothing is said."""
-    from monarch_compile.codegen.tune import tune
+    from monarch_compile.codegen.tuning.search import tune
 
     return functools.partial(tune, seconds=LAZY_SECONDS if seconds is None else seconds)
 
 
 def _schedule(ir: MonarchAttention, machine: Machine, tune: Tune) -> Schedule | None:
-    from monarch_compile.codegen.tuned import is_legal, read
+    from monarch_compile.codegen.tuning.store import is_legal, read
 
     held = read().get(key(ir, machine))
     if held is not None and is_legal(held.schedule, ir, machine.capability):
@@ -154,12 +147,12 @@ def _number(size: int | str, otherwise: int) -> int:
 
 def tunable(irs: Iterable[MonarchAttention | None]) -> Iterator[MonarchAttention]:
     """Those that kernels exist for."""
-    from monarch_compile.codegen.schedule import check_supported
+    from monarch_compile.codegen.emitters import emitter
 
     for ir in irs:
         if ir is not None:
             try:
-                check_supported(ir)
+                emitter(ir.family).check(ir)
             except CodegenError:
                 continue
             yield ir
@@ -202,7 +195,7 @@ def run(
 
     jobs: processes that compile ahead; None: as many as there are cores to spare.
     """
-    from monarch_compile.codegen.tuned import read, tuned_path
+    from monarch_compile.codegen.tuning.store import read, tuned_path
 
     held = {} if fresh else read()
     missing = [ir for ir in irs if key(ir, machine) not in held]
@@ -219,22 +212,17 @@ def run(
             continue
         print(f"    {result.shipped_ms:.4f} -> {result.ms:.4f} ms ({result.speedup:.2f}x), error {result.error:.1e};")
         print(f"    {result.tried} timed, {len(rejected)} rejected; {result.schedule}")
-        print(f"    to put into codegen/schedule.py: {result.schedule!r}", flush=True)
+        print(f"    to put into codegen/attention/schedule.py: {result.schedule!r}", flush=True)
     print(f'{tuned_path()}: used by options={{"autotune": True}}')
 
 
 def _compile_ahead(irs: Sequence[MonarchAttention], machine: Machine, jobs: int) -> None:
     """Fill Triton's disk cache from `jobs` processes; a search without it is only slower."""
-    from monarch_compile.codegen.launch import Problem
-    from monarch_compile.codegen.tune import compile_ahead, tasks
+    from monarch_compile.codegen.tuning.search import compile_ahead, tasks
 
     if jobs < 1 or not irs:
         return
-    found = [
-        task
-        for ir in tunable(irs)
-        for task in tasks(Problem.of(ir), sizes_of(ir), machine.capability, str(machine.device))
-    ]
+    found = [task for ir in tunable(irs) for task in tasks(sized(ir), machine.capability, str(machine.device))]
     print(f"compiling {len(found)} schedules in {jobs} processes ", end="", flush=True)
     started = time.monotonic()
     try:

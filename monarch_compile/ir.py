@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -59,6 +59,8 @@ class MonarchAttention:
     `form.block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
     """
 
+    family: ClassVar[str] = "attention"
+
     batch: Dim
     num_heads: Dim
     num_kv_heads: Dim
@@ -79,6 +81,10 @@ class MonarchAttention:
         """A copy with some fields changed; options of the form may be given by name among them."""
         form = {name: changes.pop(name) for name in FORM_OPTIONS if name in changes}
         return replace(self, form=replace(changes.pop("form", self.form), **form), **changes)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `reference.reference` after its tensors."""
+        return {"scale": self.scale, **asdict(self.form)}
 
     @property
     def group(self) -> int:

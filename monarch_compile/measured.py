@@ -40,7 +40,7 @@ def ceiling_of(place: torch.device) -> Ceiling | None:
     Safe while Dynamo traces and under fake tensors. Nothing is measured while a CUDA graph is captured, nor on GPUs
     that no kernel runs on. The caller's random state stays as it is.
     """
-    from monarch_compile.codegen.launch import MIN_CAPABILITY
+    from monarch_compile.codegen.launcher import MIN_CAPABILITY
 
     index = torch.cuda.current_device() if place.index is None else place.index
     name = torch.cuda.get_device_name(index)

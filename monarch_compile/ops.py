@@ -43,7 +43,7 @@ def attention(
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
         if q.device.type != "cuda" or q.dtype == torch.float64:
             return meaning.reference(q, k, v, key_mask, **options)
-        from monarch_compile.codegen.launch import launch
+        from monarch_compile.codegen.attention.launch import launch
 
         return launch(q, k, v, key_mask, **options)
 
@@ -67,7 +67,7 @@ def kernel_refusal(device: torch.device) -> str | None:
     try:
         import triton  # noqa: F401
 
-        from monarch_compile.codegen.launch import capability_of
+        from monarch_compile.codegen.launcher import capability_of
 
         capability_of(device)
     except ImportError as error:

@@ -232,16 +232,16 @@ def _predicted(decision: Decision, hints: Mapping[str, int] | None) -> tuple[flo
 
 @lru_cache(maxsize=256)
 def kernels_of(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
-    from monarch_compile.codegen.emit import emit
-    from monarch_compile.codegen.facts import expected_facts
-    from monarch_compile.codegen.launch import schedule_for
+    from monarch_compile.codegen.emitters import emitter
+    from monarch_compile.codegen.launcher import schedule_for
+    from monarch_compile.codegen.render import sources
 
     try:
-        schedule = schedule_for(ir)
-        sources = emit(ir, schedule, expected_facts(ir, schedule))
+        schedule, own = schedule_for(ir), emitter(ir.family)
+        program = own.program_of(ir, schedule, own.expected(ir, schedule))
     except CodegenError as error:
         return (), str(error)
-    return tuple(Kernel(source.file_name, source.text) for source in sources), ""
+    return tuple(Kernel(source.file_name, source.text) for source in sources(program)), ""
 
 
 def _cost_dict(cost: Cost | None) -> dict[str, int | str] | None:

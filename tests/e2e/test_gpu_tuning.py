@@ -15,8 +15,8 @@ from benchmarks.speed.problems import AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, peers
 from monarch_compile import autotune, backend
 from monarch_compile.autotune import Machine
-from monarch_compile.codegen import launch as launching
-from monarch_compile.codegen.tuned import is_legal, read
+from monarch_compile.codegen import launcher as launching
+from monarch_compile.codegen.tuning.store import is_legal, read
 from monarch_compile.devices import installed
 from monarch_compile.functional import monarch_attention
 

@@ -12,12 +12,12 @@ import torch
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer that kernels write starts as NaN, so that whatever they fail to write is seen."""
-    from monarch_compile.codegen import launch  # late: it may import triton, which tests/conftest.py must do first
+    from monarch_compile.codegen import launcher  # late: it may import triton, which tests/conftest.py must do first
 
     def allocate(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return like.new_full(tuple(shape), float("nan"), dtype=dtype)
 
-    monkeypatch.setattr(launch, "_allocate", allocate)
+    monkeypatch.setattr(launcher, "_allocate", allocate)
 
 
 @pytest.fixture

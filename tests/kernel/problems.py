@@ -8,7 +8,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from monarch_compile.codegen.launch import launch
+from monarch_compile.codegen.attention.launch import launch
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernel.problems import Case, check
 
-from monarch_compile.codegen import launch as launching
+from monarch_compile.codegen import launcher as launching
 
 CASES = (
     Case(2048, 64, 64, 64, batch=1),  # whole blocks; stage 2 in one step
@@ -29,7 +29,7 @@ CASES = (
     Case(1000, 250, 64, 64, batch=1, mask="some"),
     Case(9000, 16, 64, 64, 2, "mean", batch=1),  # 563 blocks: streams, two kernels between iterations
     Case(2048, 64, 64, 64, batch=1, window=1),  # exact groups in stage 1
-    Case(2000, 39, 64, 64, 2, "mean", batch=1, window=1, prefix=4, mask="blocks", num_heads=2, group=2),  # and apart
+    Case(2000, 39, 64, 64, 2, "mean", batch=1, window=1, prefix=4, mask="blocks", num_heads=2, group=2),  # and separate
     Case(4000, 128, 128, 128, batch=1),
     Case(2048, 64, 72, 72, batch=1, num_heads=2, layout="packed", window=1),  # rows 8 elements apart
     Case(2048, 64, 160, 160, batch=1, window=1),

@@ -12,7 +12,7 @@ from kernel.problems import DTYPES, Case, check, run, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from monarch_compile.codegen.rows import FEW_HEADS, exact_rows
+from monarch_compile.codegen.attention.rows import FEW_HEADS, exact_rows
 from monarch_compile.ops import attention
 
 pytestmark = [

@@ -8,10 +8,13 @@ import pytest
 import torch
 from kernel.problems import DTYPES, Case, check, tensors
 
-from monarch_compile.codegen.launch import Launcher, Problem, build, launch
-from monarch_compile.codegen.schedule import Tiling, choose_schedule
+from monarch_compile.codegen.attention.launch import bucketed, launch, run
+from monarch_compile.codegen.attention.schedule import choose_schedule
+from monarch_compile.codegen.launcher import Launcher, build
+from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.errors import CodegenError
 from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
@@ -138,14 +141,15 @@ def test_exact_groups_in_16_bits(dtype: torch.dtype) -> None:
     check(Case(21, 6, 32, 32, layout="packed", mask="blocks", num_heads=2, window=1, prefix=2), dtype, "cpu")
 
 
-def test_exact_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_groups_in_a_kernel_of_their_own() -> None:
     """The schedule chooses where the exact groups are computed, not what they are."""
     case = Case(23, 5, 16, 16, window=1, prefix=2, mask="some")
     q, k, v, mask = tensors(case, torch.float32, "cpu")
-    problem = Problem(16, 16, q.dtype, Form(5, window=case.window, prefix=case.prefix), 0.25, masked=True)
-    fused = choose_schedule(problem.ir("N"))
-    tiling = Tiling(16, 32, 1, 1)
-    found = [Launcher(problem, s)(q, k, v, mask, 5) for s in (fused, replace(fused, near=tiling, fused=False))]
+    form = Form(5, window=case.window, prefix=case.prefix)
+    ir = MonarchAttention(2, 1, 1, "N", "N", 16, 16, q.dtype, form, 0.25, MaskKind.KEY_PADDING)
+    fused = choose_schedule(ir)
+    separate = replace(fused, near=Tiling(16, 32, 1, 1), fused=False)
+    found = [run(Launcher(ir, schedule), q, k, v, mask) for schedule in (fused, separate)]
     torch.testing.assert_close(*found)
 
 
@@ -191,10 +195,10 @@ def test_float64_has_no_kernel() -> None:
 
 
 def test_kernels_for_few_blocks_refuse_more() -> None:
-    problem = Problem(16, 16, torch.float32, Form(4), 1.0)
+    ir = bucketed(MonarchAttention(1, 1, 1, 64, 64, 16, 16, torch.float32, Form(4), 1.0))
     q = torch.randn(1, 1, 4 * 17, 16)
     with pytest.raises(CodegenError, match="at most 16 blocks; found 17"):
-        build(problem, 16, None, True)(q, q, q, None, 17)
+        run(build(ir, None, True), q, q, q, None)
 
 
 @pytest.mark.parametrize("case", CROSS, ids=str)

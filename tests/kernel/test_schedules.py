@@ -12,14 +12,23 @@ import torch
 from kernel.problems import Case, check, tensors
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from monarch_compile.codegen import launch as launching
-from monarch_compile.codegen.emit import emit
-from monarch_compile.codegen.facts import UNKNOWN, Facts, apart_of, expected_facts, facts_of
-from monarch_compile.codegen.launch import Launcher, Problem
-from monarch_compile.codegen.schedule import ALL, Schedule, Tiling, check_schedule, choose_schedule
+from monarch_compile.codegen.attention import launch, specialization
+from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule
+from monarch_compile.codegen.attention.specialization import (
+    UNKNOWN,
+    Specialization,
+    expected,
+    specialization_of,
+    specialize,
+    stride_multiple_of,
+)
+from monarch_compile.codegen.launcher import Launcher, build
+from monarch_compile.codegen.tiling import ALL, Tiling
 from monarch_compile.errors import CodegenError
 from monarch_compile.form import Form
+from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.reference import reference
+from tests.support.kernels import emit
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 
@@ -41,19 +50,21 @@ TURNED = {
 }
 
 
-def problem_of(case: Case) -> Problem:
+def ir_of(case: Case) -> MonarchAttention:
     form = Form(case.block_size, case.num_iters, case.init, case.pad, case.window, case.prefix)
-    masked, biased, scale = case.mask != "none", case.mask == "bias", case.head_dim**-0.5
-    return Problem(case.head_dim, case.value_dim, torch.float32, form, scale, masked, case.group, 0, biased)
+    mask = {"none": MaskKind.NONE, "bias": MaskKind.KEY_BIAS}.get(case.mask, MaskKind.KEY_PADDING)
+    heads, lengths = (case.num_heads, case.num_heads // case.group), (case.queries or case.seq_len, case.seq_len)
+    dims, scale = (case.head_dim, case.value_dim), case.head_dim**-0.5
+    return MonarchAttention(case.batch, *heads, *lengths, *dims, torch.float32, form, scale, mask)
 
 
 def run(case: Case, schedule: Schedule) -> torch.Tensor:
     q, k, v, mask = tensors(case, torch.float32, "cpu")
-    return Launcher(problem_of(case), schedule)(q, k, v, mask, -(-case.seq_len // case.block_size))
+    return launch.run(Launcher(ir_of(case), schedule), q, k, v, mask)
 
 
 def shipped(case: Case) -> Schedule:
-    return choose_schedule(problem_of(case).ir(case.seq_len))
+    return choose_schedule(ir_of(case))
 
 
 def halves() -> Iterator[Any]:
@@ -100,20 +111,20 @@ def test_one_kernel_between_iterations(case: Case) -> None:
     ],
     ids=str,
 )
-def test_facts_change_nothing(case: Case, pad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_specialization_changes_nothing(case: Case, pad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: what is known to be whole and near needs neither masks nor 64 bits."""
     case, met = replace(case, pad=pad), []
 
-    def noted(*arguments: object) -> Facts:
-        met.append(facts_of(*arguments))
+    def noted(*arguments: object) -> Specialization:
+        met.append(specialization_of(*arguments))
         return met[-1]
 
-    monkeypatch.setattr(launching, "facts_of", noted)
-    launching.build.cache_clear()
+    monkeypatch.setattr(specialization, "specialization_of", noted)
+    build.cache_clear()
     found = check(case, torch.float32, "cpu")
-    apart = {20: 4, 18: 2}.get(case.head_dim, 1)
-    assert met == [Facts(cut=False, rest=False, wide=False, apart=apart)]
-    monkeypatch.setattr(launching, "facts_of", lambda *_: UNKNOWN)
+    multiple = {20: 4, 18: 2}.get(case.head_dim, 1)
+    assert met == [Specialization(False, False, False, multiple)]
+    monkeypatch.setattr(specialization, "specialization_of", lambda *_: UNKNOWN)
     assert torch.equal(found, check(case, torch.float32, "cpu"))
 
 
@@ -125,29 +136,29 @@ def test_a_scale_that_is_not_positive(scale: float, groups: dict[str, int]) -> N
     q, k, v = (torch.randn(1, 2, 256, 16) for _ in range(3))
     options = {"scale": scale, "block_size": 16, "num_iters": 1, "init": "identity", "pad": "post", **groups}
     expected = reference(q.double(), k.double(), v.double(), None, **options)
-    torch.testing.assert_close(launching.launch(q, k, v, None, **options).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(launch.launch(q, k, v, None, **options).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-SCHEDULE = choose_schedule(Problem(16, 16, torch.float32, Form(4), 0.25).ir(64))
+SCHEDULE = choose_schedule(ir_of(Case(64, 4, 16, 16)))
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "queries", "keys", "reaches", "facts"),
+    ("num_blocks", "queries", "keys", "reaches", "found"),
     [
-        (16, (64, 4), (64, 4), (100,), Facts(False, False, False)),
-        (16, (63, 4), (63, 4), (100,), Facts(True, False, False)),
-        (16, (160, 10), (63, 4), (100,), Facts(True, False, False)),
-        (16, (159, 10), (64, 4), (100,), Facts(True, False, False)),
-        (17, (68, 4), (68, 4), (100,), Facts(False, True, False)),
-        (16, (64, 4), (64, 4), (100, 2**31), Facts(False, False, True)),
-        (16, ("s0", 4), ("s0", 4), (100,), Facts(True, False, False)),
-        (None, (64, 4), (64, 4), (100,), Facts(True, True, False)),
-        (0, (0, 4), (0, 4), (100,), Facts(False, True, False)),
-        (16, (64, 4), (64, 4), (None,), Facts(False, False, True)),
+        (16, (64, 4), (64, 4), (100,), Specialization(False, False, False)),
+        (16, (63, 4), (63, 4), (100,), Specialization(True, False, False)),
+        (16, (160, 10), (63, 4), (100,), Specialization(True, False, False)),
+        (16, (159, 10), (64, 4), (100,), Specialization(True, False, False)),
+        (17, (68, 4), (68, 4), (100,), Specialization(False, True, False)),
+        (16, (64, 4), (64, 4), (100, 2**31), Specialization(False, False, True)),
+        (16, ("s0", 4), ("s0", 4), (100,), Specialization(True, False, False)),
+        (None, (64, 4), (64, 4), (100,), Specialization(True, True, False)),
+        (0, (0, 4), (0, 4), (100,), Specialization(False, True, False)),
+        (16, (64, 4), (64, 4), (None,), Specialization(False, False, True)),
     ],
 )
-def test_facts(num_blocks: object, queries: tuple, keys: tuple, reaches: tuple, facts: Facts) -> None:
-    assert facts_of(num_blocks, queries, keys, SCHEDULE, reaches) == facts
+def test_specialization(num_blocks: object, queries: tuple, keys: tuple, reaches: tuple, found: Specialization) -> None:
+    assert specialization_of(num_blocks, queries, keys, SCHEDULE, reaches) == found
 
 
 @pytest.mark.parametrize(
@@ -166,58 +177,60 @@ def test_facts(num_blocks: object, queries: tuple, keys: tuple, reaches: tuple, 
 def test_how_far_apart_rows_are(
     head_dim: int, value_dim: int, dtype: torch.dtype, strides: tuple[int, ...], apart: int
 ) -> None:
-    assert apart_of(head_dim, value_dim, dtype, strides) == apart
+    assert stride_multiple_of(head_dim, value_dim, dtype, strides) == apart
 
 
 def test_how_far_apart_rows_of_an_unknown_length_are() -> None:
     """Known of a multiple of a symbol, unknown of the symbol, and neither leaves a guard."""
     environment = ShapeEnv()
     length = environment.create_unbacked_symint()
-    assert apart_of(72, 72, torch.float16, (72, 3456 * length)) == 8
-    assert apart_of(72, 72, torch.float16, (72, 12 * length)) == 4
-    assert apart_of(72, 72, torch.float16, (72, length)) == 1
+    assert stride_multiple_of(72, 72, torch.float16, (72, 3456 * length)) == 8
+    assert stride_multiple_of(72, 72, torch.float16, (72, 12 * length)) == 4
+    assert stride_multiple_of(72, 72, torch.float16, (72, length)) == 1
     assert not environment.guards
 
 
 def test_rows_known_to_be_apart_are_said_to_be() -> None:
-    ir = problem_of(Case(4096, 64, 72, 72)).ir(4096).changed(dtype=torch.float16)
+    ir = ir_of(Case(4096, 64, 72, 72)).changed(dtype=torch.float16)
     schedule = choose_schedule(ir)
-    facts = expected_facts(ir, schedule)
-    assert facts.apart == 8
-    for source in emit(ir, schedule, facts):
-        assert ("q_head = q_head // APART * APART" in source.text) == ("q_head" in source.parameters)
+    found = expected(ir, schedule)
+    assert found.stride_multiple == 8
+    for source in emit(ir, schedule, found):
+        assert ("q_head = q_head // STRIDE_MULTIPLE * STRIDE_MULTIPLE" in source.text) == (
+            "q_head" in source.parameters
+        )
         assert "q_dim = q_dim" not in source.text
         assert "mask_batch" not in source.text
-    assert all("APART" not in source.text for source in emit(ir, schedule))
-    assert expected_facts(ir.changed(head_dim=64, value_dim=64), schedule).apart == 1
+    assert all("STRIDE_MULTIPLE" not in source.text for source in emit(ir, schedule))
+    assert expected(ir.changed(head_dim=64, value_dim=64), schedule).stride_multiple == 1
 
 
 def test_a_sequence_that_32_bits_do_not_span_is_wide() -> None:
     """By any of its tensors' strides, though no element is touched."""
     q = torch.empty((), dtype=torch.float16).expand(1, 2, 4096, 64)
     far = torch.empty_strided((1, 2, 4096, 64), (1, 64, 2**20, 1), device="meta", dtype=torch.float16)
-    ir = problem_of(Case(4096, 64, 64, 64)).ir(4096)
-    launcher = Launcher(problem_of(Case(4096, 64, 64, 64)), choose_schedule(ir))
-    sizes = {"num_heads": 2, "num_blocks": 64, "block_q": 64, "seq_len_q": 4096, "seq_len_k": 4096}
-    assert not launcher._facts({**sizes, "q": q, "k": q, "v": q}).wide
-    for name in ("q", "k", "v"):
-        assert launcher._facts({**sizes, "q": q, "k": q, "v": q, name: far}).wide
-    mask = torch.empty_strided((1, 4096), (1, 2**20), device="meta", dtype=torch.bool)
-    assert launcher._facts({**sizes, "q": q, "k": q, "v": q, "key_mask": mask}).wide
-
-
-def test_known_facts_leave_no_mask_and_no_long_place() -> None:
-    ir = problem_of(Case(4096, 64, 64, 64)).ir(4096).changed(dtype=torch.float16, num_heads=12, num_kv_heads=12)
+    ir = ir_of(Case(4096, 64, 64, 64))
     schedule = choose_schedule(ir)
-    facts = expected_facts(ir, schedule)
-    assert facts == Facts(False, False, False)
-    for source in emit(ir, schedule, facts):
+    sizes = {"num_heads": 2, "num_blocks": 64, "block_q": 64, "seq_len_q": 4096, "seq_len_k": 4096}
+    assert not specialize(ir, schedule, {"q": q, "k": q, "v": q}, sizes).wide_offsets
+    for name in ("q", "k", "v"):
+        assert specialize(ir, schedule, {"q": q, "k": q, "v": q, name: far}, sizes).wide_offsets
+    mask = torch.empty_strided((1, 4096), (1, 2**20), device="meta", dtype=torch.bool)
+    assert specialize(ir, schedule, {"q": q, "k": q, "v": q, "key_mask": mask}, sizes).wide_offsets
+
+
+def test_what_is_known_leaves_no_mask_and_no_64_bits() -> None:
+    ir = ir_of(Case(4096, 64, 64, 64)).changed(dtype=torch.float16, num_heads=12, num_kv_heads=12)
+    schedule = choose_schedule(ir)
+    found = expected(ir, schedule)
+    assert found == Specialization(False, False, False)
+    for source in emit(ir, schedule, found):
         body = source.text.partition("@triton.jit")[2]
         assert "mask=" not in body
         assert "seq_len -" not in body
         assert "[None, :].to(tl.int64)" not in body
-    assert expected_facts(ir.changed(seq_len_q=4095, seq_len_k=4095), schedule).cut
-    assert expected_facts(ir.changed(num_heads="H", num_kv_heads="H"), schedule).wide
+    assert expected(ir.changed(seq_len_q=4095, seq_len_k=4095), schedule).partial_block
+    assert expected(ir.changed(num_heads="H", num_kv_heads="H"), schedule).wide_offsets
 
 
 @pytest.mark.parametrize("changed", ["attend", "represent"])
@@ -226,22 +239,23 @@ def test_blocks_fill_the_tiles_of_every_kernel_or_leave_a_rest(changed: str, siz
     """48 blocks are whole tiles of 16, and no whole tiles of 32."""
     tiling = Tiling(16, 16, 1, 1)
     schedule = replace(SCHEDULE, attend=tiling, represent=tiling)
-    assert not facts_of(48, (192, 4), (192, 4), schedule, (100,)).rest
-    assert facts_of(48, (192, 4), (192, 4), replace(schedule, **{changed: replace(tiling, **sizes)}), (100,)).rest
+    assert not specialization_of(48, (192, 4), (192, 4), schedule, (100,)).partial_tile
+    larger = replace(schedule, **{changed: replace(tiling, **sizes)})
+    assert specialization_of(48, (192, 4), (192, 4), larger, (100,)).partial_tile
 
 
 def test_summaries_and_the_output_count_where_inputs_are_one_element() -> None:
     """Expanded tensors reach nowhere; what is laid out for them does."""
     q = torch.empty((), dtype=torch.float16).expand(1, 2, 2**26, 64)
-    launcher = Launcher(problem_of(Case(4096, 64, 64, 64)), SCHEDULE)
+    ir, schedule = ir_of(Case(4096, 64, 64, 64)), SCHEDULE
     sizes = {"num_heads": 2, "num_blocks": 2**20, "block_q": 64, "seq_len_q": 2**26, "seq_len_k": 2**26}
-    assert launcher._facts({**sizes, "q": q, "k": q, "v": q}).wide
+    assert specialize(ir, schedule, {"q": q, "k": q, "v": q}, sizes).wide_offsets
     few = {"num_heads": 2, "num_blocks": 2**10, "block_q": 64, "seq_len_q": 2**16, "seq_len_k": 2**16}
     near = q[:, :, : 2**16]
-    assert not launcher._facts({**few, "q": near, "k": near, "v": near}).wide
+    assert not specialize(ir, schedule, {"q": near, "k": near, "v": near}, few).wide_offsets
     far = torch.empty_strided((1, 2, 4, 64), (1, 64, 2**30, 1), device="meta", dtype=torch.float16)
-    assert launcher._facts({**few, "q": near, "k": near, "v": near, "rows": far}).wide
-    assert launcher._facts({**few, "num_heads": 2**9, "q": near, "k": near, "v": near}).wide
+    assert specialize(ir, schedule, {"q": near, "k": near, "v": near, "rows": far}, few).wide_offsets
+    assert specialize(ir, schedule, {"q": near, "k": near, "v": near}, {**few, "num_heads": 2**9}).wide_offsets
 
 
 @pytest.mark.parametrize("capability", [None, (8, 0), (9, 0)])
@@ -249,11 +263,11 @@ def test_summaries_and_the_output_count_where_inputs_are_one_element() -> None:
 def test_unequal_lengths_get_a_schedule_that_their_kernels_have(block_size: int, capability: tuple | None) -> None:
     """Also where the bucket of queries in a block is as large as the block of keys."""
     for rows_key, blocks_key, iters in itertools.product((16, 64, 128), (1, 64, 128, 256, 1024), (1, 2)):
-        problem = Problem(64, 64, torch.float16, Form(block_size, iters, "mean"), 0.125, rows_key=rows_key)
-        ir = problem.ir(blocks_key * block_size)
+        form = Form(block_size, iters, "mean")
+        ir = launch._bucket_ir(64, 64, torch.float16, form, 0.125, MaskKind.NONE, 1, blocks_key, rows_key)
         assert ir.is_cross
         assert -(-ir.seq_len_q // blocks_key) in (rows_key, rows_key - (blocks_key == 1))
-        assert emit(problem.ir("N"), choose_schedule(ir, capability))
+        assert emit(ir, choose_schedule(ir, capability))
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -261,7 +275,7 @@ def test_unequal_lengths_get_a_schedule_that_their_kernels_have(block_size: int,
 def test_no_keys_and_no_queries(num_iters: int) -> None:
     q = torch.empty(1, 1, 0, 16)
     options = {"scale": 0.25, "block_size": 4, "num_iters": num_iters, "init": "identity", "pad": "post"}
-    assert launching.launch(q, q, q, None, **options).shape == (1, 1, 0, 16)
+    assert launch.launch(q, q, q, None, **options).shape == (1, 1, 0, 16)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -269,17 +283,17 @@ def test_unequal_lengths_in_turn() -> None:
     """Tiles in turn where the number of queries in a block is known at run time only."""
     case = Case(640, 40, 16, 16, init="mean", queries=700, batch=1)
     q, k, v, _ = tensors(case, torch.float32, "cpu")
-    problem = replace(problem_of(case), rows_key=64)
-    plain = choose_schedule(problem.ir(640))
+    ir = launch.bucketed(ir_of(case))
+    plain = choose_schedule(ir)
     turned = replace(plain, summarize=Tiling(16, 64, 1, 2, ALL), attend=Tiling(16, 32, 1, 2, ALL), whole=True)
-    found, expected = (Launcher(problem, schedule)(q, k, v, None, 16) for schedule in (turned, plain))
+    found, expected = (launch.run(Launcher(ir, schedule), q, k, v, None) for schedule in (turned, plain))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("block_size", "turns"), [(39, 2), (42, 4), (39, 4)])
 def test_offsets_in_turn_divide_the_block(block_size: int, turns: int) -> None:
     """Else the last of a block's offsets would be met by no program."""
-    ir = problem_of(Case(640, block_size, 16, 16)).ir(640)
+    ir = ir_of(Case(640, block_size, 16, 16))
     schedule = replace(choose_schedule(ir), attend=Tiling(32, 32, 1, 1, turns), whole=True)
     with pytest.raises(CodegenError, match="cannot take tiles in turn"):
         check_schedule(schedule, ir)
@@ -298,7 +312,7 @@ def test_offsets_in_turn_divide_the_block(block_size: int, turns: int) -> None:
 )
 def test_turns_that_no_kernel_has_are_refused(change: dict[str, object]) -> None:
     case = FORMS[0]
-    ir = problem_of(case).ir(case.seq_len)
+    ir = ir_of(case)
     check_schedule(shipped(case), ir)
     schedule = replace(shipped(case), **change)
     with pytest.raises(CodegenError, match="cannot take tiles in turn"):

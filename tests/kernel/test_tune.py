@@ -14,24 +14,23 @@ from torch import Tensor
 
 from monarch_compile import autotune, backend
 from monarch_compile.autotune import Machine, ensure, tuned_now
-from monarch_compile.codegen import launch as launching
-from monarch_compile.codegen import tune as tuning
-from monarch_compile.codegen.inspect_ptx import CompileReport
-from monarch_compile.codegen.launch import Problem, build, launch, use
-from monarch_compile.codegen.schedule import (
-    Schedule,
-    Tiling,
-    check_schedule,
-    choose_schedule,
-    shared_bytes,
-    shared_limit,
-)
-from monarch_compile.codegen.tune import Sizes, candidates, stages, tune
-from monarch_compile.codegen.tuned import Tuned, read, write
+from monarch_compile.codegen import launcher as launching
+from monarch_compile.codegen.attention import search as space
+from monarch_compile.codegen.attention.emitter import EMITTER
+from monarch_compile.codegen.attention.launch import bucketed, launch
+from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule, shared_bytes
+from monarch_compile.codegen.attention.search import stages
+from monarch_compile.codegen.launcher import build, use
+from monarch_compile.codegen.program import Kernel
+from monarch_compile.codegen.tiling import Tiling, shared_limit
+from monarch_compile.codegen.tuning import search as tuning
+from monarch_compile.codegen.tuning.compiler_report import CompileReport
+from monarch_compile.codegen.tuning.search import candidates, tune
+from monarch_compile.codegen.tuning.store import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
 from monarch_compile.form import Form
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import attention
 from monarch_compile.reference import reference
 from monarch_compile.report import kernels_of
@@ -40,9 +39,8 @@ pytestmark = pytest.mark.usefixtures("interpreted", "own_cache")
 
 CPU = torch.device("cpu")
 HERE = Machine(CPU, "Some GPU", None, "3.6.0")
-PROBLEM = Problem(16, 16, torch.float32, Form(40), 0.25)
-SIZES = Sizes(75, 1, 1)
 IR = MonarchAttention(1, 1, 1, 75, 75, 16, 16, torch.float32, Form(40), 0.25)
+BUCKET = bucketed(IR)
 
 
 @pytest.fixture
@@ -57,9 +55,9 @@ def own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A smaller space, one head: the interpreter is slow."""
-    monkeypatch.setattr(tuning, "WARPS", (1, 2))
-    monkeypatch.setattr(tuning, "STAGES", (1, 2))
-    monkeypatch.setattr(tuning, "GATE_HEADS", 1)
+    monkeypatch.setattr(space, "WARPS", (1, 2))
+    monkeypatch.setattr(space, "STAGES", (1, 2))
+    monkeypatch.setattr(space, "CHECKED_HEADS", 1)
 
 
 def times(*values: float) -> Callable[[Callable[[], Tensor]], float]:
@@ -78,11 +76,11 @@ def times(*values: float) -> Callable[[Callable[[], Tensor]], float]:
 
 def search(timer=None, report=None, **options) -> tuple[Tuned, dict[str, str]]:
     options = {"device": CPU, "capability": None, "timer": timer or times(1.0), "inspect": report} | options
-    return tune(PROBLEM, SIZES, **options)
+    return tune(IR, **options)
 
 
 def shipped() -> Schedule:
-    return choose_schedule(PROBLEM.ir(2 * 40))
+    return choose_schedule(BUCKET)
 
 
 @pytest.mark.usefixtures("few")
@@ -94,7 +92,7 @@ def test_the_fastest_schedule_is_found() -> None:
 
 
 def candidates_after(start: Schedule) -> list[Schedule]:
-    return list(candidates(start, "summarize", PROBLEM.ir(80), None))
+    return list(candidates(start, "summarize", BUCKET, None))
 
 
 @pytest.mark.usefixtures("few")
@@ -164,7 +162,8 @@ def test_a_schedule_that_does_not_launch_is_rejected(monkeypatch: pytest.MonkeyP
 
     start = replace(shipped(), summarize=Tiling(32, 32, 1, 1))
     monkeypatch.setattr(tuning, "Launcher", Refusing)
-    monkeypatch.setattr(tuning, "choose_schedule", lambda ir, capability: start)
+    starting = replace(EMITTER, choose_schedule=lambda ir, capability: start)
+    monkeypatch.setattr(tuning, "emitter", lambda family: starting)
     result, rejected = search(times(10.0, 1.0))
     assert set(rejected.values()) == {"RuntimeError: out of resources"}
     assert result.schedule.summarize.num_warps == 1
@@ -182,10 +181,10 @@ def usage(name: str, shared: int = 1000, spilled: int = 0) -> CompileReport:
 def test_the_compilers_report_prunes(more: dict[str, int], reason: str) -> None:
     asked = []
 
-    def made_up(source, ir, schedule, capability) -> CompileReport:
-        asked.append(source.name)
-        is_new = source.name == "monarch_summarize" and schedule.summarize != shipped().summarize
-        return usage(source.name, **(more if is_new else {}))
+    def made_up(kernel: Kernel, capability: tuple[int, int]) -> CompileReport:
+        asked.append(kernel.name)
+        is_new = kernel.name == "monarch_summarize" and kernel.tiling != shipped().summarize
+        return usage(kernel.name, **(more if is_new else {}))
 
     result, rejected = search(times(10.0, 9.0), made_up)
     assert all(reason in found for found in rejected.values())
@@ -197,23 +196,23 @@ def test_the_compilers_report_prunes(more: dict[str, int], reason: str) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_spills_of_the_shipped_schedule_are_no_reason() -> None:
-    _, rejected = search(report=lambda source, *_: usage(source.name, spilled=400))
+    _, rejected = search(report=lambda kernel, _: usage(kernel.name, spilled=400))
     assert rejected == {}
 
 
 def test_a_shipped_schedule_that_is_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "reference", lambda q, *_, **options: torch.zeros_like(q) + 1)
+    monkeypatch.setattr(space, "reference", lambda q, *_, **options: torch.zeros_like(q) + 1)
     with pytest.raises(CodegenError, match=r"the shipped schedule .* is off by"):
         search()
 
 
 @pytest.mark.usefixtures("few")
 def test_masks_groups_and_windows_are_tuned_as_they_are() -> None:
-    problem = replace(PROBLEM, masked=True, group=2, form=Form(20, window=1))
+    ir = IR.changed(mask=MaskKind.KEY_PADDING, num_heads=2, block_size=20, window=1)
     options = {"device": CPU, "capability": None, "timer": times(10.0, 9.0), "inspect": None}
-    result, rejected = tune(problem, SIZES, **options)
+    result, rejected = tune(ir, **options)
     assert rejected == {}
-    assert result.error < tuning.ERROR_BOUNDS[torch.float32]
+    assert result.error < space.ERROR_BOUNDS[torch.float32]
     assert result.schedule.near is not None
 
 
@@ -247,25 +246,25 @@ def test_results_are_kept_and_used(caplog: pytest.LogCaptureFixture) -> None:
     found = replace(shipped(), summarize=Tiling(32, 16, 1, 1))
     asked = []
 
-    def fake(problem: Problem, sizes: Sizes, **options: object) -> tuple[Tuned, dict[str, str]]:
-        asked.append((problem, sizes))
+    def fake(ir: MonarchAttention, **options: object) -> tuple[Tuned, dict[str, str]]:
+        asked.append(ir)
         return Tuned(found, 1.0, 2.0, 0.0, 3), {}
 
     digest = ensure([IR, IR], HERE, fake)
-    assert asked == [(PROBLEM, SIZES)]
-    assert build(PROBLEM, 2, None, True).schedule == found
+    assert asked == [IR]
+    assert build(BUCKET, None, True).schedule == found
     assert any(str(found) in kernel.text for kernel in kernels_of(IR)[0]), "a report shows what runs"
     assert [result.schedule for result in read().values()] == [found]
     launching._CHOSEN.clear()
     build.cache_clear()
     assert ensure([IR], HERE, fake) == digest
     assert len(asked) == 1, "the second time it comes from the file"
-    assert build(PROBLEM, 2, None, True).schedule == found
+    assert build(BUCKET, None, True).schedule == found
     assert ensure([IR], replace(HERE, gpu="Other GPU"), fake) == digest
     assert len(asked) == 2, "another GPU's results are its own"
     q, k, v = (torch.randn(1, 1, 75, 16) for _ in range(3))
     torch.testing.assert_close(
-        launch(q, k, v, None, **PROBLEM.options()),
+        launch(q, k, v, None, **IR.options()),
         attention(q, k, v, None, 0.25, 40, 1, "identity", "post", None, 0),
         rtol=1e-5,
         atol=1e-6,
@@ -276,16 +275,17 @@ def test_without_autotune_the_shipped_tables_run() -> None:
     """Even where the cache holds something else."""
     other = replace(shipped(), summarize=Tiling(32, 16, 1, 1))
     write({autotune.key(IR, HERE): Tuned(other, 1.0, 2.0, 0.0, 3)})
-    assert build(PROBLEM, 2, None, True).schedule == shipped()
-    use(PROBLEM, 2, None, other)
-    assert build(PROBLEM, 2, None, True).schedule == other
-    assert build(PROBLEM, 4, None, True).schedule == choose_schedule(PROBLEM.ir(160))
+    assert build(BUCKET, None, True).schedule == shipped()
+    use(IR, None, other)
+    assert build(BUCKET, None, True).schedule == other
+    more = bucketed(IR.changed(seq_len_q=160, seq_len_k=160))
+    assert build(more, None, True).schedule == choose_schedule(more) != other
 
 
 def test_an_illegal_entry_is_tuned_anew() -> None:
     write({autotune.key(IR, HERE): Tuned(replace(shipped(), near=Tiling(16, 16, 1, 1)), 1.0, 2.0, 0.0, 3)})
     ensure([IR], HERE, lambda *_, **options: (Tuned(shipped(), 1.0, 1.0, 0.0, 1), {}))
-    assert build(PROBLEM, 2, None, True).schedule == shipped()
+    assert build(BUCKET, None, True).schedule == shipped()
 
 
 def test_tuning_that_fails_leaves_the_shipped_schedule(caplog: pytest.LogCaptureFixture) -> None:
@@ -296,7 +296,7 @@ def test_tuning_that_fails_leaves_the_shipped_schedule(caplog: pytest.LogCapture
         ensure([IR], HERE, failing)
     assert "tuning failed" in caplog.text
     assert read() == {}
-    assert build(PROBLEM, 2, None, True).schedule == shipped()
+    assert build(BUCKET, None, True).schedule == shipped()
 
 
 @pytest.mark.parametrize("lengths", [{"seq_len_q": "n", "seq_len_k": "n"}, {"seq_len_q": 7}], ids=str)
@@ -346,8 +346,8 @@ def test_the_option_tunes_lowered_cuda_sites_while_compiling(monkeypatch: pytest
         attend = torch.nn.functional.scaled_dot_product_attention
         compiled = torch.compile(lambda *x: attend(*x), backend=backend.monarch, options=chosen)  # noqa: B023
         found = compiled(q, k, v)
-    torch.testing.assert_close(found, reference(q, k, v, None, **PROBLEM.options()))
-    assert asked == [(PROBLEM, SIZES)]
+    torch.testing.assert_close(found, reference(q, k, v, None, **IR.options()))
+    assert asked == [(IR,)]
     assert read()[autotune.key(IR, HERE)].ms > 0
     assert len(set(keys)) == 2
     assert keys[1].endswith(f"-{ensure([IR], HERE)}")
@@ -374,8 +374,8 @@ def test_what_has_no_kernel_is_not_tuned() -> None:
 
 
 def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    def fake(problem: Problem, *_: object, **options: object) -> tuple[Tuned, dict[str, str]]:
-        if problem.form.window == 1:
+    def fake(ir: MonarchAttention, **options: object) -> tuple[Tuned, dict[str, str]]:
+        if ir.form.window == 1:
             raise CodegenError("no such kernel")
         return Tuned(shipped(), 1.0, 2.0, 0.0, 3), {"a": "spills"}
 
@@ -388,7 +388,7 @@ def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert printed.count("2.0000 -> 1.0000 ms (2.00x)") == 2
     assert printed.count("failed: CodegenError: no such kernel") == 2
-    assert "to put into codegen/schedule.py: Schedule(summarize=Tiling(rows=" in printed
+    assert "to put into codegen/attention/schedule.py: Schedule(summarize=Tiling(rows=" in printed
     autotune.run(irs, HERE, seconds=1.0, tune=fake)
     assert capsys.readouterr().out.count("tuned already") == 2
     autotune.run(irs, HERE, seconds=1.0, tune=fake, fresh=True)
@@ -416,7 +416,7 @@ def test_kernels_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     autotune.run([IR], HERE, seconds=1.0, jobs=2, tune=lambda *_, **options: (result, {}))
     printed = capsys.readouterr().out
     assert f"compiling {len(compiled)} schedules in 2 processes" in printed
-    assert {task[:2] for task in compiled} == {(PROBLEM, SIZES)}
+    assert {task.ir for task in compiled} == {IR}
     schedules = [task.schedule for task in compiled]
     assert schedules[0] == shipped()
     assert set(candidates_after(shipped())) < set(schedules)
@@ -444,7 +444,7 @@ def test_compiling_ahead_launches_and_passes_over_what_fails(monkeypatch: pytest
             raise RuntimeError("out of resources")
 
     monkeypatch.setattr(tuning, "Launcher", Noted)
-    tuning.compile_ahead(tuning.tasks(PROBLEM, SIZES, None, "cpu")[0])
+    tuning.compile_ahead(tuning.tasks(IR, None, "cpu")[0])
     assert launched == [shipped()]
 
 

@@ -19,21 +19,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monarch_compile.codegen.emit import canonical, emit, steps
-from monarch_compile.codegen.facts import Facts, expected_facts
-from monarch_compile.codegen.schedule import (
-    ALL,
-    SHARED_LIMITS,
-    Schedule,
-    Tiling,
-    check_schedule,
-    choose_schedule,
-    shared_bytes,
-)
+from monarch_compile.codegen.attention.kernels import canonical, roles
+from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule, shared_bytes
+from monarch_compile.codegen.attention.specialization import Specialization, expected
 from monarch_compile.codegen.source import KernelSource, cache_dir
+from monarch_compile.codegen.tiling import ALL, SHARED_LIMITS, Tiling
 from monarch_compile.errors import CodegenError
 from monarch_compile.form import INITS, PADS, Form
 from monarch_compile.ir import MaskKind, MonarchAttention
+from tests.support.kernels import emit
 
 BASE = MonarchAttention(
     batch=2,
@@ -121,7 +115,7 @@ schedules = st.builds(
     *(Schedule, tilings, tilings, tilings, precisions, st.one_of(st.none(), tilings)),
     *(st.booleans(), st.booleans(), st.booleans()),
 )
-facts = st.builds(Facts, st.booleans(), st.booleans(), st.booleans(), st.sampled_from((1, 2, 4, 8)))
+specializations = st.builds(Specialization, st.booleans(), st.booleans(), st.booleans(), st.sampled_from((1, 2, 4, 8)))
 
 
 @st.composite
@@ -209,17 +203,17 @@ def test_bad_precision_is_refused() -> None:
 def test_golden_sources(name: str, check_golden: Callable[[str, str], None]) -> None:
     ir = GOLDENS[name]
     schedule = choose_schedule(ir, (9, 0))
-    for source in emit(ir, schedule, expected_facts(ir, schedule)):
+    for source in emit(ir, schedule, expected(ir, schedule)):
         check_golden(f"{name}_{source.name}.py.txt", source.text)
 
 
 @settings(max_examples=150, deadline=None)
-@given(irs(), schedules, facts, st.data())
+@given(irs(), schedules, specializations, st.data())
 def test_any_source_parses_and_is_deterministic(
-    ir: MonarchAttention, schedule: Schedule, facts: Facts, data: st.DataObject
+    ir: MonarchAttention, schedule: Schedule, specialization: Specialization, data: st.DataObject
 ) -> None:
     schedule = data.draw(turned(ir, schedule))
-    for source, again in zip(emit(ir, schedule, facts), emit(ir, schedule, facts), strict=True):
+    for source, again in zip(emit(ir, schedule, specialization), emit(ir, schedule, specialization), strict=True):
         assert source == again
         tree = ast.parse(source.text)
         (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
@@ -276,8 +270,8 @@ def test_kernels_of_an_attention(num_iters: int, init: str, names: list[str]) ->
     assert schedule.near is None
     for many in (with_length(ir, 39 * 300), with_length(ir, "N")):
         apart = [name for x in names for name in (("weigh", "represent") if x == "exchange" else (x,))]
-        assert [role.name for role in steps(many, choose_schedule(many))] == [f"monarch_{name}" for name in apart]
-    assert [role.name for role in steps(ir, schedule)] == [f"monarch_{name}" for name in names]
+        assert [role.name for role in roles(many, choose_schedule(many))] == [f"monarch_{name}" for name in apart]
+    assert [role.name for role in roles(ir, schedule)] == [f"monarch_{name}" for name in names]
 
 
 @pytest.mark.parametrize("groups", [{"window": 1}, {"prefix": 3}, {"window": 0, "prefix": 3}], ids=str)
@@ -286,13 +280,13 @@ def test_where_the_exact_groups_are_computed(groups: dict[str, int]) -> None:
     ir = BASE.changed(**groups)
     fused = choose_schedule(ir)
     apart = dataclasses.replace(fused, near=Tiling(32, 32, 2, 1), fused=False)
-    names = [[role.name.removeprefix("monarch_") for role in steps(ir, s)] for s in (fused, apart)]
+    names = [[role.name.removeprefix("monarch_") for role in roles(ir, s)] for s in (fused, apart)]
     assert names == [["summarize_near", "attend"], ["exact", "summarize", "attend"]]
     assert "TILE_J: tl.constexpr = 32" in emit(ir, apart)[0].text
     for change in ({"num_iters": 2}, {"init": "mean"}):
         other = ir.changed(**change)
         for schedule in (choose_schedule(other), fused):
-            assert steps(other, schedule)[0].name == "monarch_exact"
+            assert roles(other, schedule)[0].name == "monarch_exact"
 
 
 def test_an_own_block_needs_no_loop_over_a_window() -> None:
@@ -375,10 +369,8 @@ def test_cache_directory_can_be_chosen(tmp_path: Path, monkeypatch: pytest.Monke
 COMPILED = """
 import dataclasses, json, sys
 import torch
-from monarch_compile.codegen.emit import emit
-from monarch_compile.codegen.inspect_ptx import compile_report
-from monarch_compile.codegen.facts import expected_facts
-from monarch_compile.codegen.schedule import choose_schedule
+from monarch_compile.codegen.attention.emitter import EMITTER
+from monarch_compile.codegen.tuning.compiler_report import compile_report
 from monarch_compile.form import Form
 from monarch_compile.ir import MaskKind, MonarchAttention
 reports = []
@@ -387,11 +379,13 @@ for change, capability in json.loads(sys.stdin.read()):
     sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=n, seq_len_k=n, head_dim=64, value_dim=64)
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
     ir = MonarchAttention(**sizes, dtype=torch.float16, form=Form(64), scale=0.125).changed(**change)
-    schedule = choose_schedule(ir, tuple(capability))
-    for source in emit(ir, schedule, expected_facts(ir, schedule)):
-        report = dataclasses.asdict(compile_report(source, ir, schedule, tuple(capability)))
+    schedule = EMITTER.choose_schedule(ir, tuple(capability))
+    for kernel in dict.fromkeys(EMITTER.program_of(ir, schedule, EMITTER.expected(ir, schedule)).kernels):
+        report = dataclasses.asdict(compile_report(kernel, tuple(capability)))
+        has_bools = any(buffer.dtype is torch.bool for buffer in kernel.reads)  # two of which load as 16 bits
+        halves = 0 if has_bools else report["ptx"].count("ld.global.b16")
         place = {"capability": capability, "dtype": str(ir.dtype), "text": str(schedule)}
-        reports.append({**report, **place, "ptx": "", "halves": report["ptx"].count("ld.global.b16")})
+        reports.append({**report, **place, "ptx": "", "halves": halves})
 print(json.dumps(reports))
 """
 TO_COMPILE = [
@@ -451,11 +445,11 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
 
 AHEAD = """
 import sys, torch
-from monarch_compile.codegen.launch import Problem
+from monarch_compile.codegen.tuning.search import compile_ahead, tasks
 from monarch_compile.form import Form
-from monarch_compile.codegen.tune import Sizes, compile_ahead, tasks
-problem = Problem(64, 64, torch.float16, Form(64), 0.125)
-first = tasks(problem, Sizes(256), (9, 0), "cpu")[0]
+from monarch_compile.ir import MonarchAttention
+ir = MonarchAttention(1, 12, 12, 256, 256, 64, 64, torch.float16, Form(64), 0.125)
+first = tasks(ir, (9, 0), "cpu")[0]
 compile_ahead(first)
 """
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from monarch_compile.codegen import tuned
+from monarch_compile.codegen.tuning import store
 from monarch_compile.sources import digest_of, source_files
 
 if sys.version_info >= (3, 11):
@@ -79,7 +79,7 @@ def test_the_cache_key_covers_every_source_and_template() -> None:
 def test_the_key_of_tuning_changes_with_every_file_that_emits(tmp_path: Path) -> None:
     copied = shutil.copytree(ROOT / "codegen", tmp_path / "codegen", ignore=shutil.ignore_patterns("__pycache__"))
     before = digest_of(copied)
-    assert before == tuned.emitter_digest()
+    assert before == store.emitter_digest()
     for path in source_files(copied):
         text = path.read_bytes()
         path.write_bytes(text + b"#")
@@ -156,8 +156,8 @@ def test_a_wheel_holds_every_file_once_and_works(tmp_path: Path) -> None:
     assert sorted(names) == sorted(expected)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import monarch_compile.passes.pipeline, monarch_compile.codegen.emit as emit, monarch_compile as m\n"
-        f"assert emit.__file__.startswith({str(tmp_path)!r}), emit.__file__\n"
+        "import monarch_compile.passes.pipeline, monarch_compile.codegen.render as render, monarch_compile as m\n"
+        f"assert render.__file__.startswith({str(tmp_path)!r}), render.__file__\n"
         "print(m.__version__)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from monarch_compile.codegen import tuned
-from monarch_compile.codegen.schedule import Schedule, Tiling, choose_schedule
-from monarch_compile.codegen.tuned import Tuned, is_legal, key_of, read, write
+from monarch_compile.codegen.attention.schedule import Schedule, choose_schedule
+from monarch_compile.codegen.tiling import Tiling
+from monarch_compile.codegen.tuning import store
+from monarch_compile.codegen.tuning.store import Tuned, is_legal, key_of, read, write
 from monarch_compile.form import Form
 from monarch_compile.ir import MaskKind, MonarchAttention
 
@@ -24,7 +25,7 @@ IR = MonarchAttention(1, 12, 12, 4096, 4096, 64, 64, torch.float16, Form(64), 0.
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    tuned._warn.cache_clear()
+    store._warn.cache_clear()
     return tmp_path / "deep" / "tuned.json"
 
 
@@ -108,16 +109,20 @@ def test_a_bad_entry_is_passed_over_and_the_others_are_kept(
     assert len(caplog.records) == 1
 
 
+def with_blocks(count: int) -> MonarchAttention:
+    return IR.changed(seq_len_q=64 * count, seq_len_k=64 * count)
+
+
 def test_the_key_holds_all_that_a_result_depends_on() -> None:
-    base = key_of(IR, 64, "NVIDIA H200", "3.6.0")
-    assert base.startswith("NVIDIA H200 | triton 3.6.0 | f16 dims 64/64 group 1 | Form(block_size=64, num_iters=1, ")
+    base = key_of(IR, "NVIDIA H200", "3.6.0")
+    assert base.startswith("NVIDIA H200 | triton 3.6.0 | attention f16 dims 64/64 group 1 | Form(block_size=64, ")
     assert " mask none, at most 64 blocks | " in base
     changes = (
         {"dtype": torch.bfloat16},
         {"head_dim": 80},
         {"value_dim": 80},
         {"num_kv_heads": 6},
-        {"block_size": 32},
+        {"block_size": 32, "seq_len_q": 64 * 32, "seq_len_k": 64 * 32},
         {"num_iters": 2},
         {"init": "mean"},
         {"pad": "pre"},
@@ -125,17 +130,17 @@ def test_the_key_holds_all_that_a_result_depends_on() -> None:
         {"window": 1},
         {"window": None, "prefix": 1},
     )
-    others = [key_of(IR.changed(**change), 64, "NVIDIA H200", "3.6.0") for change in changes]
-    others += [key_of(IR, 128, "NVIDIA H200", "3.6.0"), key_of(IR, 64, "NVIDIA A100", "3.6.0")]
-    others += [key_of(IR, 64, "NVIDIA H200", "3.7.0")]
+    others = [key_of(IR.changed(**change), "NVIDIA H200", "3.6.0") for change in changes]
+    others += [key_of(with_blocks(128), "NVIDIA H200", "3.6.0"), key_of(IR, "NVIDIA A100", "3.6.0")]
+    others += [key_of(IR, "NVIDIA H200", "3.7.0")]
     assert len({base, *others}) == 1 + len(others)
-    assert key_of(IR.changed(scale=1.0, batch=3, num_heads=4, num_kv_heads=4), 64, "NVIDIA H200", "3.6.0") == base
+    assert key_of(IR.changed(scale=1.0, batch=3, num_heads=4, num_kv_heads=4), "NVIDIA H200", "3.6.0") == base
 
 
 def test_the_key_changes_with_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = key_of(IR, 64, "g", "t")
-    monkeypatch.setattr(tuned, "emitter_digest", lambda: "other")
-    assert key_of(IR, 64, "g", "t") != before
+    before = key_of(IR, "g", "t")
+    monkeypatch.setattr(store, "emitter_digest", lambda: "other")
+    assert key_of(IR, "g", "t") != before
 
 
 def test_a_schedule_for_another_problem_is_not_legal() -> None:

@@ -6,32 +6,19 @@ Letters: j offset of a query in its block, i offset of a key in its block, l blo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
-
+from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import MAX_HEAD_DIM, MonarchAttention
 
 DOT_PRECISIONS = ("ieee", "tf32x3")
-MIN_TILE = 16  # the least size of a tl.dot operand on every tensor core generation we emit for
-DTYPE_BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
-SHARED_LIMITS = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}
-"""Shared memory that one program may use, in KiB, by compute capability."""
-DEFAULT_SHARED_LIMIT = 99
 WARP_SCORES = 512
 """Scores of a tile that are worth a warp."""
 WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 """Accumulators that a warp holds without spilling, by bytes of an operand (tf32x3 keeps each operand in two parts)."""
-
-TUNED_ON = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
-"""The GPUs that the tables below were tuned on: made on the first; on the second, a search found nothing faster
-(benchmarks/results/h100_tuned.json)."""
-
-ALL = 0
-"""`Tiling.turns`: all tiles of a block or of an offset."""
 
 OFFSETS = (2, 4)
 """How many offsets a program of stage 2 may take in turn."""
@@ -41,39 +28,14 @@ NEAR_STEP = 64
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """The tiling of one kernel: it owns `rows` output rows and streams over its reduction `step` at a time.
-
-    turns: how many tiles of rows one program meets in turn, the next on its way while one is worked on. 1: one tile.
-    `ALL`: all of its block (stage 1) or offset (stage 2), while the other side, within one step, stays on chip. More,
-    in stage 2 alone: the one tile of each of as many offsets.
-    """
-
-    rows: int
-    step: int
-    num_warps: int
-    num_stages: int
-    turns: int = 1
-
-    def __post_init__(self) -> None:
-        for size in (self.rows, self.step):
-            if size < MIN_TILE or size & (size - 1):
-                raise CodegenError(f"a tile must be a power of two of at least {MIN_TILE}; found {size} in {self}")
-        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1 or self.turns < ALL:
-            raise CodegenError(f"a kernel needs 1, 2, 4, 8 or 16 warps, stages and turns; found {self}")
-
-    def __str__(self) -> str:
-        turns = "" if self.turns == 1 else f"/t{self.turns or 'all'}"
-        return f"{self.rows}x{self.step}/w{self.num_warps}/s{self.num_stages}{turns}"
-
-
-@dataclass(frozen=True)
 class Schedule:
     """The tilings of every kernel of one IR.
 
     summarize: rows j, step i (stage 1: what a block of keys says to the queries of each offset).
     attend: rows l, step b (stage 2: attention over the block summaries).
     represent: rows b, step l (between iterations: the query that stands for a block's readers; also the mean start).
+        `Tiling.turns` of `ALL` are all tiles of a block (stage 1) or of an offset (stage 2), while the other side,
+        within one step, stays on chip. More turns, in stage 2 alone, are the one tile of each of as many offsets.
     exchange: whether all blocks fit the rows of `represent`, and one kernel does all that is between iterations.
     near: rows j, step i (what the exact groups say to each query); None where there are none.
     fused: whether the exact groups are part of stage 1, whose queries must be the sequence's own (`can_fuse`);
@@ -81,6 +43,8 @@ class Schedule:
     whole: whether stage 2 meets all blocks in one step, without a loop: there are at most `attend.step` of them.
     dot_precision: how float32 products are formed, "ieee" or "tf32x3"; 16-bit products are exact either way.
     """
+
+    family: ClassVar[str] = "attention"
 
     summarize: Tiling
     attend: Tiling
@@ -111,7 +75,7 @@ class Schedule:
 
     def __str__(self) -> str:
         tilings = " ".join(f"{name}={tiling}" for name, tiling in self.tilings())
-        place = "" if self.near is None else " fused" if self.fused else " apart"
+        place = "" if self.near is None else " fused" if self.fused else " separate"
         whole = " whole" * self.whole + " exchange" * self.exchange
         return f"{tilings}{place}{whole} dot={self.dot_precision}"
 
@@ -203,7 +167,7 @@ NEAR_TABLE: dict[tuple[int, int], Rows] = {
 """What stands in for `TABLE` with exact groups, which take more registers."""
 
 
-def choose_schedule(ir: MonarchAttention, capability: tuple[int, int] | None = None) -> Schedule:
+def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) -> Schedule:
     """The schedule for `ir` on a device of compute `capability` (None: the smallest shared memory we emit for).
 
     Raises:
@@ -239,6 +203,16 @@ def check_schedule(schedule: Schedule, ir: MonarchAttention) -> None:
             raise CodegenError(f"{name} of {ir} cannot take tiles in turn as {schedule} asks")
 
 
+def is_made_for(schedule: Schedule, ir: MonarchAttention) -> bool:
+    """Whether a schedule has the kernels that `ir` needs, for as many blocks as it has."""
+    blocks, most = ir.num_blocks, schedule.most_blocks
+    return (
+        (schedule.near is not None) == ir.form.has_exact_keys
+        and (schedule.near is None or not schedule.fused or can_fuse(ir))
+        and (most is None or (blocks is not None and blocks <= most))
+    )
+
+
 def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tuple[int, ...]:
     """The turns that a kernel may take with these tiles. whole: whether stage 2 meets all blocks in one step."""
     if name == "attend" and not whole:
@@ -255,16 +229,6 @@ def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tu
 def can_fuse(ir: MonarchAttention) -> bool:
     """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
     return ir.form.num_iters == 1 and ir.form.init == "identity"
-
-
-def shared_limit(capability: tuple[int, int] | None) -> int:
-    """Bytes of shared memory that one program may use."""
-    return 1024 * SHARED_LIMITS.get(capability or (0, 0), DEFAULT_SHARED_LIMIT)
-
-
-def padded(size: int) -> int:
-    """`size` as a tile of tl.dot sees it: the next power of two, at least 16."""
-    return max(MIN_TILE, 1 << (size - 1).bit_length())
 
 
 def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:
@@ -303,14 +267,14 @@ def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: 
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 
 
-def _tilings(rows: tuple[Row, ...], size: int | None, capability: tuple[int, int] | None) -> Iterator[Tiling]:
+def _tilings(rows: tuple[Row, ...], size: int | None, capability: Capability | None) -> Iterator[Tiling]:
     """Those for blocks of `size` keys or for `size` blocks (None: unknown) on a device."""
     for row in rows:
         if (size or math.inf) <= row.most and (row.only is None or capability in row.only):
             yield row.tiling
 
 
-def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, capability: tuple[int, int] | None) -> Tiling:
+def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, capability: Capability | None) -> Tiling:
     """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
     keys = ir.form.prefix if ir.form.window is None else 2 * max(ir.form.window, 1) * ir.form.block_size
     widest = next(_tilings(table.summarize, ir.form.block_size, capability))
@@ -330,3 +294,14 @@ def _within(tiling: Tiling, ir: MonarchAttention, limit: int) -> Tiling:
         else:
             raise CodegenError(f"no tiling of {ir} fits {limit} bytes of shared memory")
     return tiling
+
+
+def read_schedule(fields: Mapping[str, Any]) -> Schedule:
+    """A schedule from what `dataclasses.asdict` made of it.
+
+    Raises:
+        KeyError, TypeError, CodegenError: the fields are of something else.
+    """
+    tilings = {name: Tiling(**fields[name]) for name in ("summarize", "attend", "represent")}
+    near = None if fields["near"] is None else Tiling(**fields["near"])
+    return Schedule(**{**fields, **tilings, "near": near})

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from monarch_compile.codegen.emit import OUTER, SIZES, STRIDES, role_tiling, steps
-from monarch_compile.codegen.facts import sees_strides
-from monarch_compile.codegen.schedule import Schedule
-from monarch_compile.codegen.source import KernelSource, is_interpreted
+from monarch_compile.codegen.program import Buffer, Kernel
+from monarch_compile.codegen.render import render
+from monarch_compile.codegen.source import is_interpreted
+from monarch_compile.codegen.tiling import Capability
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import MaskKind, MonarchAttention
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-FLOAT32_TENSORS = ("c", "near", "unlog")
-TENSORS = ("q", "k", "v", "z", "a", "y", "qhat", "rows")
-ALIGNED = [["tt.divisibility", 16]]
+POINTERS = {
+    torch.bool: "*i1",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+ALIGNMENT = 16
+ALIGNED = [["tt.divisibility", ALIGNMENT]]
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,25 @@ class CompileReport:
         )
 
 
-def compile_report(
-    source: KernelSource, ir: MonarchAttention, schedule: Schedule, capability: tuple[int, int] = (9, 0)
-) -> CompileReport:
-    """Compile one kernel of `emit(ir, schedule)` for `capability`, as for aligned tensors that one projection gave.
+class Argument(NamedTuple):
+    """Type of a kernel's argument, and whether it is a multiple of 16."""
+
+    type: str
+    is_aligned: bool = False
+
+
+def _arguments(buffer: Buffer) -> Iterator[tuple[str, Argument]]:
+    """Of a tensor and of its strides: the last dim's is 1; the others are multiples of a row of known length."""
+    yield buffer.name, Argument(POINTERS[buffer.dtype], is_aligned=True)
+    row = buffer.dims[-1]
+    for name, dim in buffer.strides:
+        last = dim == len(buffer.dims) - 1
+        is_aligned = not isinstance(row, int) or row % ALIGNMENT == 0
+        yield name, Argument("constexpr") if last else Argument("i32", is_aligned)
+
+
+def compile_report(kernel: Kernel, capability: Capability = (9, 0)) -> CompileReport:
+    """Compile one kernel of a program for `capability`, as for aligned, contiguous tensors.
 
     Raises:
         CodegenError: triton is missing or is set to interpret, or does not compile the kernel.
@@ -63,15 +83,13 @@ def compile_report(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: _type(name, ir) for name in source.parameters}
+    source, tiling = render(kernel), kernel.tiling
+    known = {name: argument for buffer in kernel.buffers for name, argument in _arguments(buffer)}
+    arguments = {name: known.get(name, Argument("i32")) for name in source.parameters}
     places = {name: (place,) for place, name in enumerate(source.parameters)}
+    signature = {name: argument.type for name, argument in arguments.items()}
     constants = {places[name]: 1 for name, kind in signature.items() if kind == "constexpr"}
-    strides = () if sees_strides(ir.head_dim, ir.value_dim) else itertools.chain(*(STRIDES[x] for x in OUTER))
-    unseen = {*SIZES, *strides}
-    aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in unseen]
-    attributes = {places[name]: ALIGNED for name in aligned}
-    role = next(role for role in steps(ir, schedule) if role.name == source.name)
-    tiling = role_tiling(role, schedule)
+    attributes = {places[name]: ALIGNED for name, argument in arguments.items() if argument.is_aligned}
     major, minor = capability
     try:
         compiled = triton.compile(
@@ -80,10 +98,10 @@ def compile_report(
             options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
         )
     except Exception as error:
-        raise CodegenError(f"{source.name} does not compile for sm_{major}{minor}: {error}\n{source.text}") from error
+        raise CodegenError(f"{kernel.name} does not compile for sm_{major}{minor}: {error}\n{source.text}") from error
     ptx = compiled.asm["ptx"]
     return CompileReport(
-        name=source.name,
+        name=kernel.name,
         num_warps=tiling.num_warps,
         registers=_usage(compiled.asm["cubin"], "REG"),
         shared_bytes=compiled.metadata.shared,
@@ -92,16 +110,6 @@ def compile_report(
         has_mma="mma.sync" in ptx,
         ptx=ptx,
     )
-
-
-def _type(name: str, ir: MonarchAttention) -> str:
-    if name.endswith("_dim"):
-        return "constexpr"
-    if name in FLOAT32_TENSORS:
-        return "*fp32"
-    if name == "key_mask":
-        return "*fp32" if ir.mask is MaskKind.KEY_BIAS else "*i1"  # a bias is centred in float32
-    return POINTERS[ir.dtype] if name in TENSORS else "i32"
 
 
 def _usage(cubin: bytes, field: str) -> int:

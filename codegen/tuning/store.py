@@ -15,16 +15,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from monarch_compile.codegen.schedule import Schedule, Tiling, can_fuse, check_schedule, shared_bytes, shared_limit
+from monarch_compile.codegen.emitters import IR, Schedule, emitter
 from monarch_compile.codegen.source import cache_dir, replace_file
+from monarch_compile.codegen.tiling import Capability, shared_limit
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import DTYPE_NAMES, MonarchAttention
 from monarch_compile.sources import digest_of
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "tuned.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return asdict(self)
+        return {"family": self.schedule.family, **asdict(self)}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Tuned:
@@ -56,45 +56,32 @@ class Tuned:
         Raises:
             KeyError, TypeError, AttributeError, CodegenError: the content is of something else.
         """
-        fields = dict(content["schedule"])
-        tilings = {name: Tiling(**fields[name]) for name in ("summarize", "attend", "represent")}
-        near = None if fields["near"] is None else Tiling(**fields["near"])
-        schedule = Schedule(**{**fields, **tilings, "near": near})
+        schedule = emitter(content["family"]).read_schedule(content["schedule"])
         times = {name: float(content[name]) for name in ("ms", "shipped_ms", "error")}
         return Tuned(schedule, **times, tried=int(content["tried"]))
 
 
-def key_of(ir: MonarchAttention, blocks_key: int, gpu: str, triton_version: str) -> str:
-    """The readable key of a result: heads, batch and scale are no part of it, and lengths share a bucket of blocks."""
-    parts = (
-        gpu,
-        f"triton {triton_version}",
-        f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}",
-        f"{ir.form} mask {ir.mask.value}, at most {blocks_key} blocks",
-        f"emitters {emitter_digest()}",
-    )
-    return " | ".join(parts)
+def key_of(ir: IR, gpu: str, triton_version: str) -> str:
+    """The readable key of a result: what shares a bucket with `ir` shares it."""
+    described = emitter(ir.family).describe(ir)
+    return " | ".join((gpu, f"triton {triton_version}", described, f"emitters {emitter_digest()}"))
 
 
 @functools.cache
 def emitter_digest() -> str:
     """A hash of all that kernels are emitted and launched by."""
-    return digest_of(Path(__file__).parent)
+    return digest_of(Path(__file__).parents[1])
 
 
-def is_legal(schedule: Schedule, ir: MonarchAttention, capability: tuple[int, int] | None) -> bool:
+def is_legal(schedule: Schedule, ir: IR, capability: Capability | None) -> bool:
     """Whether `schedule` can run `ir`: a file may have been edited, or hold what an older version wrote."""
-    blocks, most = ir.num_blocks, schedule.most_blocks
+    own = emitter(ir.family)
     try:
-        check_schedule(schedule, ir)
+        own.check_schedule(schedule, ir)
     except CodegenError:
         return False
-    return (
-        (schedule.near is not None) == ir.form.has_exact_keys
-        and (schedule.near is None or not schedule.fused or can_fuse(ir))
-        and (most is None or (blocks is not None and blocks <= most))
-        and all(shared_bytes(tiling, ir) <= shared_limit(capability) for _, tiling in schedule.tilings())
-    )
+    within = all(own.tuning.shared_bytes(tiling, ir) <= shared_limit(capability) for _, tiling in schedule.tilings())
+    return own.is_made_for(schedule, ir) and within
 
 
 def tuned_path() -> Path:

@@ -1,0 +1,1 @@
+"""Attention: its schedules, its kernels and how they are launched."""

@@ -1,0 +1,290 @@
+"""The program of Monarch attention: its kernels and the buffers between them, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
+from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
+from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
+from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
+from monarch_compile.groups import HIDDEN
+from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.version import __version__
+
+COPIED_ROWS = 16
+"""Rows of the prefix that a program copies at once: enough that each thread loads several numbers side by side."""
+MAX_WINDOW_KEYS = 2**30
+"""Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
+LEAST_SCALE = 2.0**-126
+"""The least scale that commutes with the largest score: a smaller one may be 0 in float32."""
+
+SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q")
+"""What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
+queries in a block, where they are not."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one kernel is to its IR.
+
+    tiling: the field of the schedule that tiles it.
+    reads, writes: names of its tensors (see `_buffers`), without those that masks and exact groups add.
+    values: whether it also carries values.
+    near: whether it computes the exact groups.
+    far: whether it weighs the far field against the exact groups.
+    """
+
+    name: str
+    template: str
+    tiling: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    values: bool = False
+    near: bool = False
+    far: bool = False
+
+    @property
+    def summarizes(self) -> bool:
+        """Whether it is a kernel of stage 1."""
+        return self.template == "summarize"
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether it reads keys of the sequence, which a mask may hide."""
+        return "k" in self.reads
+
+
+_QKV, _SUMMARIES, _GROUPS = ("q", "k", "v"), ("a", "y", "c"), ("near", "z")
+
+MEAN = Role("monarch_mean_query", "mean_query", "represent", ("q",), ("qhat",))
+ONLY = Role("monarch_summarize", "summarize", "summarize", _QKV, _SUMMARIES, values=True)
+FUSED = Role("monarch_summarize_near", "summarize", "summarize", _QKV, (*_SUMMARIES, *_GROUPS), values=True, near=True)
+FIRST = Role("monarch_summarize_first", "summarize", "summarize", ("q", "k"), ("a", "c"))
+NEXT = Role("monarch_summarize_next", "summarize", "summarize", ("qhat", "k"), ("a", "c"))
+LAST = Role("monarch_summarize_last", "summarize", "summarize", ("qhat", "k", "v"), _SUMMARIES, values=True)
+EXACT = Role("monarch_exact", "exact", "near", _QKV, _GROUPS, values=True, near=True)
+WEIGH = Role("monarch_weigh", "attend", "attend", ("q", "a", "c"), ("neg_lse",), far=True)
+REPRESENT = Role("monarch_represent", "represent", "represent", ("q", "a", "neg_lse"), ("qhat",))
+EXCHANGE = Role("monarch_exchange", "exchange", "represent", ("q", "a", "c"), ("qhat",), far=True)
+ATTEND = Role("monarch_attend", "attend", "attend", ("q", "a", "y", "c"), ("z",), values=True, far=True)
+
+
+def roles(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
+    """The kernels of one attention, in the order in which they are launched (a role may repeat)."""
+    near, identity = ir.form.has_exact_keys, ir.form.init == "identity"
+    fused = near and schedule.fused and can_fuse(ir)
+    sequence = [EXACT] if near and not fused else []
+    if not identity:
+        sequence.append(MEAN)
+    for step in range(ir.form.num_iters - 1):
+        sequence.append(FIRST if identity and step == 0 else NEXT)
+        sequence += [EXCHANGE] if schedule.exchange else [WEIGH, REPRESENT]
+    last = FUSED if fused else ONLY if identity and ir.form.num_iters == 1 else LAST
+    return (*sequence, last, ATTEND)
+
+
+def canonical(ir: MonarchAttention) -> MonarchAttention:
+    """`ir` with the sizes that kernels take at run time replaced by their names."""
+    heads = "H" if ir.group == 1 else f"{ir.group}*H"
+    rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
+    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys)
+
+
+def program(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
+    """The kernels of a canonical IR, and what they pass to each other."""
+    buffers, kernels = _buffers(ir), []
+    one, each = (replace(buffers["qhat"], dims=_dims_of_qhat(ir, count)) for count in (1, "num_blocks"))
+    for role in roles(ir, schedule):
+        if "qhat" in role.writes:
+            buffers["qhat"] = one if role is MEAN else each
+        kernels.append(_kernel(role, ir, schedule, specialization, buffers))
+    return Program(tuple(kernels), "z")
+
+
+def rows_of(ir: MonarchAttention) -> Size:
+    """Queries in a block; a size of the launch where they are not as many as keys."""
+    return "block_q" if ir.is_cross else ir.form.block_size
+
+
+def _dims_of_qhat(ir: MonarchAttention, count: Size) -> tuple[Size, ...]:
+    return "heads", rows_of(ir), count, pitch(ir.head_dim)
+
+
+def _buffers(ir: MonarchAttention) -> dict[str, Buffer]:
+    """Every tensor that a kernel may read or write, by the name of its parameter. "heads" are those of all batches."""
+    head, value, dtype, f32 = ir.head_dim, ir.value_dim, ir.dtype, torch.float32
+    per_block: tuple[Size, ...] = ("heads", rows_of(ir), "num_blocks")
+    mask_dtype = f32 if ir.mask is MaskKind.KEY_BIAS else torch.bool  # a bias is centred in float32
+    found = (
+        Buffer("q", dtype, ("batch", "num_heads", "seq_len_q", head), _strides("q_batch", "q_head", "q_row", "q_dim")),
+        Buffer(
+            "k", dtype, ("batch", "num_kv_heads", "seq_len_k", head), _strides("k_batch", "k_head", "k_row", "k_dim")
+        ),
+        Buffer(
+            "v", dtype, ("batch", "num_kv_heads", "seq_len_k", value), _strides("v_batch", "v_head", "v_row", "v_dim")
+        ),
+        Buffer("key_mask", mask_dtype, ("batch", "seq_len_k"), _strides("mask_batch", "mask_row")),
+        Buffer(
+            "rows",
+            dtype,
+            ("batch", "num_heads", ir.form.prefix, value),
+            _strides("rows_batch", "rows_head", "rows_row", "rows_dim"),
+        ),
+        Buffer("z", dtype, ("batch", "seq_len_q", "num_heads", value)),
+        Buffer("a", dtype, (*per_block, pitch(head))),
+        Buffer("y", dtype, (*per_block, pitch(value))),
+        Buffer("c", f32, per_block),
+        Buffer("near", f32, per_block),
+        Buffer("neg_lse", f32, per_block),
+        Buffer(
+            "qhat",
+            dtype,
+            _dims_of_qhat(ir, "num_blocks"),
+            (("qhat_head", 0), ("qhat_block", 2), ("qhat_offset", 1)),
+        ),
+    )
+    return {buffer.name: buffer for buffer in found}
+
+
+def _strides(*parameters: str) -> tuple[tuple[str, int], ...]:
+    return tuple((name, dim) for dim, name in enumerate(parameters))
+
+
+def _kernel(
+    role: Role, ir: MonarchAttention, schedule: Schedule, specialization: Specialization, buffers: dict[str, Buffer]
+) -> Kernel:
+    tiling: Tiling = getattr(schedule, role.tiling) or schedule.summarize
+    template = role.template
+    if role.summarizes:
+        template += "_whole" if ir.form.block_size <= tiling.step else "_stream"
+    updates = ("z",) if role.far and role.values and ir.form.has_exact_keys else ()
+    reads = tuple(buffers[name] for name in _reads(role, ir))
+    aligned = [name for x in reads if x.name in STRIDED_ROWS for name, dim in x.strides if dim < len(x.dims) - 1]
+    variables = {
+        **_choices(role, ir, schedule, tiling, specialization),
+        **_masks(role, ir, tiling, specialization),
+        **asdict(specialization),
+        "strides_of_multiples": tuple(aligned) if specialization.stride_multiple > 1 else (),
+    }
+    return Kernel(
+        family="attention",
+        name=role.name,
+        template=f"{template}.py.jinja",
+        reads=reads,
+        writes=tuple(buffers[name] for name in role.writes if name not in updates),
+        updates=tuple(buffers[name] for name in updates),
+        sizes=SIZES,
+        constants=tuple(_constants(role, ir, schedule, tiling, specialization).items()),
+        variables=tuple(variables.items()),
+        grid=("heads", *_grid(role, tiling, rows_of(ir))),
+        tiling=tiling,
+        header=_header(role, ir, schedule, specialization),
+    )
+
+
+def _reads(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
+    mask = ("key_mask",) if role.reads_keys and ir.mask is not MaskKind.NONE else ()
+    near = ("near",) if role.far and ir.form.has_exact_keys else ()
+    rows = ("rows",) if near and role.values and ir.form.prefix else ()
+    return (*role.reads, *mask, *near, *rows)
+
+
+def _grid(role: Role, tiling: Tiling, rows: Size) -> tuple[Size | Tiles, ...]:
+    """Programs of a head."""
+    if role.reads_keys:
+        return ("num_blocks",) if tiling.turns == ALL else ("num_blocks", Tiles(rows, tiling.rows))
+    if role.template in ("mean_query", "exchange") or tiling.turns == ALL:
+        return (rows,)
+    return Tiles(rows, tiling.turns), Tiles("num_blocks", tiling.rows)
+
+
+def _header(role: Role, ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> str:
+    return "\n".join(
+        (
+            f"# {role.name}: generated by monarch_compile {__version__}; do not edit.",
+            f"# ir: {ir}",
+            f"# schedule: {schedule}",
+            f"# specialization: {specialization}",
+        )
+    )
+
+
+def _choices(
+    role: Role, ir: MonarchAttention, schedule: Schedule, tiling: Tiling, specialization: Specialization
+) -> dict[str, Any]:
+    """What decides which text a template gives."""
+    steps_of_near = (schedule.near or tiling).step
+    names = {"q_len": "seq_len", "k_len": "seq_len", "q_block": "BLOCK", "tiles": "TILES_J"}
+    if ir.is_cross:
+        names = {"q_len": "seq_len_q", "k_len": "seq_len_k", "q_block": "block_q", "tiles": "tiles"}
+    return {
+        "values": role.values,
+        "from_sequence": "qhat" not in role.reads,
+        "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
+        "summarizes": role.summarizes,
+        "near": role.near or (role.far and ir.form.has_exact_keys),
+        "plain": ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE,
+        "near_aligned": not (specialization.partial_block or ir.form.block_size % steps_of_near),
+        "resident": tiling.turns == ALL,
+        "walks": tiling.turns > 1,
+        "window": ir.form.window,
+        "prefix": ir.form.prefix,
+        "group": ir.group,
+        "cross": ir.is_cross,
+        "whole": schedule.whole,
+        **names,
+    }
+
+
+def _constants(
+    role: Role, ir: MonarchAttention, schedule: Schedule, tiling: Tiling, specialization: Specialization
+) -> dict[str, Any]:
+    """What may stand as a literal at the top of a kernel; its text uses some."""
+    near, block = schedule.near or schedule.summarize, ir.form.block_size
+    dims: dict[str, Any] = {"BLOCK": block, "GROUP": ir.group, "STRIDE_MULTIPLE": specialization.stride_multiple}
+    for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
+        dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
+    window, prefix = ir.form.window or 0, ir.form.prefix
+    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // block), "PREFIX": min(prefix, MAX_POSITION)}
+    tiles = {"TILE_L": tiling.step}
+    if role.reads_keys:
+        tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-block // tiling.rows)}
+        tiles |= {"TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
+    elif role.template == "represent":
+        tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
+    elif role.template == "attend":
+        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns, "TILE_R": COPIED_ROWS}
+    elif role.template == "exchange":
+        tiles = {"TILE": tiling.rows}
+    return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}
+
+
+def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, specialization: Specialization) -> dict[str, Any]:
+    """Where masks are needed at all: the names of those that are, "" for those that are not."""
+    head, value, partial_block = ir.head_dim, ir.value_dim, specialization.partial_block
+    masked, stores = ir.mask is not MaskKind.NONE, role.template != "exact"
+    ragged_j = ir.is_cross or ir.form.block_size % tiling.rows != 0
+    ragged_i = ir.form.block_size % tiling.step != 0
+    partial_rows = ragged_j if role.reads_keys else specialization.partial_tile
+    inside = "is_key" if ragged_i or partial_block else ""
+    return {
+        "masked": masked,
+        "biased": ir.mask is MaskKind.KEY_BIAS,
+        "pre": ir.form.pad == "pre" and partial_block,
+        "ragged_j": ragged_j,
+        "ragged_i": ragged_i,
+        "in_block": "in_block" if ragged_j else "",
+        "real_mask": "is_real" if partial_rows or partial_block else "",
+        "inside_mask": inside,
+        "hides": bool(masked or inside),
+        "block_mask": "is_block" if specialization.partial_tile else "",
+        "head_mask": "is_head" if padded(head) != head else "",
+        "head_stored_mask": "is_head_stored" if stores and padded(head) != pitch(head) else "",
+        "value_mask": "is_value" if padded(value) != value else "",
+        "value_stored_mask": "is_value_stored" if stores and padded(value) != pitch(value) else "",
+    }

@@ -1,0 +1,141 @@
+"""Monarch attention on its kernels: from tensors to the IR of a launcher, and the launch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monarch_compile.codegen.attention.rows import exact_rows
+from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
+from monarch_compile.codegen.source import is_interpreted
+from monarch_compile.codegen.tiling import padded
+from monarch_compile.errors import CodegenError
+from monarch_compile.form import Form
+from monarch_compile.groups import centred
+from monarch_compile.ir import DTYPE_NAMES, MaskKind, MonarchAttention, count_blocks, is_exact
+
+MOST_BLOCKS = 1024
+"""Schedules look no further than this number of blocks, so that few launchers serve all long sequences."""
+
+MOST_ROWS = 128
+"""Nor further than this number of queries in a block: no tile has more rows. Also what an unknown number is."""
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, scale: float, **options: Any) -> Tensor:
+    """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.
+
+    options: those of `Form`.
+
+    q, k, v and key_mask are read through their strides; sizes may be symbolic. Works eagerly, under fake tensors and
+    inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
+
+    Raises:
+        CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
+    """
+    form = _form(**options)
+    if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
+        return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
+    num_blocks = count_blocks(k.shape[2], form.block_size, form.prefix)
+    blocks = _bucket(num_blocks) if isinstance(num_blocks, int) else None
+    rows = None if q.shape[2] == k.shape[2] else _bucket_of_rows(_rows(q, num_blocks))
+    mask = MaskKind.NONE
+    if key_mask is not None:
+        mask = MaskKind.KEY_BIAS if key_mask.is_floating_point() else MaskKind.KEY_PADDING
+        key_mask = centred(key_mask) if mask is MaskKind.KEY_BIAS else key_mask
+    group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
+    ir = _bucket_ir(int(q.shape[3]), int(v.shape[3]), q.dtype, form, scale, mask, group, blocks, rows)
+    launcher = build(ir, capability_of(q.device), is_interpreted())
+    with on_device(q):
+        return run(launcher, q, k, v, key_mask)
+
+
+def run(launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v), laid out (E, N_q, H, D_v).
+
+    Raises:
+        CodegenError: the schedule is for fewer blocks.
+    """
+    form, most = launcher.ir.form, launcher.schedule.most_blocks
+    num_blocks = count_blocks(k.shape[2], form.block_size, form.prefix)
+    if most is not None and not (isinstance(num_blocks, int) and num_blocks <= most):
+        raise CodegenError(f"these kernels are for at most {most} blocks; found {num_blocks}")
+    batch, num_heads, seq_len_q, _ = q.shape
+    sizes = {
+        "batch": batch,
+        "heads": batch * num_heads,
+        "num_heads": num_heads,
+        "num_blocks": num_blocks,
+        "block_q": _rows(q, num_blocks) if launcher.ir.is_cross else form.block_size,
+        "seq_len": seq_len_q,
+        "seq_len_q": seq_len_q,
+        "seq_len_k": k.shape[2],
+    }
+    tensors = {"q": q, "k": k, "v": v}
+    if key_mask is not None:
+        tensors["key_mask"] = key_mask
+    if form.prefix:
+        first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
+        tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
+    return launcher(tensors, sizes).transpose(1, 2)
+
+
+def bucketed(ir: MonarchAttention) -> MonarchAttention:
+    """`ir` as its launcher is made for it: the most blocks, and rows of them, that share its schedule.
+
+    Batch and heads are named, and so is a length that is not known.
+    """
+    blocks = None if ir.num_blocks is None else _bucket(ir.num_blocks)
+    rows = _bucket_of_rows(ir.block_size_q) if ir.is_cross else None
+    return _bucket_ir(ir.head_dim, ir.value_dim, ir.dtype, ir.form, ir.scale, ir.mask, ir.group, blocks, rows)
+
+
+def describe(ir: MonarchAttention) -> str:
+    """What a tuned schedule depends on: heads, batch and scale are no part of it, and lengths share a bucket."""
+    dims = f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}"
+    return f"attention {dims} | {ir.form} mask {ir.mask.value}, at most {bucketed(ir).num_blocks} blocks"
+
+
+_form = functools.lru_cache(maxsize=1024)(Form)
+"""Checked once: a call of eager code waits for it."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _bucket_ir(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    form: Form,
+    scale: float,
+    mask: MaskKind,
+    group: int,
+    blocks: int | None,
+    rows: int | None,
+) -> MonarchAttention:
+    """The IR of the most keys in `blocks` blocks, with `rows` queries to a block; None: as many as keys."""
+    seq_len_k: int | str = "N" if blocks is None else blocks * form.block_size + form.prefix
+    seq_len_q = seq_len_k
+    if rows is not None and isinstance(seq_len_k, int):
+        seq_len_q = rows * -(-seq_len_k // form.block_size)
+        seq_len_q -= seq_len_q == seq_len_k  # as many as keys would be another problem, whose schedules differ
+    elif rows is not None:
+        seq_len_q = "N_q"
+    heads = "H" if group == 1 else f"{group}*H"
+    return MonarchAttention(
+        "B", heads, "H", seq_len_q, seq_len_k, head_dim, value_dim, dtype, form=form, scale=scale, mask=mask
+    )
+
+
+def _bucket(num_blocks: int) -> int:
+    return min(MOST_BLOCKS, 1 << (max(1, num_blocks) - 1).bit_length())
+
+
+def _bucket_of_rows(rows: Any) -> int:
+    return min(MOST_ROWS, padded(rows)) if isinstance(rows, int) else MOST_ROWS
+
+
+def _rows(q: Tensor, num_blocks: Any) -> Any:
+    """Queries in a block, where they are another number than the keys in one."""
+    return (q.shape[2] + num_blocks - 1) // num_blocks

@@ -1,0 +1,138 @@
+"""What of the sizes and strides of a launch lets its kernels do with less: no masks, 32-bit offsets, whole vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monarch_compile.codegen.attention.schedule import Schedule
+from monarch_compile.codegen.tiling import DTYPE_BYTES
+from monarch_compile.ir import MonarchAttention
+
+MAX_POSITION = 2**31 - 1
+"""Sizes and positions in a sequence are 32-bit numbers in the kernels, unless `wide_offsets` says otherwise."""
+
+PITCH_MULTIPLE = 16
+"""Rows of the intermediates are padded to this many elements, so that they load as whole aligned vectors."""
+
+STRIDED_ROWS = ("q", "k", "v", "rows")
+"""Tensors of rows that the caller laid out: `Specialization.stride_multiple` is of their strides but the last."""
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """What of the sizes and strides may be expected when kernels are launched; at first the worst of each.
+
+    partial_block: whether the sequence may end inside a block.
+    partial_tile: whether the number of blocks may be no multiple of the tiles that cover blocks.
+    wide_offsets: whether offsets within one sequence, or one head's summaries, may need 64 bits.
+    stride_multiple: a number of elements that divides the strides of `STRIDED_ROWS`: a power of two, at most a vector
+        of 16 bytes. 1 where it need not be said, because Triton sees multiples of `SEEN_MULTIPLE` by itself.
+    """
+
+    partial_block: bool = True
+    partial_tile: bool = True
+    wide_offsets: bool = True
+    stride_multiple: int = 1
+
+    def __str__(self) -> str:
+        said = {True: "yes", False: "no"}
+        return " ".join(f"{k}={said[v] if isinstance(v, bool) else v}" for k, v in asdict(self).items())
+
+
+UNKNOWN = Specialization()
+
+VECTOR_BYTES = 16
+"""The most that one thread loads at once."""
+
+SEEN_MULTIPLE = 16
+"""Triton sees by itself whether a stride is a multiple of this, and of nothing less."""
+
+
+def pitch(size: int) -> int:
+    """Elements from one row of an intermediate to the next."""
+    return -(-size // PITCH_MULTIPLE) * PITCH_MULTIPLE
+
+
+def sees_strides(head_dim: int, value_dim: int) -> bool:
+    """Whether Triton sees by itself that the strides of rows of these sizes, side by side, are whole vectors."""
+    return head_dim % SEEN_MULTIPLE == value_dim % SEEN_MULTIPLE == 0
+
+
+def specialization_of(
+    num_blocks: Any,
+    queries: tuple[Any, Any],
+    keys: tuple[Any, Any],
+    schedule: Schedule,
+    reaches: Sequence[Any],
+    stride_multiple: int = 1,
+) -> Specialization:
+    """The specialization of a launch. queries, keys: how many, and how many to a block. reaches: elements that lie
+    between the first and the last place that a kernel goes to from one 64-bit address. Symbolic numbers tell nothing.
+    """
+    pairs = (queries, keys)
+    partial_block = not all(_known(num_blocks, *pair) and pair[0] == num_blocks * pair[1] for pair in pairs)
+    sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]
+    partial_tile = not _known(num_blocks) or not num_blocks or any(num_blocks % size for size in sizes)
+    wide_offsets = not _known(*reaches) or max(reaches) > MAX_POSITION
+    return Specialization(partial_block, partial_tile, wide_offsets, stride_multiple)
+
+
+def stride_multiple_of(head_dim: int, value_dim: int, dtype: torch.dtype, strides: Sequence[Any]) -> int:
+    """`Specialization.stride_multiple` of some strides; of symbolic ones as far as it is known without a guard."""
+    multiple = 1 if sees_strides(head_dim, value_dim) else VECTOR_BYTES // DTYPE_BYTES[dtype]
+    while multiple > 1 and not all(_divides(multiple, stride) for stride in strides):
+        multiple //= 2
+    return multiple
+
+
+def specialize(
+    ir: MonarchAttention, schedule: Schedule, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]
+) -> Specialization:
+    """What holds of these tensors and sizes; nothing is asked of symbolic ones, lest it be guarded on."""
+    num_blocks, block_q, prefix = sizes["num_blocks"], sizes["block_q"], ir.form.prefix
+    row = max(pitch(ir.head_dim), pitch(ir.value_dim))
+    reaches = [block_q * num_blocks * row, sizes["seq_len_q"] * sizes["num_heads"] * ir.value_dim]
+    for name, tensor in tensors.items():
+        within_head = 1 if name == "key_mask" else 2  # the dims before are addressed by 64 bits
+        sides = zip(tensor.shape[within_head:], tensor.stride()[within_head:], strict=True)
+        reaches.append(sum(size * stride for size, stride in sides))
+    keys, queries = (sizes["seq_len_k"] - prefix, ir.form.block_size), (sizes["seq_len_q"] - prefix, block_q)
+    return specialization_of(num_blocks, queries, keys, schedule, reaches, _stride_multiple(ir, tensors))
+
+
+def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int:
+    if sees_strides(ir.head_dim, ir.value_dim):
+        return 1
+    rows = (tensors[name] for name in STRIDED_ROWS if name in tensors)
+    strides = [stride for tensor in rows for stride in tensor.stride()[:-1]]
+    return stride_multiple_of(ir.head_dim, ir.value_dim, ir.dtype, strides)
+
+
+def expected(ir: MonarchAttention, schedule: Schedule) -> Specialization:
+    """That of a launch of `ir` on tensors that one projection gave, as far as its sizes are known."""
+    prefix = ir.form.prefix
+    after = [n - prefix if isinstance(n, int) else n for n in (ir.seq_len_q, ir.seq_len_k)]
+    queries, keys = (after[0], ir.block_size_q), (after[1], ir.form.block_size)
+    reach: Any = None
+    if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
+        reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
+    multiple = stride_multiple_of(ir.head_dim, ir.value_dim, ir.dtype, (ir.head_dim, ir.value_dim))
+    return specialization_of(ir.num_blocks, queries, keys, schedule, (reach,), multiple)
+
+
+def _divides(number: int, stride: Any) -> bool:
+    """Whether every value that a stride may have is a multiple of `number`."""
+    if isinstance(stride, int):
+        return stride % number == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(stride % number == 0))
+
+
+def _known(*numbers: Any) -> bool:
+    return all(isinstance(number, int) for number in numbers)

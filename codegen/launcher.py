@@ -1,0 +1,167 @@
+"""Run time of the emitted kernels: a launcher per IR, built once, called inside the body of an operator."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from monarch_compile.codegen.emitters import IR, Schedule, Specialization, emitter
+from monarch_compile.codegen.program import Buffer, Kernel, extent
+from monarch_compile.codegen.render import render
+from monarch_compile.codegen.source import is_interpreted
+from monarch_compile.codegen.tiling import TUNED_ON, Capability
+from monarch_compile.errors import CodegenError
+
+logger = logging.getLogger(__name__)
+
+MIN_CAPABILITY = (8, 0)
+
+
+class Step(NamedTuple):
+    """One kernel as it is launched: `parameters` are the names of its arguments."""
+
+    kernel: Kernel
+    function: Any
+    parameters: tuple[str, ...]
+
+
+class Loaded(NamedTuple):
+    """A program as it is launched. given: the caller's buffers whose strides its kernels take."""
+
+    steps: tuple[Step, ...]
+    given: tuple[Buffer, ...]
+    output: str
+
+
+class Launcher:
+    """The loaded kernels of one IR under one schedule, and the order in which they run."""
+
+    def __init__(self, ir: IR, schedule: Any) -> None:
+        self.ir = ir
+        self.schedule = schedule
+        self._emitter = emitter(ir.family)
+        self._wrap = _wrapper()
+        self._loaded: dict[Specialization, Loaded] = {}
+
+    def load(self, specialization: Specialization) -> Loaded:
+        """The program for a specialization; emitted and loaded once."""
+        if specialization not in self._loaded:
+            program = self._emitter.program_of(self.ir, self.schedule, specialization)
+            rendered = [(kernel, render(kernel)) for kernel in program.kernels]
+            steps = tuple(Step(kernel, source.load(), source.parameters) for kernel, source in rendered)
+            self._loaded[specialization] = Loaded(steps, program.given, program.output)
+        return self._loaded[specialization]
+
+    def __call__(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> Tensor:
+        """Run every kernel in turn on the buffers that are given; the others are allocated beside the first of these.
+
+        sizes: those that buffers, grids and kernels name; they may be symbolic.
+        """
+        loaded = self.load(self._emitter.specialize(self.ir, self.schedule, tensors, sizes))
+        values = {**sizes, **tensors}
+        like = next(iter(tensors.values()))
+        for buffer in loaded.given:
+            values.update(buffer.stride_values(values[buffer.name].stride()))
+        for kernel, function, parameters in loaded.steps:
+            for buffer in kernel.writes:
+                tensor = _allocate(like, [extent(size, sizes) for size in buffer.dims], buffer.dtype)
+                values[buffer.name] = tensor
+                if buffer.strides:
+                    values.update(buffer.stride_values(tensor.stride()))
+            grid = (math.prod([extent(size, sizes) for size in kernel.grid]),)
+            arguments = [values[name] for name in parameters]
+            tiling = kernel.tiling
+            self._wrap(function)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+        result: Tensor = values[loaded.output]
+        return result
+
+
+@functools.cache
+def build(ir: IR, capability: Capability | None, interpreted: bool) -> Launcher:
+    """The launcher of a bucketed IR; emits and loads its kernels once.
+
+    `interpreted` says how Triton is running: it only keeps compiled and interpreted launchers separate.
+    """
+    return Launcher(ir, _CHOSEN.get((ir, capability)) or emitter(ir.family).choose_schedule(ir, capability))
+
+
+_CHOSEN: dict[tuple[IR, Capability | None], Schedule] = {}
+
+
+def use(ir: IR, capability: Capability | None, schedule: Schedule) -> None:
+    """From now on, in this process, launch `ir`, and what shares its bucket, with `schedule`."""
+    place = emitter(ir.family).bucketed(ir), capability
+    if _CHOSEN.get(place) != schedule:
+        _CHOSEN[place] = schedule
+        build.cache_clear()
+
+
+def schedule_for(ir: IR) -> Schedule:
+    """What this process launches `ir` with, as far as is known without a device: a tuned schedule, or the shipped one.
+
+    Raises:
+        CodegenError: no kernel exists for `ir`.
+    """
+    own = emitter(ir.family)
+    bucketed = own.bucketed(ir)
+    tuned = (schedule for (known, _), schedule in _CHOSEN.items() if known == bucketed)
+    return next(tuned, None) or own.choose_schedule(ir, None)
+
+
+def untraced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`call` with its kernels launched without tracing, as the operator launches them in eager mode."""
+    from torch._library.triton import set_wrap_triton_enabled
+
+    def launched() -> Tensor:
+        with set_wrap_triton_enabled(False):
+            return call()
+
+    return launched
+
+
+def _wrapper() -> Callable[[Any], Any]:
+    """What makes a kernel visible to tracing, applied at every call; the interpreter has no tracing."""
+    return (lambda kernel: kernel) if is_interpreted() else torch.library.wrap_triton
+
+
+def _allocate(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Every buffer that a kernel writes comes from here, uninitialised."""
+    return like.new_empty(tuple(shape), dtype=dtype)
+
+
+@functools.cache
+def capability_of(device: torch.device) -> Capability | None:
+    """Compute capability of a CUDA device; None where there is none to ask (the interpreter, fake tensors)."""
+    if device.type == "cpu" and is_interpreted():
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise CodegenError(f"kernels run on NVIDIA devices, or on the CPU under TRITON_INTERPRET=1; found {device}")
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise CodegenError(f"kernels need compute capability {MIN_CAPABILITY} or later; {device} has {capability}")
+    name = torch.cuda.get_device_name(device)
+    if name not in TUNED_ON:
+        logger.info(
+            "schedules ship for %s; those for %s come from a heuristic: `monarch-compile tune` or "
+            'options={"autotune": True} looks for better ones',
+            ", ".join(TUNED_ON),
+            name,
+        )
+    return capability
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    index = tensor.device.index
+    if index is None or tensor.device.type != "cuda" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)

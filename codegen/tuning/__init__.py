@@ -1,0 +1,1 @@
+"""The search for schedules, what it found, and what the compiler reports of a kernel."""
