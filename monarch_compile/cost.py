@@ -152,7 +152,7 @@ def monarch_cost(ir: MonarchAttention) -> Cost:
 @lru_cache(maxsize=1)
 def exact_formula() -> Cost:
     """Exact attention in the symbols of this module: q k^T, a softmax and the product with v."""
-    products = _product(H, (N_Q, D, N_K)) + _product(H, (N_Q, N_K, D_V))
+    products = 2 * H * N_Q * N_K * (D + D_V)
     moved = sum(TENSORS[name] for name in ("q", "k", "v", "z"))
     return Cost(E * products, E * moved, E * H * N_Q * N_K)
 
@@ -204,12 +204,8 @@ def predict(
 def _work(repeats: Mapping[str, Quantity], shape: Callable[[Any], Any]) -> tuple[Quantity, Quantity]:
     """FLOPs and softmax elements of a batch element, of the stages of these iterations."""
     stages = [(repeats[s.when], s) for s in STAGES if s.when in repeats]
-    flops = sum(times * _product(H * s.count, shape(s.matmul)) for times, s in stages)
+    flops = sum(times * 2 * math.prod((H, s.count, *shape(s.matmul))) for times, s in stages)
     return flops, sum(times * H * s.count * s.matmul[0] * s.matmul[2] for times, s in stages if s.softmax)
-
-
-def _product(count: Quantity, shape: tuple[Quantity, Quantity, Quantity]) -> Quantity:
-    return 2 * count * math.prod(shape)
 
 
 def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:

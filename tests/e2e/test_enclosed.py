@@ -94,7 +94,7 @@ def _fresh() -> Any:
         yield
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_blocks_give_monarch_attention(program: Callable[..., Any], sign: int) -> None:
     q, k, v = inputs()

@@ -36,7 +36,7 @@ class TwoLayers(nn.Module):
         return self.second.by_reference(x + self.first.by_reference(x, **form), **form)
 
 
-@pytest.mark.parametrize("window", [1, 0])
+@pytest.mark.parametrize("window", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_lengths_of_one_block_one_after_another(window: int, poisoned: Poisoned) -> None:
     """The number of blocks is 1 by a guard alone there: Inductor once read masks of it by the batch."""
     model, form = TwoLayers().eval(), {"block_size": 64, "window": window}

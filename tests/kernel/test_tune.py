@@ -60,6 +60,12 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space, "CHECKED_HEADS", 1)
 
 
+@pytest.fixture
+def right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every schedule is taken to be right, and none runs: what is tested is the order of the search."""
+    monkeypatch.setattr(tuning.Search, "error", lambda search, schedule: 0.0)
+
+
 def times(*values: float) -> Callable[[Callable[[], Tensor]], float]:
     """A timer that gives these to the schedules that it meets, in turn, the last of them to all others.
 
@@ -83,7 +89,7 @@ def shipped() -> Schedule:
     return choose_schedule(BUCKET)
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "right")
 def test_the_fastest_schedule_is_found() -> None:
     result, rejected = search(times(10.0, 9.0, 4.0, 8.0))
     assert (result.ms, result.shipped_ms, rejected) == (4.0, 10.0, {})
@@ -95,7 +101,7 @@ def candidates_after(start: Schedule) -> list[Schedule]:
     return list(candidates(start, "summarize", BUCKET, None))
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "right")
 @pytest.mark.parametrize("other", [9.9, 11.0])
 def test_the_shipped_schedule_stays_where_little_is_gained(other: float) -> None:
     result, _ = search(times(10.0, other))
@@ -103,7 +109,7 @@ def test_the_shipped_schedule_stays_where_little_is_gained(other: float) -> None
     assert result.ms == result.shipped_ms == 10.0
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "right")
 def test_a_gain_that_does_not_repeat_is_none() -> None:
     """Clocks drift: the shipped schedule and the winner are timed again in the end."""
     series = itertools.chain([10.0, 5.0], itertools.repeat(5.0))
@@ -112,7 +118,7 @@ def test_a_gain_that_does_not_repeat_is_none() -> None:
     assert result.ms == result.shipped_ms == 5.0
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "right")
 def test_every_stage_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()
     met = []
@@ -174,7 +180,7 @@ def usage(name: str, shared: int = 1000, spilled: int = 0) -> CompileReport:
     return CompileReport(name, 4, 128, shared, spilled, True, False, "")
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "right")
 @pytest.mark.parametrize(
     ("more", "reason"), [({"spilled": 17}, "spills 17 bytes"), ({"shared": 10**6}, "1000000 bytes of shared memory")]
 )
@@ -194,7 +200,7 @@ def test_the_compilers_report_prunes(more: dict[str, int], reason: str) -> None:
     assert asked.count("monarch_summarize") == 1 + len(rejected), "a kernel is compiled once"
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few", "right")
 def test_spills_of_the_shipped_schedule_are_no_reason() -> None:
     _, rejected = search(report=lambda kernel, _: usage(kernel.name, spilled=400))
     assert rejected == {}

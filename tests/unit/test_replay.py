@@ -155,7 +155,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.filterwarnings("ignore")
