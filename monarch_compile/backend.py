@@ -158,7 +158,7 @@ def rewritten(
     _record(result.decisions)
     if config.strict:
         _require_lowered(result.decisions)
-    return result if result.num_lowered or result.num_apart else None
+    return result if result.num_lowered or result.num_protected else None
 
 
 def _record(decisions: Sequence[Decision]) -> None:

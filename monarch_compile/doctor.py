@@ -185,7 +185,7 @@ def _cache() -> CacheFacts:
 
 def _variable(name: str, value: str) -> str:
     from monarch_compile.codegen.source import CACHE_DIR_VARIABLE
-    from monarch_compile.passes.debug import DEBUG_DIR_VARIABLE
+    from monarch_compile.passes.dump import DEBUG_DIR_VARIABLE
 
     known = name in (CACHE_DIR_VARIABLE, DEBUG_DIR_VARIABLE)
     return f"{name}={value}" + ("" if known else " (not a variable that monarch_compile reads)")

@@ -85,7 +85,7 @@ class Meter:
 
 def _report(probe: Probe, errors: Mapping[str, float] | None = None, output_error: float | None = None) -> Report:
     """Everything that the passes decided, as a value."""
-    from monarch_compile.passes.enclosed import all_graphs, path_of
+    from monarch_compile.passes.capture.enclosed import all_graphs, path_of
 
     sites: list[Site] = []
     before, after = [nx.DiGraph()], [nx.DiGraph()]

@@ -36,7 +36,7 @@ def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None =
         PlanError: the plan cannot be read or does not fit the model.
         LoweringError: strict mode, and a site stayed exact for lack of support or a pass failed.
     """
-    from monarch_compile.passes.enclosed import all_graphs
+    from monarch_compile.passes.capture.enclosed import all_graphs
 
     config, patches = parse_options(options)
     unused = [*patches, *(name for name in ("mode", "autotune") if getattr(config, name))]

@@ -126,7 +126,7 @@ class SiteInterpreter(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """As the interpreter's own, but for lowered sites."""
-        from monarch_compile.passes.enclosed import is_opened
+        from monarch_compile.passes.capture.enclosed import is_opened
         from monarch_compile.passes.graph import SITE_NAME
 
         if is_opened(n):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.enclosed import given_value
+from monarch_compile.passes.capture.enclosed import given_value
 from monarch_compile.passes.graph import FLOATS, aten, dtype_of, inputs, shape_of
 from monarch_compile.passes.memory import is_written
 

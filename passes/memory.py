@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -177,13 +176,6 @@ def _change_strides(left: Iterable[Node], output: Node, reached: Sequence[Node],
     except Exception:  # an op may refuse the layout, or be no function of tensors alone
         return True
     return any(_layout(values[node]) != _layout(value_of(node)) for node in left)
-
-
-def as_op_gives(like: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
-    """A fake tensor of `shape` (batch, heads, seq_len, dim) with the strides of the attention op's result: the memory
-    order is (batch, seq_len, heads, dim)."""
-    batch, heads, seq_len, dim = shape
-    return like.new_empty((batch, seq_len, heads, dim)).transpose(1, 2)
 
 
 def _layout(value: object) -> list[str]:

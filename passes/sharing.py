@@ -16,28 +16,24 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.passes.frontends import Frontend, frontends
 from monarch_compile.passes.graph import ORIGIN, SITE_NAME, fake_value, inputs, values_from
-from monarch_compile.passes.memory import as_op_gives
 
-TENSORS = 4
-"""The operator's first arguments are tensors: q, k, v and, or None, the key mask."""
-
-BODY = "monarch_attention_"
-"""How the names of bodies begin; a number follows."""
+BODY = "monarch_{}_{}"
+"""Names of bodies: the family, and a number."""
 
 
 def share_bodies(gm: GraphModule) -> int:
-    """Replace calls of the Monarch attention op that compute the same by calls of one body; how many bodies there are.
+    """Replace calls of a family's op that compute the same by calls of one body; how many bodies there are.
 
     The same are the options and the tensors' sizes, strides, dtypes and devices. Sites on a GPU are left alone: there
-    the op stands for two kernels that are not Inductor's; so is a site without an equal. `gm` is changed in place.
+    an op stands for kernels that are not Inductor's; so is a site without an equal. `gm` is changed in place.
     """
     share = _invoke_subgraph()
     fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
     if share is None or fake_mode is None:
         return 0
-    found = gm.graph.find_nodes(op="call_function", target=ATTENTION_OP)
+    found = [node for node in gm.graph.nodes if node.target in _ops()]
     sites = [n for n in found if fake_value(n, fake_mode).device.type == "cpu" and not _is_wrapped(n, fake_mode)]
     if len(sites) < 2:
         return 0
@@ -47,7 +43,7 @@ def share_bodies(gm: GraphModule) -> int:
         alike[_key(node, fake_mode, restrided)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
-        name = f"{BODY}{number}"
+        name = BODY.format(_ops()[nodes[0].target].family, number)
         gm.add_submodule(name, _body(nodes[0]))
         for node in nodes:
             _call(gm.graph, share, name, key, node)
@@ -57,6 +53,18 @@ def share_bodies(gm: GraphModule) -> int:
     return len(groups)
 
 
+def _ops() -> dict[Any, Frontend]:
+    return {frontend.op: frontend for frontend in frontends()}
+
+
+def _tensors(site: Node) -> tuple[Any, ...]:
+    return inputs(site)[: _ops()[site.target].num_tensors]
+
+
+def _options(site: Node) -> tuple[Any, ...]:
+    return inputs(site)[_ops()[site.target].num_tensors :]
+
+
 def _invoke_subgraph() -> Any:
     """The higher-order op that calls a body, or None where torch has none."""
     return getattr(torch.ops.higher_order, "invoke_subgraph", None)
@@ -64,7 +72,7 @@ def _invoke_subgraph() -> Any:
 
 def _is_wrapped(node: Node, fake_mode: FakeTensorMode) -> bool:
     """Whether a site is given tensors of a subclass: those have no rule for calls of bodies."""
-    values = [fake_value(x, fake_mode) for x in inputs(node)[:TENSORS] if x is not None]
+    values = [fake_value(x, fake_mode) for x in _tensors(node) if x is not None]
     return any(map(is_traceable_wrapper_subclass, values))
 
 
@@ -80,9 +88,8 @@ def _restrided(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
     changed: dict[Node, Any] = {}
     for node in graph.nodes:
         read = {x: changed[x] for x in node.all_input_nodes if x in changed}
-        if node.target is ATTENTION_OP:
-            traced = fake_value(node, fake_mode)
-            value: Any = as_op_gives(traced, traced.shape)
+        if node.target in _ops():
+            value: Any = _ops()[node.target].laid_out(fake_value(node, fake_mode))
         elif read and node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
             value = values_from(read, [node])[node]
         else:
@@ -94,21 +101,22 @@ def _restrided(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
 
 def _key(node: Node, fake_mode: FakeTensorMode, restrided: Mapping[Node, Any]) -> str:
     """All that the body of a site depends on: it also names the body in the keys of compile caches."""
-    given = inputs(node)[:TENSORS]
+    given = _tensors(node)
     tensors = [None if x is None else restrided.get(x, fake_value(x, fake_mode)) for x in given]
     facts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors]
-    return f"{ATTENTION_OP} {facts} {inputs(node)[TENSORS:]}"
+    return f"{node.target} {facts} {_options(node)}"
 
 
 def _body(site: Node) -> GraphModule:
     """The op with a site's options, as a graph of its tensors."""
     graph = Graph()
     tensors: list[Node | None] = []
-    for place, given in enumerate(inputs(site)[:TENSORS]):
+    for place, given in enumerate(_tensors(site)):
         tensors.append(None if given is None else graph.placeholder(f"tensor_{place}"))
         if tensors[-1] is not None:
             tensors[-1].meta["val"] = given.meta["val"]
-    graph.output((graph.call_function(ATTENTION_OP, (*tensors, *inputs(site)[TENSORS:])),))
+    op: Any = site.target
+    graph.output((graph.call_function(op, (*tensors, *_options(site))),))
     return GraphModule({}, graph)
 
 
@@ -116,7 +124,7 @@ def _call(graph: Graph, share: Any, name: str, key: str, site: Node) -> None:
     """Put a call of the body `name` in the place of a site."""
     with graph.inserting_before(site):
         body = graph.get_attr(name)
-        call = graph.call_function(share, (body, key, *(x for x in inputs(site)[:TENSORS] if x is not None)))
+        call = graph.call_function(share, (body, key, *(x for x in _tensors(site) if x is not None)))
         result = graph.call_function(operator.getitem, (call, 0))
     for node in (call, result):
         node.meta = {key: site.meta[key] for key in (*ORIGIN, SITE_NAME) if key in site.meta}

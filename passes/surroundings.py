@@ -13,10 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from monarch_compile.calls import Calls, Launcher, is_trained
-from monarch_compile.passes.enclosed import all_graphs
+from monarch_compile.passes.capture.enclosed import all_graphs
 from monarch_compile.passes.graph import aten, inputs, placeholders, shape_of, value_of
-from monarch_compile.passes.products import viewed
-from monarch_compile.passes.region import AttentionRegion, Site
+from monarch_compile.passes.views import viewed
 
 LARGE = 2**16
 """What symbolic sizes are taken to be, so that nothing depends on what they were in the call that was captured."""
@@ -58,7 +57,7 @@ class Surroundings:
     """launcher: who launches the graph's kernels. trained: nodes that a backward pass goes through.
 
     flops: of products with weights, for symbolic sizes of `LARGE`; products: how many they are; sites: how many
-    attention sites share them.
+    sites share them.
     """
 
     launcher: str
@@ -68,19 +67,18 @@ class Surroundings:
     sites: int
 
     @staticmethod
-    def of(gm: GraphModule, sites: Sequence[Site], launcher: Launcher, trained: frozenset[Node]) -> Surroundings:
-        """Those of all sites of a graph, its bodies included."""
+    def of(gm: GraphModule, num_sites: int, launcher: Launcher, trained: frozenset[Node]) -> Surroundings:
+        """Those of a graph with so many sites, its bodies included."""
         found = [(node, DENSE[node.target](node)) for body in all_graphs(gm) for node in body.graph.nodes
                  if node.target in DENSE]  # fmt: skip
         dense = [(node, terms) for node, terms in found if terms != 0]
         flops = sum(2 * _large(terms) * math.prod(map(_large, shape_of(node))) for node, terms in dense)
-        regions = sum(isinstance(site, AttentionRegion) for site in sites)
-        return Surroundings(launcher.of(symbolic=_is_symbolic(gm)), trained, flops, len(dense), max(1, regions))
+        return Surroundings(launcher.of(symbolic=_is_symbolic(gm)), trained, flops, len(dense), max(1, num_sites))
 
-    def calls(self, site: AttentionRegion) -> Calls:
-        """How one of the sites is called."""
-        rows = _large(site.q_shape[0]) * _large(site.q_shape[2])
-        trains = site.output in self.trained
+    def calls(self, output: Node, batch: Any, seq_len: Any) -> Calls:
+        """How the site that gives `output` is called, of so many sequences of this length."""
+        rows = _large(batch) * _large(seq_len)
+        trains = output in self.trained
         share = 1 / self.sites
         return Calls(self.launcher, trains, _rounded(self.flops / rows * share), self.products * share, share)
 

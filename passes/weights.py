@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.enclosed import given_to, given_value
+from monarch_compile.passes.capture.enclosed import given_to, given_value
 from monarch_compile.passes.graph import WEIGHT, ancestors_of, shape_of
 from monarch_compile.passes.memory import storages_of, writes_of
 

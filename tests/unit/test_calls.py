@@ -25,7 +25,7 @@ from monarch_compile.devices import DEVICES
 from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import WHY, crossover, exact_wins, what_decides
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes import choose
+from monarch_compile.passes.attention import choose
 from monarch_compile.passes.pipeline import rewrite
 from monarch_compile.passes.surroundings import Surroundings, trained_nodes
 
@@ -215,8 +215,8 @@ class Block(nn.Module):
 
 def captured(model: nn.Module, x: Tensor, dynamic: bool = False) -> Calls:
     """How the site of a model is called."""
-    from monarch_compile.passes.attention import find_sites
-    from monarch_compile.passes.capture import to_aten
+    from monarch_compile.passes.attention.match import find_sites
+    from monarch_compile.passes.capture.trace import to_aten
 
     found = []
 

@@ -17,7 +17,7 @@ from monarch_compile.backend import rewritten
 from monarch_compile.calls import launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import LoweringError
-from monarch_compile.passes.hidden import NAME, SEEN, hidden_attention
+from monarch_compile.passes.attention.hidden import NAME, SEEN, hidden_attention
 
 aten = torch.ops.aten
 BATCH, HEADS, SIDE, DIM = 2, 3, 4, 8

@@ -17,7 +17,7 @@ MOST_LINES = 400
 FAMILIES = tuple(MODULES)
 
 Name = str
-"""A module's name as it is imported, below `monarch_compile`: "passes.attention"; "" for the package itself."""
+"""A module's name as it is imported, below `monarch_compile`: "passes.attention.match"; "" for the package itself."""
 
 
 def _modules() -> dict[Name, ast.Module]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import monarch_compile
-from monarch_compile.passes.room import SLOTS, with_room
+from monarch_compile.passes.stack import SLOTS, with_stack_chunk
 
 
 def said(program: str) -> str:
@@ -27,7 +27,8 @@ def test_every_public_name_is_there() -> None:
 
 def test_a_compilation_imports_no_reports() -> None:
     at_import = "import sys, monarch_compile; print(*sys.modules); print()"
-    found = said(f"{at_import}; import monarch_compile.backend, monarch_compile.passes.pipeline; print(*sys.modules)")
+    passes = "import monarch_compile.backend, monarch_compile.passes.pipeline as pipeline; pipeline.frontends()"
+    found = said(f"{at_import}; {passes}; print(*sys.modules)")
     first, modules = (line.split() for line in found.split("\n\n"))
     assert "torch.distributed.tensor" not in first  # which torch._dynamo imports
     assert "monarch_compile.ops" in modules
@@ -49,7 +50,7 @@ def test_the_operator_is_registered_without_reading_what_it_calls() -> None:
 
 
 def test_room_changes_nothing_but_the_size_of_a_frame() -> None:
-    assert with_room(divmod, 7, 2) == (3, 1)
+    assert with_stack_chunk(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        with_room(divmod, 7, 0)
-    assert with_room(lambda: inspect.currentframe().f_back.f_code.co_stacksize) == SLOTS  # type: ignore[union-attr]
+        with_stack_chunk(divmod, 7, 0)
+    assert with_stack_chunk(lambda: inspect.currentframe().f_back.f_code.co_stacksize) == SLOTS  # type: ignore[union-attr]

@@ -13,8 +13,8 @@ from sympy.core.function import AppliedUndef
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from monarch_compile.passes.element_views import _regroup
-from monarch_compile.passes.elements import Evaluator
+from monarch_compile.passes.elements.rules import Evaluator
+from monarch_compile.passes.elements.views import _regroup
 
 N = 6
 SLOPES = torch.tensor([0.5, 0.25, 0.125])[:, None, None]

@@ -10,7 +10,7 @@ from support.capture import decisions_of
 
 import monarch_compile
 from monarch_compile.lengths import WHY
-from monarch_compile.passes.masks import KINDS, LOWERED_KINDS
+from monarch_compile.passes.attention.masks import KINDS, LOWERED_KINDS
 from monarch_compile.refusal import CODES
 
 PACKAGE = Path(monarch_compile.__file__).parent

@@ -14,8 +14,8 @@ from torch._dynamo.exc import Unsupported
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from monarch_compile.passes import replay
-from monarch_compile.passes.capture import to_aten
+from monarch_compile.passes.capture import replay
+from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.memory import storages_of
 
 

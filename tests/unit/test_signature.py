@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from monarch_compile.config import MonarchConfig
-from monarch_compile.passes.legality import CHECKS
+from monarch_compile.passes.attention.checks import CHECKS
 from monarch_compile.signature import RULES, Rule, Signature, first_broken
 
 SHAPE = (2, 4, 9, 8)

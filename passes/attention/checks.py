@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.dtensors import is_dtensor, shards_attention
-from monarch_compile.passes.enclosed import enclosing, given_value
-from monarch_compile.passes.graph import ancestors_of, dtype_of, switches_mode
-from monarch_compile.passes.masks import LOWERED_KINDS, MaskFact, classify_all
-from monarch_compile.passes.memory import Write, storages_of, strided_reader, writes_of
-from monarch_compile.passes.region import AttentionRegion, Operand, frame_of
-from monarch_compile.passes.sizes import leading_sizes, told_apart
+from monarch_compile.passes.attention.masks import LOWERED_KINDS, MaskFact, classify_all
+from monarch_compile.passes.attention.region import AttentionRegion, Operand, frame_of
+from monarch_compile.passes.attention.sizes import leading_sizes, told_apart
+from monarch_compile.passes.graph import dtype_of
+from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
 from monarch_compile.passes.weights import is_computed
 from monarch_compile.refusal import Refusal
 from monarch_compile.signature import RULES, Rule, Signature
@@ -33,16 +32,13 @@ class Context:
     """What checks may look at beside the region."""
 
     config: MonarchConfig
-    order: dict[Node, int]
-    writes: tuple[Write, ...]
+    order: Order
     facts: tuple[MaskFact, ...]
     trains: bool = False
 
     @staticmethod
     def of(region: AttentionRegion, config: MonarchConfig, *, trains: bool = False) -> Context:
-        graph = region.output.graph
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        return Context(config, order, writes_of(graph), classify_all(region.masks), trains)
+        return Context(config, Order.of(region.output.graph), classify_all(region.masks), trains)
 
 
 class Check(NamedTuple):
@@ -155,63 +151,23 @@ def _check_learned_keys(region: AttentionRegion, context: Context) -> tuple[str,
     return why, region.k.node
 
 
+def footprint_of(region: AttentionRegion) -> Footprint:
+    """What the rewrite of a region touches. Of its masks it is proved what they hide."""
+    masks = tuple(m.node for m in region.masks)
+    read = (*(x.node for x in _operands(region)), *masks, *(f.node for f in region.factors))
+    return Footprint(region.output, (*region.interior, *region.skipped), read, masks)
+
+
 def _check_mutation(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """A write between the making of a value and its last reading, of which the rewrite knows nothing."""
-    ancestors = set(ancestors_of(m.node for m in region.masks))
-    found = _write_between(_readings(region, ancestors, context.order), context.order, context.writes)
-    body = enclosing(region.output.graph)
-    while found is None and body is not None:
-        graph = body.call.graph
-        ancestors = set(ancestors_of(value for node in ancestors if (value := given_value(node)) is not None))
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        found = _write_between(_readings_before(body.call, ancestors, order), order, writes_of(graph))
-        body = enclosing(graph)
-    return found
-
-
-def _write_between(
-    readings: Iterable[tuple[Node, int]], order: dict[Node, int], writes: Sequence[Write]
-) -> tuple[str, Node] | None:
-    for node, until in readings:
-        for write in writes:
-            if order[node] < write.place < until and write.storages & storages_of(node):
-                return f"{write.node.target} writes in place to memory that this attention reads", write.node
-    return None
-
-
-def _readings(region: AttentionRegion, ancestors: set[Node], order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
-    """Nodes that the rewrite reads or looks through, with the place where the last such reading happens."""
-    last = order[region.output]
-    others = [*(m.node for m in region.masks), *(f.node for f in region.factors)]
-    for node in (*(x.node for x in _operands(region)), *others, *region.interior, *region.skipped):
-        yield node, last
-    yield from _readings_among(ancestors, order)
-
-
-def _readings_before(call: Node, ancestors: set[Node], order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
-    """Of what a call gives to its body and what that is made of."""
-    yield from ((node, order[call]) for node in call.all_input_nodes if node in ancestors)
-    yield from _readings_among(ancestors, order)
-
-
-def _readings_among(nodes: set[Node], order: dict[Node, int]) -> Iterator[tuple[Node, int]]:
-    """Some nodes, with the place where the last of them reads each."""
-    for node in nodes:
-        yield node, max((order[user] for user in node.users if user in nodes), default=0)
+    return write_between(footprint_of(region), context.order)
 
 
 def _check_context(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """Grad mode or autocast switched on or off inside the region: its parts would not all run as they were written."""
-    first = min(context.order[n] for n in (*region.interior, *region.skipped))
-    for node, place in context.order.items():
-        if first < place < context.order[region.output] and switches_mode(node):
-            return "grad mode or autocast changes inside the attention", node
-    return None
+    return mode_switch(footprint_of(region), context.order)
 
 
 def _check_strided(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    reader = strided_reader(region.output)
-    return None if reader is None else ("the output is read through as_strided", reader)
+    return strided_read(footprint_of(region))
 
 
 def signature_of(region: AttentionRegion) -> Signature:

@@ -1,4 +1,4 @@
-"""What matching finds: an attention region, or an attention that is refused, with the reason."""
+"""What matching finds of an attention: the region of the graph that computes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from monarch_compile.refusal import Refusal
+from monarch_compile.passes.state import RefusedSite
 
 
 def frame_of(lead: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -137,14 +137,6 @@ class AttentionRegion:
     def v_shape(self) -> tuple[Any, ...]:
         """(batch, num_kv_heads, seq_len_k, value_dim)."""
         return self._shape(self.v, self.kv_lead(self.lead))
-
-
-@dataclass(frozen=True)
-class RefusedSite:
-    """What looks like attention and could not be read as a region."""
-
-    anchor: Node
-    refusal: Refusal
 
 
 Site = AttentionRegion | RefusedSite

@@ -13,11 +13,11 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch.fx import Node
 
+from monarch_compile.passes.attention.region import MaskTerm
 from monarch_compile.passes.constants import DROPPED
-from monarch_compile.passes.element_values import H, K, Q, as_bool, as_number, broadcast, index_of
-from monarch_compile.passes.elements import Evaluator
+from monarch_compile.passes.elements.rules import Evaluator
+from monarch_compile.passes.elements.values import H, K, Q, as_bool, as_number, broadcast, index_of
 from monarch_compile.passes.graph import dtype_of, shape_of
-from monarch_compile.passes.region import MaskTerm
 
 MAX_CONDITIONS = 6
 """A mask decided by more comparisons is not proved."""

@@ -13,11 +13,11 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from monarch_compile.passes.element_values import Index, Rule, broadcast
-from monarch_compile.passes.element_views import VIEW_RULES
+from monarch_compile.passes.attention.operands import COPIES
+from monarch_compile.passes.attention.region import AttentionRegion, Operand
+from monarch_compile.passes.elements.values import Index, Rule, broadcast
+from monarch_compile.passes.elements.views import VIEW_RULES
 from monarch_compile.passes.graph import aten, inputs, shape_of
-from monarch_compile.passes.operands import COPIES
-from monarch_compile.passes.region import AttentionRegion, Operand
 
 MOVES: dict[object, Rule] = {
     **{

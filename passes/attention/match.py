@@ -14,11 +14,23 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.bodies import WHY, bodies_of
-from monarch_compile.passes.canonicalize import DROPOUTS
-from monarch_compile.passes.capture import to_aten
+from monarch_compile.passes.attention.hidden import hidden_attention
+from monarch_compile.passes.attention.nearby import (
+    EXP,
+    OWN_MASK,
+    SOFTMAXES,
+    head_mixer,
+    is_attention,
+    is_unread_mix,
+)
+from monarch_compile.passes.attention.products import MIXED
+from monarch_compile.passes.attention.region import AttentionRegion, MaskTerm, Operand, Site, frame_of
+from monarch_compile.passes.attention.scores import Walk, keeps_matrix, peel_up
+from monarch_compile.passes.canonical import DROPOUTS
+from monarch_compile.passes.capture.bodies import WHY, bodies_of
+from monarch_compile.passes.capture.enclosed import CLOSED, is_opened
+from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.constants import constant_of
-from monarch_compile.passes.enclosed import CLOSED, is_opened
 from monarch_compile.passes.graph import (
     FLOATS,
     arg,
@@ -30,19 +42,9 @@ from monarch_compile.passes.graph import (
     same_shape,
     shape_of,
 )
-from monarch_compile.passes.hidden import hidden_attention
 from monarch_compile.passes.memory import must_be_kept
-from monarch_compile.passes.nearby import (
-    EXP,
-    OWN_MASK,
-    SOFTMAXES,
-    head_mixer,
-    is_attention,
-    is_unread_mix,
-)
-from monarch_compile.passes.products import CASTS, MIXED, TRANSPOSES, VIEWS, swaps_matrix
-from monarch_compile.passes.region import AttentionRegion, MaskTerm, Operand, RefusedSite, Site, frame_of
-from monarch_compile.passes.scores import Walk, keeps_matrix, peel_up
+from monarch_compile.passes.state import RefusedSite
+from monarch_compile.passes.views import CASTS, TRANSPOSES, VIEWS, swaps_matrix
 from monarch_compile.refusal import Refusal, Refused
 
 SDPA_OP = aten.scaled_dot_product_attention.default

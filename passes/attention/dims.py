@@ -9,8 +9,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from monarch_compile.passes.attention.products import einsum_letters
 from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
-from monarch_compile.passes.products import TRANSPOSES, einsum_letters, source_dims
+from monarch_compile.passes.views import TRANSPOSES, source_dims
 
 Sources = list[tuple[Node, int]]
 """Inputs of an op, each with the dim of it that a dim of the output is; none for a dim that the op itself makes."""

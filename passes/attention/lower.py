@@ -12,11 +12,11 @@ from torch.fx import Graph, Node
 from monarch_compile.form import Form
 from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.passes.enclosed import enclosing
+from monarch_compile.passes.attention.masks import MaskFact
+from monarch_compile.passes.attention.region import AttentionRegion, Factor, MaskTerm, Operand
+from monarch_compile.passes.capture.enclosed import enclosing
 from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of, values_from
-from monarch_compile.passes.masks import MaskFact
-from monarch_compile.passes.memory import as_op_gives, strides_are_seen
-from monarch_compile.passes.region import AttentionRegion, Factor, MaskTerm, Operand
+from monarch_compile.passes.memory import strides_are_seen
 
 
 def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> MonarchAttention:
@@ -89,6 +89,13 @@ def _current(node: Node) -> Node:
     while REPLACED_BY in node.meta:
         node = node.meta[REPLACED_BY]
     return node
+
+
+def as_op_gives(like: torch.Tensor, shape: Iterable[Any]) -> torch.Tensor:
+    """A fake tensor of `shape` (batch, heads, seq_len, dim) with the strides of the attention op's result: the memory
+    order is (batch, seq_len, heads, dim)."""
+    batch, heads, seq_len, dim = shape
+    return like.new_empty((batch, seq_len, heads, dim)).transpose(1, 2)
 
 
 def _lowered_value(op: Node, result: Node, region: AttentionRegion) -> torch.Tensor:

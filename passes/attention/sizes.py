@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch._guards import TracingContext
 
-from monarch_compile.passes.region import AttentionRegion, Operand
+from monarch_compile.passes.attention.region import AttentionRegion, Operand
 
 
-def settle(region: AttentionRegion) -> None:
+def guard_equal_sizes(region: AttentionRegion) -> None:
     """Guard that sizes stay equal which attention wants equal, and which were so in the captured call.
 
     A length that changes gets a symbol for each graph input; a fresh compile sees one number. Without the guard the

@@ -15,6 +15,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from monarch_compile.passes.attention.masks import is_binary
+from monarch_compile.passes.attention.products import MIXED
 from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.graph import (
     FLOATS,
@@ -28,9 +30,7 @@ from monarch_compile.passes.graph import (
     shape_of,
     switches_mode,
 )
-from monarch_compile.passes.masks import is_binary
 from monarch_compile.passes.memory import must_be_kept, storages_of, writes_of
-from monarch_compile.passes.products import MIXED
 
 
 class Recipe(NamedTuple):

@@ -9,11 +9,11 @@ import sympy
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.element_values import Index, Rule, as_number, broadcast
+from monarch_compile.passes.elements.values import Index, Rule, as_number, broadcast
 from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, shape_of
 
 if TYPE_CHECKING:
-    from monarch_compile.passes.elements import Evaluator
+    from monarch_compile.passes.elements.rules import Evaluator
 
 
 def _rule_arange(e: Evaluator, n: Node, i: Index) -> Any:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from monarch_compile.passes.graph import shape_of
 
 if TYPE_CHECKING:
-    from monarch_compile.passes.elements import Evaluator
+    from monarch_compile.passes.elements.rules import Evaluator
 
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 MORE = sympy.symbols("b1 b2 b3 b4", integer=True, nonnegative=True)

@@ -16,12 +16,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from monarch_compile.errors import LoweringError
-from monarch_compile.passes import bodies, subclasses
-from monarch_compile.passes.enclosed import is_enclosing
-from monarch_compile.passes.fastpath import opened
+from monarch_compile.passes.capture import bodies, subclasses
+from monarch_compile.passes.capture.enclosed import is_enclosing
+from monarch_compile.passes.capture.fastpath import opened
+from monarch_compile.passes.capture.replay import Calls
 from monarch_compile.passes.graph import WEIGHT, modules_of, placeholders
 from monarch_compile.passes.memory import must_be_kept
-from monarch_compile.passes.replay import Calls
 
 FORWARD_MODE = "_enter_dual_level"
 """What forward-mode differentiation begins with: run while it is traced, it would not be left again."""

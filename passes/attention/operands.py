@@ -8,11 +8,11 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from monarch_compile.passes.attention.products import SCALES, Simplified, simplify
+from monarch_compile.passes.attention.region import AttentionRegion, Operand
 from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.graph import aten, dtype_of, inputs, same_shape, switches_mode, value_of
 from monarch_compile.passes.memory import storages_of, writes_of
-from monarch_compile.passes.products import SCALES, Simplified, simplify
-from monarch_compile.passes.region import AttentionRegion, Operand
 
 COPIES = frozenset({aten.contiguous.default, aten.clone.default})
 
@@ -64,7 +64,7 @@ def _events(gm: GraphModule, order: dict[Node, int]) -> list[tuple[int, frozense
 MOVABLE = frozenset({aten.reshape.default, aten.view.default, aten.contiguous.default, aten.transpose.int})
 
 
-def as_they_lie(region: AttentionRegion) -> AttentionRegion:
+def without_copies(region: AttentionRegion) -> AttentionRegion:
     """The region with copies, transposes and constant scales taken off its operands."""
     q, k = _bare(region.q, constant_of), _bare(region.k, constant_of)
     v = _bare(region.v, lambda _: None)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from monarch_compile.passes.attention.nearby import BY_WEIGHT, is_unread_product
+from monarch_compile.passes.attention.products import SCORES, Scores
+from monarch_compile.passes.attention.region import Factor, MaskTerm
 from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
-from monarch_compile.passes.nearby import BY_WEIGHT, is_unread_product
-from monarch_compile.passes.products import CASTS, SCORES, TRANSPOSES, VIEWS, Scores, swaps_matrix
-from monarch_compile.passes.region import Factor, MaskTerm
+from monarch_compile.passes.views import CASTS, TRANSPOSES, VIEWS, swaps_matrix
 from monarch_compile.refusal import Refused
 
 

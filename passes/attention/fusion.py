@@ -19,6 +19,9 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from monarch_compile.passes.attention.nearby import EXP, SOFTMAXES
+from monarch_compile.passes.attention.products import MIXED, SCALES, SCORES
+from monarch_compile.passes.attention.scores import keeps_matrix
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
 from monarch_compile.passes.graph import (
     FLOATS,
@@ -32,19 +35,7 @@ from monarch_compile.passes.graph import (
     shape_of,
     value_of,
 )
-from monarch_compile.passes.nearby import EXP, SOFTMAXES
-from monarch_compile.passes.products import (
-    CASTS,
-    MIXED,
-    PARTS,
-    SCALES,
-    SCORES,
-    TRANSPOSES,
-    VIEWS,
-    source_dims,
-    swaps_matrix,
-)
-from monarch_compile.passes.scores import keeps_matrix
+from monarch_compile.passes.views import CASTS, PARTS, TRANSPOSES, VIEWS, source_dims, swaps_matrix
 
 STEPS = 12
 """No pattern has as many ops between a product and softmax."""
@@ -62,7 +53,7 @@ def may_be_misread(anchor: Node) -> bool:
     return anchor.target in SOFTMAXES and _is_misread(anchor)
 
 
-def keep_apart(anchor: Node) -> None:
+def keep_from_fusion(anchor: Node) -> None:
     """Put views that change nothing where the patterns have none: on the probabilities, or on the queries of SDPA."""
     if anchor.target is aten.scaled_dot_product_attention.default:
         _put_views(inputs(anchor)[0], anchor, lambda user: user is anchor)

@@ -15,8 +15,9 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
+from monarch_compile.passes.capture.enclosed import given_value, name_of
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
-from monarch_compile.passes.element_values import (
+from monarch_compile.passes.elements.values import (
     PLACES,
     Index,
     Rule,
@@ -25,8 +26,7 @@ from monarch_compile.passes.element_values import (
     broadcast,
     number,
 )
-from monarch_compile.passes.element_views import VIEW_RULES
-from monarch_compile.passes.enclosed import given_value, name_of
+from monarch_compile.passes.elements.views import VIEW_RULES
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of
 
 MAX_PIECES = 32

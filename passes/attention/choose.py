@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,34 +14,18 @@ from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import installed
 from monarch_compile.form import ACROSS, Form
-from monarch_compile.ir import MonarchAttention
 from monarch_compile.lengths import chosen_form, cost_refusal
 from monarch_compile.ops import kernel_refusal
-from monarch_compile.passes.enclosed import name_of
+from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
+from monarch_compile.passes.attention.lower import to_ir
+from monarch_compile.passes.attention.region import AttentionRegion, Site
+from monarch_compile.passes.attention.sizes import guard_equal_sizes
+from monarch_compile.passes.capture.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
-from monarch_compile.passes.legality import Context, first_refusal, packed_length
-from monarch_compile.passes.lowering import to_ir
-from monarch_compile.passes.masks import MaskFact
-from monarch_compile.passes.region import AttentionRegion, RefusedSite, Site
-from monarch_compile.passes.sizes import settle
+from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
 from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.plan import SitePlan, site_shape
 from monarch_compile.refusal import Refusal
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A decision and what lowering needs to carry it out."""
-
-    decision: Decision
-    region: AttentionRegion | None = None
-    facts: tuple[MaskFact, ...] = ()
-    ir: MonarchAttention | None = None
-
-    @property
-    def lowers(self) -> bool:
-        """Whether the site is to be rewritten."""
-        return self.decision.status == LOWERED
 
 
 def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -> Choice:
@@ -55,7 +39,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     if isinstance(site, RefusedSite):
         _planned(name, (), config)
         return _exact(_undecided(name, site.anchor), "match", site.refusal)
-    settle(site)
+    guard_equal_sizes(site)
     context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _undecided(name, site.anchor, site.output), ",".join(kinds) or "none")
@@ -72,7 +56,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
         return _exact(base, "legality", Refusal("no_kernels", missing))
     if plan is not None and plan.form is None:
         return _exact(base, "cost", Refusal("plan_exact", f"the plan keeps it exact: {plan.reason}"))
-    base = replace(base, calls=around.calls(site))
+    base = replace(base, calls=around.calls(site.output, site.q_shape[0], site.q_shape[2]))
     return _weigh(site, context, None if plan is None else plan.form, base)
 
 
@@ -92,7 +76,8 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
     if config.policy == "never":
         return _exact(base, "cost", Refusal("policy_never", "policy is 'never'"))
     hints, calls = _hints(site), base.calls
-    gain = f"{predict(seen, device, hints, calls).speedup:.2f}x"
+    speedup = predict(seen, device, hints, calls).speedup
+    gain = f"{speedup:.2f}x"
     if config.policy == "auto":
         sizes = {"auto": auto, "batch": batch, "seq_len": seq_len, "queries": queries}
         refused = cost_refusal(seen, device, hints, f"predicted gain {gain} here", calls=calls, **sizes)
@@ -100,7 +85,8 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
             return _exact(base, "cost", refused)
     ir = to_ir(site, facts, planned or chosen_form(config, device.kind, seq_len))
     reason = f"predicted {gain} against exact attention"
-    return Choice(replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason), site, facts, ir)
+    decision = replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason)
+    return Choice(decision, site, ir, frozenset(site.interior), speedup, facts)
 
 
 def _planned(name: str, shape: tuple[int, ...], config: MonarchConfig) -> SitePlan | None:
@@ -108,11 +94,7 @@ def _planned(name: str, shape: tuple[int, ...], config: MonarchConfig) -> SitePl
 
 
 def _exact(base: Decision, stage: str, refusal: Refusal) -> Choice:
-    """The site stays exact; a refusal without a node leaves the one that `base` has."""
-    decision = replace(base, stage=stage, code=refusal.code, reason=refusal.reason)
-    if refusal.node is not None:
-        decision = replace(decision, node=name_of(refusal.node), source=source_of(refusal.node))
-    return Choice(decision)
+    return Choice(kept_exact(base, stage, refusal))
 
 
 def _undecided(name: str, anchor: Node, output: Node | None = None) -> Decision:

@@ -6,6 +6,7 @@ the same at every run of the body. A carry and a slice of what is scanned differ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -156,3 +157,19 @@ def _calls(gm: GraphModule) -> list[Node]:
 
 def _name(call: Node) -> str:
     return str(getattr(call.target, "__name__", ""))
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A copy that keeps nodes' metadata and shares parameters; bodies that may be lowered are copied too."""
+    graph = copy.copy(gm)
+    copies = {id(body): copy_graph(body) for body in opened_bodies(gm)}
+    graph._modules = {name: copies.get(id(module), module) for name, module in gm._modules.items()}
+    graph.graph = type(gm.graph)()
+    mapping: dict[Node, Node] = {}
+    result = graph.graph.graph_copy(gm.graph, mapping)
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    graph.graph.output(result)
+    new_output = next(iter(graph.graph.find_nodes(op="output")))
+    new_output.meta = dict(output.meta)
+    gm.graph.owning_module = gm  # copying a module makes its graph the copy's
+    return graph

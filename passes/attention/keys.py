@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from monarch_compile.passes.dims import Sources, sources_of
+from monarch_compile.passes.attention.dims import Sources, sources_of
+from monarch_compile.passes.attention.products import SCORES, pairing_of
 from monarch_compile.passes.graph import aten, shape_of
-from monarch_compile.passes.products import SCORES, pairing_of
 from monarch_compile.passes.weights import is_computed, is_made_by
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 from torch.fx import Node
 
+from monarch_compile.passes.attention.keys import Between, runs_over_keys
+from monarch_compile.passes.attention.products import MIXED, SCORES, pairing_of
 from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
-from monarch_compile.passes.keys import Between, runs_over_keys
 from monarch_compile.passes.memory import SETS_STRIDES
-from monarch_compile.passes.products import MIXED, SCORES, pairing_of
 from monarch_compile.passes.weights import is_computed
 
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten.softmax.int_out, aten._safe_softmax.default})

@@ -1,0 +1,1 @@
+"""Attention: its anchors and spellings, its checks, and its lowering."""

@@ -1,0 +1,54 @@
+"""What a family gives the passes, and where the families are listed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from monarch_compile.config import MonarchConfig
+from monarch_compile.passes.state import Choice, Pass
+from monarch_compile.passes.surroundings import Surroundings
+
+MODULES = {"attention": "monarch_compile.passes.attention.frontend"}
+"""Family -> the module that holds its `FRONTEND`. Of two families with the same gain, the first listed is lowered."""
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """A family's way from a graph to its op, as plain functions.
+
+    op: the operator that stands for a lowered site; its first `num_tensors` arguments are tensors or None.
+    prepare: passes before matching, which fold what the family spells in many ways.
+    laid_out: a fake tensor like the op's result, with the strides that the op gives it.
+    find: every site of a graph and of the bodies in it that are opened, refused ones included, in the graph's order.
+    choose: what is decided about a site, by its name, the options and what its graph does beside it.
+    lower: rewrites a site as it was chosen; returns the op's node.
+    finish: passes after lowering.
+    """
+
+    family: str
+    op: Any
+    num_tensors: int
+    laid_out: Callable[[Tensor], Tensor]
+    find: Callable[[GraphModule], list[Any]]
+    choose: Callable[[Any, str, MonarchConfig, Surroundings], Choice]
+    lower: Callable[[Choice], Node]
+    prepare: tuple[Pass, ...] = ()
+    finish: tuple[Pass, ...] = ()
+
+
+def frontends() -> tuple[Frontend, ...]:
+    """Those of all families."""
+    return tuple(map(_frontend, MODULES.values()))
+
+
+@functools.cache
+def _frontend(module: str) -> Frontend:
+    found: Frontend = importlib.import_module(module).FRONTEND
+    return found
