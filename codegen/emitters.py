@@ -1,4 +1,4 @@
-"""What a family gives the code generator, and where the families are listed."""
+"""What a family gives the code generator."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from torch import Tensor
 from monarch_compile.codegen.program import Program
 from monarch_compile.codegen.tiling import Capability, Tiling
 from monarch_compile.errors import CodegenError
-
-MODULES = {"attention": "monarch_compile.codegen.attention.emitter"}
-"""Family -> the module that holds its `EMITTER`."""
+from monarch_compile.registry import FAMILIES
 
 
 class Schedule(Protocol):
@@ -112,7 +110,7 @@ def emitter(family: str) -> Emitter:
     Raises:
         CodegenError: no family has this name.
     """
-    if family not in MODULES:
-        raise CodegenError(f"no kernels for family {family!r}; families are {', '.join(MODULES)}")
-    found: Emitter = importlib.import_module(MODULES[family]).EMITTER
+    if family not in FAMILIES:
+        raise CodegenError(f"no kernels for family {family!r}; families are {', '.join(FAMILIES)}")
+    found: Emitter = importlib.import_module(FAMILIES[family].emitter).EMITTER
     return found

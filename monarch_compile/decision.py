@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from monarch_compile.calls import DEVICE_ALONE, Calls
-from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.ir import Dim
 from monarch_compile.refusal import remedy_for
 
 LOWERED = "lowered"
@@ -20,6 +21,7 @@ class Decision:
 
     name: module path and source line of the site, e.g. ``encoder.layers.0.self_attn (model.py:12)``.
     status: "lowered" or "exact".
+    family: whose site it is.
     stage: the last stage reached: "match", "mask", "legality", "cost" or "lowered".
     code: short stable identifier, e.g. "lowered", "mask_general", "cost_exact_wins".
     reason: one sentence for a person.
@@ -37,7 +39,8 @@ class Decision:
     reason: str
     node: str
     source: str = ""
-    ir: MonarchAttention | None = None
+    ir: Any = None
+    family: str = "attention"
     q_shape: tuple[Dim, ...] = ()
     k_shape: tuple[Dim, ...] = ()
     v_shape: tuple[Dim, ...] = ()

@@ -11,11 +11,12 @@ from typing import Any
 import networkx as nx
 import torch
 
-from monarch_compile.cost import Cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.cost import Cost
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.devices import installed
 from monarch_compile.errors import CodegenError, InputError
-from monarch_compile.ir import Dim, MonarchAttention
+from monarch_compile.family import family
+from monarch_compile.ir import Dim
 from monarch_compile.refusal import remedy_for
 from monarch_compile.version import __version__
 
@@ -32,7 +33,8 @@ class Kernel:
 class Site:
     """One attention site.
 
-    name: module path and source line. status: "lowered" or "exact". code: a short stable identifier of the outcome.
+    name: module path and source line. family: of operators. status: "lowered" or "exact".
+    code: a short stable identifier of the outcome.
     reason: one sentence. ir, block_size: the Monarch form; also where a legal site was kept exact by choice.
     q_shape, k_shape, v_shape: (batch, num_heads, seq_len, head_dim); empty where the site was not understood.
     exact, monarch: `Cost` of each form, None where unknown. exact_s, monarch_s: predicted seconds on `device`.
@@ -46,7 +48,8 @@ class Site:
     status: str
     code: str
     reason: str
-    ir: MonarchAttention | None = None
+    ir: Any = None
+    family: str = "attention"
     block_size: int | None = None
     q_shape: tuple[Dim, ...] = ()
     k_shape: tuple[Dim, ...] = ()
@@ -84,6 +87,7 @@ class Site:
         """A JSON-serialisable form; symbolic sizes and costs become strings."""
         return {
             "name": self.name,
+            "family": self.family,
             "status": self.status,
             "code": self.code,
             "reason": self.reason,
@@ -178,7 +182,7 @@ class Report:
 
 def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: int = 0) -> Site:
     """The site that a decision is about, with costs, predicted times and kernels; `hints` values symbolic sizes."""
-    ir = decision.ir
+    ir, own = decision.ir, family(decision.family)
     exact_s, monarch_s = _predicted(decision, hints)
     kernels, note = kernels_of(ir) if ir is not None and decision.status == LOWERED else ((), "")
     if kernels and decision.device != "cuda":
@@ -189,15 +193,16 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
         code=decision.code,
         reason=decision.reason,
         ir=ir,
-        block_size=None if ir is None else ir.form.block_size,
+        family=decision.family,
+        block_size=None if ir is None else own.block_size(ir),
         q_shape=decision.q_shape,
         k_shape=decision.k_shape,
         v_shape=decision.v_shape,
         dtype=decision.dtype,
         device=decision.device,
         mask=decision.mask,
-        exact=_exact_cost(decision),
-        monarch=None if ir is None else monarch_cost(ir),
+        exact=own.exact_cost(decision),
+        monarch=None if ir is None else own.cost(ir),
         exact_s=exact_s,
         monarch_s=monarch_s,
         node=decision.node,
@@ -213,25 +218,18 @@ def dtype_name(dtype: torch.dtype | None) -> str:
     return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _exact_cost(decision: Decision) -> Cost | None:
-    shapes = (decision.q_shape, decision.k_shape, decision.v_shape)
-    if decision.dtype is None or any(len(shape) != 4 for shape in shapes):
-        return None
-    return exact_cost_of_shapes(*shapes, decision.dtype)
-
-
 def _predicted(decision: Decision, hints: Mapping[str, int] | None) -> tuple[float | None, float | None]:
     if decision.ir is None:
         return None, None
     try:
-        prediction = predict(decision.ir, installed(decision.device), hints, decision.calls)
+        prediction = family(decision.family).predict(decision.ir, installed(decision.device), hints, decision.calls)
     except InputError:  # a size without a hint, or a device that the cost model does not describe
         return None, None
     return prediction.exact_s, prediction.monarch_s
 
 
 @lru_cache(maxsize=256)
-def kernels_of(ir: MonarchAttention) -> tuple[tuple[Kernel, ...], str]:
+def kernels_of(ir: Any) -> tuple[tuple[Kernel, ...], str]:
     from monarch_compile.codegen.emitters import emitter
     from monarch_compile.codegen.launcher import schedule_for
     from monarch_compile.codegen.render import sources
@@ -276,7 +274,7 @@ def _why_exact(site: Site) -> list[str]:
 
 def _cells(site: Site) -> tuple[str, ...]:
     ir = site.ir
-    blocks = "-" if ir is None else f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.form.block_size}"
+    blocks = "-" if ir is None else family(site.family).blocks(ir)
     gain = "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
     shape = "x".join(map(str, site.q_shape)) or "-"
     if site.k_shape and site.k_shape[2] != site.q_shape[2]:

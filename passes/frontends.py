@@ -1,4 +1,4 @@
-"""What a family gives the passes, and where the families are listed."""
+"""What a family gives the passes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from torch.fx import GraphModule, Node
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.state import Choice, Pass
 from monarch_compile.passes.surroundings import Surroundings
-
-MODULES = {"attention": "monarch_compile.passes.attention.frontend"}
-"""Family -> the module that holds its `FRONTEND`. Of two families with the same gain, the first listed is lowered."""
+from monarch_compile.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Frontend:
 
 def frontends() -> tuple[Frontend, ...]:
     """Those of all families."""
-    return tuple(map(_frontend, MODULES.values()))
+    return tuple(_frontend(modules.frontend) for modules in FAMILIES.values())
 
 
 @functools.cache

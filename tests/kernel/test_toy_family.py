@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from monarch_compile.codegen import emitters
 from monarch_compile.codegen.emitters import emitter
 from monarch_compile.codegen.launcher import _CHOSEN, build, schedule_for, use
 from monarch_compile.codegen.render import sources
@@ -16,19 +15,23 @@ from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.codegen.tuning.search import tune
 from monarch_compile.codegen.tuning.store import is_legal, key_of, read, write
 from monarch_compile.errors import CodegenError
-from tests.toy.family import EMITTER, Gate, GateSchedule, reference
+from monarch_compile.family import family
+from monarch_compile.registry import FAMILIES, Modules
+from tests.toy.emitter import EMITTER, GateSchedule
+from tests.toy.family import Gate, reference
 
 IR = Gate(5, 100, torch.float32)
+MODULES = Modules("tests.toy.family", "tests.toy.frontend", "tests.toy.emitter")
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The one line that a family adds to the spine."""
-    monkeypatch.setitem(emitters.MODULES, "toy", "tests.toy.family")
+    monkeypatch.setitem(FAMILIES, "toy", MODULES)
     monkeypatch.setenv("MONARCH_CACHE_DIR", str(tmp_path))
     yield
     _CHOSEN.clear()
-    for cached in (build, emitter):
+    for cached in (build, emitter, family):
         cached.cache_clear()
 
 

@@ -1,0 +1,29 @@
+"""Attention, as the report sees it."""
+
+from __future__ import annotations
+
+from monarch_compile.cost import Cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.decision import Decision
+from monarch_compile.family import Family
+from monarch_compile.ir import MonarchAttention
+
+
+def _exact_cost(decision: Decision) -> Cost | None:
+    shapes = (decision.q_shape, decision.k_shape, decision.v_shape)
+    if decision.dtype is None or any(len(shape) != 4 for shape in shapes):
+        return None
+    return exact_cost_of_shapes(*shapes, decision.dtype)
+
+
+def _blocks(ir: MonarchAttention) -> str:
+    return f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.form.block_size}"
+
+
+FAMILY = Family(
+    name="attention",
+    cost=monarch_cost,
+    exact_cost=_exact_cost,
+    predict=predict,
+    blocks=_blocks,
+    block_size=lambda ir: ir.form.block_size,
+)

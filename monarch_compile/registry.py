@@ -1,0 +1,28 @@
+"""The families of operators. A family is a line here and the three modules that it names."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Modules(NamedTuple):
+    """Where the three faces of a family are, by the names of their modules: they never import each other.
+
+    family: `FAMILY`, a `monarch_compile.family.Family`: what the report and the cost model ask.
+    frontend: `FRONTEND`, a `monarch_compile.passes.frontends.Frontend`: from a graph to the IR and back.
+    emitter: `EMITTER`, a `monarch_compile.codegen.emitters.Emitter`: from the IR to kernels.
+    """
+
+    family: str
+    frontend: str
+    emitter: str
+
+
+FAMILIES: dict[str, Modules] = {
+    "attention": Modules(
+        family="monarch_compile.attention_family",
+        frontend="monarch_compile.passes.attention.frontend",
+        emitter="monarch_compile.codegen.attention.emitter",
+    )
+}
+"""By name. Of two families that claim one node with the same predicted gain, the first is lowered."""
