@@ -33,10 +33,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.models.architectures import Architecture
 from benchmarks.resumable import machine, write
 from benchmarks.speed.problems import PRESETS, AutoForm, Problem, inputs
+from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.backend import monarch as backend
 from monarch_compile.benchmark import cuda_graph_times, time_interleaved
 from monarch_compile.devices import device_for
-from monarch_compile.functional import monarch_attention
 from monarch_compile.integrations import replace_sdpa
 
 Call = Callable[[], Any]

@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.resumable import machine
 from benchmarks.speed.problems import Problem as Attention
 from benchmarks.speed.problems import inputs
+from monarch_compile.attention.op import attention
+from monarch_compile.attention.reference import reference
 from monarch_compile.codegen import launcher as launching
-from monarch_compile.ops import attention
-from monarch_compile.reference import reference
 
 CHECKS = (
     # batch, num_heads, N, head_dim, block_size, num_iters, init, pad, masked, window, prefix

@@ -9,6 +9,7 @@ Options of the backend: `MonarchConfig`. Without torch.compile: `monarch_compile
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import (
     CodegenError,
@@ -19,7 +20,6 @@ from monarch_compile.errors import (
     MonarchError,
     PlanError,
 )
-from monarch_compile.functional import monarch_attention
 from monarch_compile.version import __version__
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.benchmark import cuda_graph_times
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import auto_block_size
 from monarch_compile.measured import real_tensors
 
 if TYPE_CHECKING:

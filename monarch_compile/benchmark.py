@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monarch_compile.cost import predict
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import auto_block_size
+from monarch_compile.attention.work import predict
 from monarch_compile.devices import DEVICES
-from monarch_compile.form import Form
-from monarch_compile.functional import monarch_attention
-from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import auto_block_size
 from monarch_compile.version import __version__
 
 SEQ_LENS = (128, 256, 512, 1024, 1500, 2048, 4096)

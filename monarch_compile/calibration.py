@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monarch_compile.candidates import Occurrence, forms_that_pay, total_seconds
+from monarch_compile.attention.candidates import Occurrence, forms_that_pay, total_seconds
+from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import Decision
 from monarch_compile.devices import Device, installed
 from monarch_compile.errors import InputError
 from monarch_compile.explainer import size_hints
-from monarch_compile.form import FORM_OPTIONS, Form
 from monarch_compile.instrument import AttentionCall, Probe, Switch, capture
 from monarch_compile.metrics import ratio, relative_error, squares_apart
 from monarch_compile.plan import Plan, SitePlan, site_shape

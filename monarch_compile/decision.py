@@ -1,4 +1,4 @@
-"""What the passes decided about one attention site, and why."""
+"""What the passes decided about one site, and why."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for one attention site.
+    """The outcome for one site.
 
+    family: the family of operators that the site is of.
     name: module path and source line of the site, e.g. ``encoder.layers.0.self_attn (model.py:12)``.
     status: "lowered" or "exact".
-    family: whose site it is.
     stage: the last stage reached: "match", "mask", "legality", "cost" or "lowered".
     code: short stable identifier, e.g. "lowered", "mask_general", "cost_exact_wins".
     reason: one sentence for a person.
@@ -32,6 +32,7 @@ class Decision:
     calls: how the site is called, as far as its time depends on it.
     """
 
+    family: str
     name: str
     status: str
     stage: str
@@ -40,7 +41,6 @@ class Decision:
     node: str
     source: str = ""
     ir: Any = None
-    family: str = "attention"
     q_shape: tuple[Dim, ...] = ()
     k_shape: tuple[Dim, ...] = ()
     v_shape: tuple[Dim, ...] = ()
@@ -56,5 +56,5 @@ class Decision:
 
     def as_json(self) -> dict[str, str]:
         """What logs hold of it."""
-        names = ("name", "status", "stage", "code", "reason", "node", "source", "remedy")
+        names = ("family", "name", "status", "stage", "code", "reason", "node", "source", "remedy")
         return {name: getattr(self, name) for name in names} | {"ir": str(self.ir or "")}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.benchmark import environment
 from monarch_compile.devices import installed
 from monarch_compile.metrics import relative_error
-from monarch_compile.ops import kernel_refusal
 
 SHAPE = (1, 2, 64, 16)
 """(batch, num_heads, seq_len, head_dim) of the self-test."""
@@ -131,7 +131,7 @@ def self_test(device: str) -> SelfTest:
 
 
 def _error(device: str, dtype: torch.dtype) -> float:
-    from monarch_compile.reference import reference
+    from monarch_compile.attention.reference import reference
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from monarch_compile.attention.groups import split_mask
+from monarch_compile.attention.op import ATTENTION_OP, OPTIONS
 from monarch_compile.calls import Launcher
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import MonarchError, PlanError
-from monarch_compile.groups import split_mask
-from monarch_compile.ops import ATTENTION_OP, OPTIONS
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite

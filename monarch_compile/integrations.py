@@ -20,9 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from monarch_compile import autocast
-from monarch_compile.calls import is_trained
-from monarch_compile.config import MonarchConfig, parse_options
-from monarch_compile.eager_calls import (
+from monarch_compile.attention.eager_calls import (
     Layout,
     decider,
     eager_order,
@@ -30,8 +28,10 @@ from monarch_compile.eager_calls import (
     key_mask,
     not_plain,
 )
+from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.calls import is_trained
+from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import ConfigError, LoweringError
-from monarch_compile.functional import monarch_attention
 from monarch_compile.refusal import Refusal
 
 __all__ = ["ReplaceSdpa", "register_diffusers", "register_transformers", "replace_sdpa"]
@@ -173,7 +173,7 @@ def register_diffusers(name: str = "monarch", **options: Any) -> ReplaceSdpa:
         ConfigError: as `replace_sdpa`, or the name is one of diffusers' own or not in lower case.
         ImportError: diffusers 0.35 or later is not installed.
     """
-    from monarch_compile.diffusers_backend import add_backend
+    from monarch_compile.attention.diffusers_backend import add_backend
 
     replaced = replace_sdpa(**options)
     add_backend(name, replaced)

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.errors import IRError, PlanError
-from monarch_compile.form import FORM_OPTIONS, Form
 from monarch_compile.ir import Dim
 
 PLAN_VERSION = 1

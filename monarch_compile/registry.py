@@ -20,7 +20,7 @@ class Modules(NamedTuple):
 
 FAMILIES: dict[str, Modules] = {
     "attention": Modules(
-        family="monarch_compile.attention_family",
+        family="monarch_compile.attention.family",
         frontend="monarch_compile.passes.attention.frontend",
         emitter="monarch_compile.codegen.attention.emitter",
     )

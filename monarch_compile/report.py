@@ -44,12 +44,12 @@ class Site:
     error: measured relative error of the site's output, None where it was not measured.
     """
 
+    family: str
     name: str
     status: str
     code: str
     reason: str
     ir: Any = None
-    family: str = "attention"
     block_size: int | None = None
     q_shape: tuple[Dim, ...] = ()
     k_shape: tuple[Dim, ...] = ()
@@ -188,12 +188,12 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
     if kernels and decision.device != "cuda":
         note = f"On {decision.device} Inductor compiles the reference instead; on CUDA these run."
     return Site(
+        family=decision.family,
         name=decision.name,
         status=decision.status,
         code=decision.code,
         reason=decision.reason,
         ir=ir,
-        family=decision.family,
         block_size=None if ir is None else own.block_size(ir),
         q_shape=decision.q_shape,
         k_shape=decision.k_shape,

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.speed.problems import AutoForm, Inputs, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Call, Subject, monarch
+from monarch_compile.attention.work import exact_cost, monarch_cost, predict
 from monarch_compile.benchmark import Timing, cuda_graph_times, time_interleaved, timing_of
-from monarch_compile.cost import exact_cost, monarch_cost, predict
 from monarch_compile.devices import Device
 
 MONARCH = "monarch"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.devices import Device
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import auto_block_size
 
 
 @dataclass(frozen=True)

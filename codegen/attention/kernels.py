@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from monarch_compile.attention.groups import HIDDEN
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
 from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
-from monarch_compile.groups import HIDDEN
-from monarch_compile.ir import MaskKind, MonarchAttention
 from monarch_compile.version import __version__
 
 COPIED_ROWS = 16

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.groups import centred
+from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
 from monarch_compile.codegen.attention.rows import exact_rows
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import padded
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import Form
-from monarch_compile.groups import centred
-from monarch_compile.ir import DTYPE_NAMES, MaskKind, MonarchAttention, count_blocks, is_exact
+from monarch_compile.ir import DTYPE_NAMES
 
 MOST_BLOCKS = 1024
 """Schedules look no further than this number of blocks, so that few launchers serve all long sequences."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from monarch_compile.groups import split_mask
+from monarch_compile.attention.groups import split_mask
 
 FEW_HEADS, FEW_ROWS = 64, 64
 """Up to so many heads of all batch entries, and rows of each, leave most of a GPU idle, unless the keys of a head are

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+from monarch_compile.attention.ir import MAX_HEAD_DIM, MonarchAttention
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
 from monarch_compile.errors import CodegenError
-from monarch_compile.ir import MAX_HEAD_DIM, MonarchAttention
 
 DOT_PRECISIONS = ("ieee", "tf32x3")
 WARP_SCORES = 512

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.reference import reference
 from monarch_compile.codegen.attention.schedule import Schedule, turns_of
 from monarch_compile.codegen.tiling import ALL, Tiling, padded
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.reference import reference
 
 SIZES = (16, 32, 64, 128)
 LONGEST_STEP = 256

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.tiling import DTYPE_BYTES
-from monarch_compile.ir import MonarchAttention
 
 MAX_POSITION = 2**31 - 1
 """Sizes and positions in a sequence are 32-bit numbers in the kernels, unless `wide_offsets` says otherwise."""

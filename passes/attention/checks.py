@@ -12,8 +12,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from monarch_compile.attention.sharding import is_dtensor, shards_attention
+from monarch_compile.attention.signature import RULES, Rule, Signature
 from monarch_compile.config import MonarchConfig
-from monarch_compile.dtensors import is_dtensor, shards_attention
 from monarch_compile.passes.attention.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.attention.region import AttentionRegion, Operand, frame_of
 from monarch_compile.passes.attention.sizes import leading_sizes, told_apart
@@ -21,7 +22,6 @@ from monarch_compile.passes.graph import dtype_of
 from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
 from monarch_compile.passes.weights import is_computed
 from monarch_compile.refusal import Refusal
-from monarch_compile.signature import RULES, Rule, Signature
 
 AUTOCAST = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """What autocast casts to one dtype, where it is in force."""

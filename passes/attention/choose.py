@@ -9,13 +9,13 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from monarch_compile.attention.form import ACROSS, Form
+from monarch_compile.attention.lengths import chosen_form, cost_refusal
+from monarch_compile.attention.op import kernel_refusal
+from monarch_compile.attention.work import predict
 from monarch_compile.config import MonarchConfig
-from monarch_compile.cost import predict
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import installed
-from monarch_compile.form import ACROSS, Form
-from monarch_compile.lengths import chosen_form, cost_refusal
-from monarch_compile.ops import kernel_refusal
 from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
@@ -101,6 +101,7 @@ def _undecided(name: str, anchor: Node, output: Node | None = None) -> Decision:
     """What is known of a site before anything is decided. output: the node of its result, where it was matched."""
     node = output or anchor
     return Decision(
+        family="attention",
         name=name,
         status=EXACT,
         stage="match",

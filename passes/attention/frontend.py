@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.attention.choose import choose
 from monarch_compile.passes.attention.fusion import keep_from_fusion, may_be_misread
 from monarch_compile.passes.attention.heads import share_heads

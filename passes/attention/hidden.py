@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.graph import FLOATS, aten, value_of
 from monarch_compile.passes.memory import is_mutating
 from monarch_compile.refusal import Refusal

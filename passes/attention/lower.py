@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.attention.masks import MaskFact
 from monarch_compile.passes.attention.region import AttentionRegion, Factor, MaskTerm, Operand
 from monarch_compile.passes.capture.enclosed import enclosing

@@ -15,8 +15,9 @@ from torch._inductor import compile_fx
 from torch.export import Dim, export
 
 import monarch_compile
-from monarch_compile import candidates, lower_exported
-from monarch_compile.form import ACROSS
+from monarch_compile import lower_exported
+from monarch_compile.attention import candidates
+from monarch_compile.attention.form import ACROSS
 from monarch_compile.integrations import replace_sdpa
 from tests.support.block import key_padding
 
@@ -178,7 +179,7 @@ def test_policy_auto_of_symbolic_lengths_depends_on_no_order(order: int) -> None
     for queries, keys in pairs[::order]:
         given = inputs(queries, keys)
         exact = queries == 40 or keys == 200
-        size = monarch_compile.lengths.auto_block_size(keys, "cpu")
+        size = monarch_compile.attention.lengths.auto_block_size(keys, "cpu")
         expected = MODEL(*given) if exact else MODEL.by_reference(*given, block_size=size, window=None)
         torch.testing.assert_close(call(*given), expected, rtol=1e-5, atol=1e-5)
 

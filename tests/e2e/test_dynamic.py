@@ -15,9 +15,9 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
+from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.config import MonarchConfig
-from monarch_compile.functional import monarch_attention
-from monarch_compile.lengths import auto_block_size
 from monarch_compile.passes.pipeline import rewrite
 from tests.support.block import Block, key_padding
 

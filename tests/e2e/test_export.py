@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from monarch_compile import ConfigError, LoweringError, lower_exported, monarch_attention
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 
 OPTIONS = {"policy": "always", "block_size": 7}
 

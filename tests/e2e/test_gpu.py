@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.backend import monarch
-from monarch_compile.functional import monarch_attention
 
 pytestmark = [
     pytest.mark.gpu,

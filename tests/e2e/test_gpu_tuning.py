@@ -14,11 +14,11 @@ from benchmarks.speed.measure import Bench, cuda_clocks
 from benchmarks.speed.problems import AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, peers
 from monarch_compile import autotune, backend
+from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.autotune import Machine
 from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.tuning.store import is_legal, read
 from monarch_compile.devices import installed
-from monarch_compile.functional import monarch_attention
 
 pytestmark = [
     pytest.mark.gpu,

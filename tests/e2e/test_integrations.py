@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from support.capture import run_passes
 
-from monarch_compile import ConfigError, LoweringError, eager_calls
+from monarch_compile import ConfigError, LoweringError
+from monarch_compile.attention import eager_calls
 from monarch_compile.integrations import register_transformers, replace_sdpa
 
 OPTIONS = {"policy": "always", "block_size": 8}

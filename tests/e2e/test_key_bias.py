@@ -14,9 +14,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 import monarch_compile
+from monarch_compile.attention.ir import MaskKind
 from monarch_compile.errors import InputError
 from monarch_compile.integrations import replace_sdpa
-from monarch_compile.ir import MaskKind
 
 OPTIONS = {"policy": "always", "block_size": 7}
 

@@ -16,7 +16,7 @@ from torch._inductor import compile_fx, config, metrics
 from torch.fx import GraphModule
 
 import monarch_compile
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes import sharing
 from monarch_compile.passes.sharing import BODY, share_bodies
 from tests.support.block import Block, key_padding

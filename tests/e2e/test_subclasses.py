@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import monarch_compile
-from monarch_compile.dtensors import _shardings
+from monarch_compile.attention.sharding import _shardings
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes.memory import storages_of
 from tests.support.block import Block

@@ -16,8 +16,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from examples.whisper.audio import log_mel, read_clips, read_wav
 from examples.whisper.load import PACKAGES, load_whisper, packages_installed
+from monarch_compile.attention.reference import reference
 from monarch_compile.config import MonarchConfig
-from monarch_compile.reference import reference
 
 REFERENCE = "monarch_reference"
 TOLERANCE = 1e-5

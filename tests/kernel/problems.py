@@ -8,9 +8,9 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
+from monarch_compile.attention.op import attention
+from monarch_compile.attention.reference import reference
 from monarch_compile.codegen.attention.launch import launch
-from monarch_compile.ops import attention
-from monarch_compile.reference import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from kernel.problems import DTYPES, Case, check, tensors
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.launch import bucketed, launch, run
 from monarch_compile.codegen.attention.schedule import choose_schedule
 from monarch_compile.codegen.launcher import Launcher, build
 from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),

@@ -12,6 +12,9 @@ import torch
 from kernel.problems import Case, check, tensors
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.reference import reference
 from monarch_compile.codegen.attention import launch, specialization
 from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule
 from monarch_compile.codegen.attention.specialization import (
@@ -25,9 +28,6 @@ from monarch_compile.codegen.attention.specialization import (
 from monarch_compile.codegen.launcher import Launcher, build
 from monarch_compile.codegen.tiling import ALL, Tiling
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.reference import reference
 from tests.support.kernels import emit
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from monarch_compile import autotune, backend
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.op import attention
+from monarch_compile.attention.reference import reference
 from monarch_compile.autotune import Machine, ensure, tuned_now
 from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.attention import search as space
@@ -29,10 +33,6 @@ from monarch_compile.codegen.tuning.search import candidates, tune
 from monarch_compile.codegen.tuning.store import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.ops import attention
-from monarch_compile.reference import reference
 from monarch_compile.report import kernels_of
 
 pytestmark = pytest.mark.usefixtures("interpreted", "own_cache")
@@ -366,7 +366,7 @@ def test_nothing_is_tuned_for_sites_on_the_cpu_or_without_a_device(
         raise CodegenError("no device at all")
 
     monkeypatch.setattr(Machine, "here", missing)
-    site = Decision("a", LOWERED, "lowered", "lowered", "", "n", ir=IR)
+    site = Decision("attention", "a", LOWERED, "lowered", "lowered", "", "n", ir=IR)
     with caplog.at_level(logging.WARNING):
         assert backend._autotune([site]) == ""
         assert not caplog.records

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monarch_compile.functional import monarch_attention
+from monarch_compile.attention.functional import monarch_attention
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_compile.functional import monarch_attention
+from monarch_compile.attention.functional import monarch_attention
 from tests.support.poison import between_margins
 
 NUM_HEADS, HEAD_DIM = 4, 16

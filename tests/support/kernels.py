@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.attention.specialization import UNKNOWN, Specialization
 from monarch_compile.codegen.render import sources
 from monarch_compile.codegen.source import KernelSource
-from monarch_compile.ir import MonarchAttention
 
 
 def emit(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monarch_compile import reference
+from monarch_compile.attention import reference
 from support.capture import run_passes
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Any]

@@ -55,7 +55,7 @@ def find(gm: GraphModule) -> list[Any]:
 
 def choose(site: GateRegion | RefusedSite, name: str, config: MonarchConfig, around: Surroundings) -> Choice:
     """Lower it where nothing is written meanwhile, and the plan and the policy want it."""
-    base = Decision(name, EXACT, "match", "", "", site.anchor.name, family="toy", dtype=dtype_of(site.anchor))
+    base = Decision("toy", name, EXACT, "match", "", "", site.anchor.name, dtype=dtype_of(site.anchor))
     if isinstance(site, RefusedSite):
         return Choice(kept_exact(base, "match", site.refusal))
     footprint = Footprint(site.anchor, site.inside, (site.x, site.y))
@@ -69,7 +69,7 @@ def choose(site: GateRegion | RefusedSite, name: str, config: MonarchConfig, aro
     rows, columns = map(dim_of, shape_of(site.anchor))
     ir = Gate(rows, columns, torch.float32)
     gain = FAMILY.predict(ir, None, None, None).speedup
-    decision = Decision(name, LOWERED, "lowered", "lowered", "fused", site.anchor.name, ir=ir, family="toy")
+    decision = Decision("toy", name, LOWERED, "lowered", "lowered", "fused", site.anchor.name, ir=ir)
     return Choice(decision, site, ir, frozenset(site.inside), gain)
 
 

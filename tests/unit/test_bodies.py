@@ -24,9 +24,9 @@ from torch._inductor import compile_fx
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.backend import _checkpoints, monarch
 from monarch_compile.config import MonarchConfig
-from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.pipeline import rewrite
 
 Program = Callable[[Tensor, Tensor, Tensor], Any]

@@ -17,14 +17,14 @@ import monarch_compile
 from benchmarks.models.architectures import Architecture
 from benchmarks.never_slower import BOUND, PRESETS, Case
 from benchmarks.speed.problems import AutoForm, Problem
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import WHY, crossover, exact_wins, what_decides
+from monarch_compile.attention.op import ATTENTION_OP
+from monarch_compile.attention.work import predict
 from monarch_compile.calls import COMPILED, EAGER, REPLAYED, Calls, Launcher, launcher_of
 from monarch_compile.config import parse_options
-from monarch_compile.cost import predict
 from monarch_compile.decision import Decision
 from monarch_compile.devices import DEVICES
-from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import WHY, crossover, exact_wins, what_decides
-from monarch_compile.ops import ATTENTION_OP
 from monarch_compile.passes.attention import choose
 from monarch_compile.passes.pipeline import rewrite
 from monarch_compile.passes.surroundings import Surroundings, trained_nodes

@@ -19,14 +19,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monarch_compile.attention.form import INITS, PADS, Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.kernels import canonical, roles
 from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule, shared_bytes
 from monarch_compile.codegen.attention.specialization import Specialization, expected
 from monarch_compile.codegen.source import KernelSource, cache_dir
 from monarch_compile.codegen.tiling import ALL, SHARED_LIMITS, Tiling
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import INITS, PADS, Form
-from monarch_compile.ir import MaskKind, MonarchAttention
 from tests.support.kernels import emit
 
 BASE = MonarchAttention(
@@ -371,8 +371,8 @@ import dataclasses, json, sys
 import torch
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.tuning.compiler_report import compile_report
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 reports = []
 for change, capability in json.loads(sys.stdin.read()):
     n = change.pop("seq_len", 4096)
@@ -446,8 +446,8 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
 AHEAD = """
 import sys, torch
 from monarch_compile.codegen.tuning.search import compile_ahead, tasks
-from monarch_compile.form import Form
-from monarch_compile.ir import MonarchAttention
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MonarchAttention
 ir = MonarchAttention(1, 12, 12, 256, 256, 64, 64, torch.float16, Form(64), 0.125)
 first = tasks(ir, (9, 0), "cpu")[0]
 compile_ahead(first)

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.speed.problems import HEAD_DIMS, ODD_SHAPES, AutoForm, Problem
-from monarch_compile import cost
-from monarch_compile.cost import exact_cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.attention import work as cost
+from monarch_compile.attention.form import FORM_OPTIONS, Form
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import auto_block_size
+from monarch_compile.attention.work import exact_cost, exact_cost_of_shapes, monarch_cost, predict
 from monarch_compile.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
-from monarch_compile.form import FORM_OPTIONS, Form
-from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import auto_block_size
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

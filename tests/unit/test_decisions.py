@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.speed.problems import AutoForm, Problem
-from monarch_compile.cost import predict
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import auto_block_size, exact_wins
+from monarch_compile.attention.work import predict
 from monarch_compile.devices import Device, device_for
-from monarch_compile.form import Form
-from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import auto_block_size, exact_wins
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLOSE = 1.1

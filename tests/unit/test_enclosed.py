@@ -17,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.capture.enclosed import all_graphs, name_of
 from monarch_compile.passes.graph import value_of
 from monarch_compile.passes.pipeline import Rewrite

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, Form
+from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.op import OPTIONS
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import ConfigError, InputError, IRError
-from monarch_compile.form import FORM_OPTIONS, FORM_RULES, Form
-from monarch_compile.functional import monarch_attention
-from monarch_compile.ops import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("monarch_compile", "passes", "codegen")
@@ -22,10 +22,10 @@ SIGNATURES = {
     ("form.py", "FORM_RULES"): "the rules",
     ("config.py", "MonarchConfig"): "options of torch.compile, with their defaults",
     ("functional.py", "monarch_attention"): "the public function",
-    ("ops.py", "attention"): "the operator's schema",
+    ("op.py", "attention"): "the operator's schema",
     ("reference.py", "reference"): "the meaning",
     ("candidates.py", "SEARCH"): "values that calibrate tries",
-    ("cost.py", "_group_sizes"): "counts the work that each causes",
+    ("work.py", "_group_sizes"): "counts the work that each causes",
     ("ir.py", "__str__"): "prints them",
 }
 """Where the options are spelled out: a signature, or values for each."""

@@ -12,8 +12,8 @@ from corpus.spellings import SHARED, inputs
 from support.capture import run_passes
 from torch import Tensor
 
-from monarch_compile.ops import ATTENTION_OP
-from monarch_compile.reference import reference
+from monarch_compile.attention.op import ATTENTION_OP
+from monarch_compile.attention.reference import reference
 
 NO_GROUP = ("tiled", "keys_tiled_values_repeated")
 OPTIONS = {"block_size": 5, "num_iters": 2, "init": "mean", "window": 0, "prefix": 2}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule
 
+from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.backend import rewritten
 from monarch_compile.calls import launcher_of
 from monarch_compile.config import MonarchConfig
-from monarch_compile.functional import monarch_attention
 from monarch_compile.passes.pipeline import rewrite
 from tests.support.block import Block
 

@@ -31,19 +31,19 @@ def test_a_compilation_imports_no_reports() -> None:
     found = said(f"{at_import}; {passes}; print(*sys.modules)")
     first, modules = (line.split() for line in found.split("\n\n"))
     assert "torch.distributed.tensor" not in first  # which torch._dynamo imports
-    assert "monarch_compile.ops" in modules
+    assert "monarch_compile.attention.op" in modules
     assert not {f"monarch_compile.{name}" for name in ("explainer", "graphs", "calibration", "export")} & set(modules)
 
 
 def test_the_operator_is_registered_without_reading_what_it_calls() -> None:
     """torch.library.triton_op looks for kernels in the source of every function that it can resolve."""
     count = (
-        "import inspect, torch, torch._inductor.utils, monarch_compile.reference\n"
+        "import inspect, torch, torch._inductor.utils, monarch_compile.attention.reference\n"
         "read, found = inspect.getsource, []\n"
         "inspect.getsource = lambda f: (found.append(getattr(f, '__name__', '')), read(f))[1]\n"
         "import sys\n"
-        "assert 'monarch_compile.ops' not in sys.modules\n"
-        "import monarch_compile.ops\n"
+        "assert 'monarch_compile.attention.op' not in sys.modules\n"
+        "import monarch_compile.attention.op\n"
         "print(*found)"
     )
     assert said(count).split() in ([], ["attention"])

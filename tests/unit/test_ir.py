@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from monarch_compile.attention.form import FORM_OPTIONS, Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.errors import IRError
-from monarch_compile.form import FORM_OPTIONS, Form
-from monarch_compile.ir import MaskKind, MonarchAttention
 
 BASE = MonarchAttention(
     batch=2,

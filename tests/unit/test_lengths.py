@@ -8,12 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monarch_compile.cost import MARGIN, predict
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import (
+    BATCHES,
+    BLOCK_SIZES,
+    LENGTHS,
+    NEVER,
+    auto_block_size,
+    crossover,
+    exact_wins,
+)
+from monarch_compile.attention.work import predict
+from monarch_compile.cost import MARGIN
 from monarch_compile.devices import DEVICES
 from monarch_compile.errors import InputError
-from monarch_compile.form import Form
-from monarch_compile.ir import MonarchAttention
-from monarch_compile.lengths import BATCHES, BLOCK_SIZES, LENGTHS, NEVER, auto_block_size, crossover, exact_wins
 
 SITES = [(device, window) for device in sorted(DEVICES) for window in (None, 1)]
 

@@ -13,8 +13,8 @@ from support.capture import decisions_of, run_passes
 from support.programs import AFTER, MASKS, PRODUCTS, SCALES, SOFTMAXES, VALUES, Program
 from torch import Tensor
 
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 
 PROGRAMS = st.builds(
     Program,

@@ -13,10 +13,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from monarch_compile import measured
-from monarch_compile.cost import predict
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.work import predict
 from monarch_compile.devices import DEVICES, MEASURED, Ceiling, installed, scaled
-from monarch_compile.form import Form
-from monarch_compile.ir import MonarchAttention
 
 FOUND = Ceiling(half_flops=300e12, bytes_per_s=1.9e12, launch_s=5e-6)
 A100 = "NVIDIA A100-SXM4-80GB"

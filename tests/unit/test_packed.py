@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 import monarch_compile
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.pipeline import Rewrite
 
 INF = float("inf")

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.work import monarch_cost
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.emitters import emitter
 from monarch_compile.codegen.program import Buffer, Program, Tiles, extent
-from monarch_compile.cost import monarch_cost
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
 
 BASE = MonarchAttention(2, 4, 4, 4096, 4096, 64, 64, torch.float16, Form(64), 0.125)
 FORMS = {

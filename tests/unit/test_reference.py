@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.dense import dense_monarch, objective
 from torch import Tensor
 
+from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.errors import InputError
-from monarch_compile.functional import monarch_attention
 
 EPS = 1e-10
 OPTIONS = ("block_size", "num_iters", "init", "pad", "window", "prefix")

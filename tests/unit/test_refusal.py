@@ -9,7 +9,7 @@ import torch
 from support.capture import decisions_of
 
 import monarch_compile
-from monarch_compile.lengths import WHY
+from monarch_compile.attention.lengths import WHY
 from monarch_compile.passes.attention.masks import KINDS, LOWERED_KINDS
 from monarch_compile.refusal import CODES
 

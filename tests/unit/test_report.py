@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.decision import Decision
 from monarch_compile.errors import ConfigError
 from monarch_compile.explainer import explain
-from monarch_compile.form import Form
 from monarch_compile.graphs import MAX_NODES, site_windows, to_svg
-from monarch_compile.ir import MonarchAttention
 from monarch_compile.report import site_of
 
 ALWAYS = {"policy": "always"}
@@ -223,7 +223,9 @@ def test_bad_options_are_refused():
 def test_symbolic_sites_print_and_serialise():
     ir = MonarchAttention("s0", 2, 2, "s1", "s1", 16, 16, torch.float32, Form(8), 0.25)
     shape = ("s0", 2, "s1", 16)
-    decision = Decision("site", "lowered", "lowered", "lowered", "why", "node", "", ir, shape, shape, shape, ir.dtype)
+    decision = Decision(
+        "attention", "site", "lowered", "lowered", "lowered", "why", "node", "", ir, shape, shape, shape, ir.dtype
+    )
     site = site_of(decision)
     assert site.predicted_speedup is None
     assert json.loads(json.dumps(site.to_dict()))["exact"]["flops"] == "128*s0*s1**2"
@@ -232,6 +234,6 @@ def test_symbolic_sites_print_and_serialise():
 
 def test_a_site_without_a_kernel_says_why():
     ir = MonarchAttention(1, 2, 2, 64, 64, 512, 512, torch.float32, Form(8), 0.25)
-    site = site_of(Decision("site", "lowered", "lowered", "lowered", "why", "node", ir=ir))
+    site = site_of(Decision("attention", "site", "lowered", "lowered", "lowered", "why", "node", ir=ir))
     assert site.kernels == ()
     assert "512" in site.kernel_note

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monarch_compile.form import Form
+from monarch_compile.attention.form import Form
 from monarch_compile.selection import LEVELS, Candidate, Growth, fitted_power, pareto, select
 
 FORM = Form(8)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from monarch_compile.attention.signature import RULES, Rule, Signature, first_broken
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.attention.checks import CHECKS
-from monarch_compile.signature import RULES, Rule, Signature, first_broken
 
 SHAPE = (2, 4, 9, 8)
 LEGAL = Signature((SHAPE, SHAPE, SHAPE), frozenset({torch.float32}), frozenset({"cpu"}), 0.5)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import monarch_compile
-from monarch_compile import candidates
+from monarch_compile.attention import candidates
 from monarch_compile.explainer import explain
 from monarch_compile.snapshot import Snapshot, kept
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.schedule import Schedule, choose_schedule
 from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.codegen.tuning import store
 from monarch_compile.codegen.tuning.store import Tuned, is_legal, key_of, read, write
-from monarch_compile.form import Form
-from monarch_compile.ir import MaskKind, MonarchAttention
 
 TILING = Tiling(64, 32, 4, 2)
 RESULT = Tuned(Schedule(TILING, TILING, TILING, near=TILING, fused=False), 0.5, 1.0, 1e-4, 7)

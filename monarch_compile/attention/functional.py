@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.form import FORM_OPTIONS, broken_rule
 from monarch_compile.calls import active_transform
 from monarch_compile.errors import InputError
-from monarch_compile.form import FORM_OPTIONS, broken_rule
 
 
 def monarch_attention(
@@ -67,7 +67,7 @@ def monarch_attention(
     wrong = broken_rule(dict(zip(FORM_OPTIONS, form, strict=True)))
     if wrong is not None:
         raise InputError(wrong)
-    from monarch_compile.ops import attention, attention_under_transforms
+    from monarch_compile.attention.op import attention, attention_under_transforms
 
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:

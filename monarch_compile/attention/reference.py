@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_compile.groups import (
+from monarch_compile.attention.groups import (
     biased,
     centred,
     exact_rows,
@@ -26,7 +26,7 @@ from monarch_compile.groups import (
     window_scores,
     with_neighbours,
 )
-from monarch_compile.ir import is_exact
+from monarch_compile.attention.ir import is_exact
 
 
 def reference(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from monarch_compile.cost import Cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.work import exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.cost import Cost
 from monarch_compile.decision import Decision
 from monarch_compile.family import Family
-from monarch_compile.ir import MonarchAttention
 
 
 def _exact_cost(decision: Decision) -> Cost | None:

@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from monarch_compile.ops import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP
 
 
 def is_dtensor(value: object) -> bool:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from monarch_compile.attention.ir import MAX_HEAD_DIM
 from monarch_compile.config import MonarchConfig
-from monarch_compile.ir import MAX_HEAD_DIM
 from monarch_compile.refusal import Refusal
 
 DTYPES = {

@@ -19,15 +19,15 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from monarch_compile.attention.form import ACROSS, Form
+from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.lengths import chosen_form, cost_refusal
+from monarch_compile.attention.op import kernel_refusal
+from monarch_compile.attention.signature import Signature, first_broken
 from monarch_compile.calls import EAGER, Calls, active_transform
 from monarch_compile.config import MonarchConfig
 from monarch_compile.devices import installed
-from monarch_compile.form import ACROSS, Form
-from monarch_compile.ir import MaskKind, MonarchAttention
-from monarch_compile.lengths import chosen_form, cost_refusal
-from monarch_compile.ops import kernel_refusal
 from monarch_compile.refusal import Refusal
-from monarch_compile.signature import Signature, first_broken
 
 T = TypeVar("T")
 Triple = tuple[T, T, T]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from monarch_compile import autocast as autocasting
-from monarch_compile import reference as meaning
+from monarch_compile.attention import reference as meaning
+from monarch_compile.attention.form import FORM_OPTIONS
 from monarch_compile.errors import CodegenError
-from monarch_compile.form import FORM_OPTIONS
 
 OPTIONS = ("scale", *FORM_OPTIONS)
 """The operator's parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""

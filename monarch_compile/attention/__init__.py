@@ -1,0 +1,1 @@
+"""Attention: its IR, its meaning, its operator, and its numbers."""

@@ -1,0 +1,166 @@
+"""The typed Monarch attention IR: what a lowered site computes, independent of how it runs.
+
+A value is frozen, hashable and equal by value, prints on one line, and is checked by `verify`.
+Notation follows arXiv 2505.18698: keys are cut into `num_blocks` blocks of `block_size`; queries into as many blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from monarch_compile.attention.form import FORM_OPTIONS, Form
+from monarch_compile.errors import IRError
+from monarch_compile.ir import DTYPE_NAMES, Dim
+
+MAX_HEAD_DIM = 256
+"""The most features of a head that the kernels hold; the reference has no limit."""
+
+
+class MaskKind(Enum):
+    """What is known of the keys: which ones every row may see, or a number that is added to every row's scores."""
+
+    NONE = "none"
+    KEY_PADDING = "key_padding"
+    KEY_BIAS = "key_bias"
+
+
+def count_blocks(seq_len: Any, block_size: int, prefix: int) -> Any:
+    """Blocks that hold what follows the prefix of a sequence; none where nothing does. Lengths may be symbolic."""
+    return (seq_len - prefix + block_size - 1) // block_size
+
+
+def is_exact(seq_len_q: Any, seq_len_k: Any, block_size: int, prefix: int) -> bool:
+    """Whether the form is exact softmax attention: all queries are in the prefix, or all keys in it and one block.
+
+    Symbolic lengths are guarded on. Past this check there are at least two blocks: were their number 1 by a guard
+    alone, it would stay a symbol to Inductor, which then indexes a dim that was broadcast.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    in_one_block = guard_or_false(seq_len_k - prefix <= block_size)
+    return in_one_block or bool(prefix and guard_or_false(seq_len_q <= prefix))
+
+
+@dataclass(frozen=True)
+class MonarchAttention:
+    """One attention site in Monarch form.
+
+    Shapes: q (batch, num_heads, seq_len_q, head_dim), k (batch, num_kv_heads, seq_len_k, head_dim),
+    v (batch, num_kv_heads, seq_len_k, value_dim), output (batch, num_heads, seq_len_q, value_dim).
+    `form.block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
+    """
+
+    family: ClassVar[str] = "attention"
+
+    batch: Dim
+    num_heads: Dim
+    num_kv_heads: Dim
+    seq_len_q: Dim
+    seq_len_k: Dim
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    form: Form
+    scale: float
+    mask: MaskKind = MaskKind.NONE
+    is_causal: bool = False
+
+    def __post_init__(self) -> None:
+        verify(self)
+
+    def changed(self, **changes: Any) -> MonarchAttention:
+        """A copy with some fields changed; options of the form may be given by name among them."""
+        form = {name: changes.pop(name) for name in FORM_OPTIONS if name in changes}
+        return replace(self, form=replace(changes.pop("form", self.form), **form), **changes)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `reference.reference` after its tensors."""
+        return {"scale": self.scale, **asdict(self.form)}
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head: head h reads key head h // group. Named counts read "4*H" beside "H"."""
+        if isinstance(self.num_heads, int) and isinstance(self.num_kv_heads, int):
+            return self.num_heads // self.num_kv_heads
+        times, _, name = str(self.num_heads).rpartition("*")
+        return int(times) if times and name == str(self.num_kv_heads) else 1
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether queries and keys are sequences of different lengths: a query has no block of its own."""
+        return self.seq_len_q != self.seq_len_k
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Number of blocks M, or None while seq_len_k is symbolic."""
+        if not isinstance(self.seq_len_k, int):
+            return None
+        return max(1, int(count_blocks(self.seq_len_k, self.form.block_size, self.form.prefix)))
+
+    @property
+    def block_size_q(self) -> int | None:
+        """Rows in a query block, or None while a length is symbolic and differs from seq_len_k."""
+        if not self.is_cross:
+            return self.form.block_size
+        if isinstance(self.seq_len_q, int) and self.num_blocks:
+            return max(1, int(count_blocks(self.seq_len_q, self.num_blocks, self.form.prefix)))
+        return None
+
+    def __str__(self) -> str:
+        form = self.form
+        b, hq, hk, nq, nk = self.batch, self.num_heads, self.num_kv_heads, self.seq_len_q, self.seq_len_k
+        blocks = "?" if self.num_blocks is None else self.num_blocks
+        rows = f" rows={'?' if self.block_size_q is None else self.block_size_q}" if self.is_cross else ""
+        parts = [
+            f"monarch.attention<{DTYPE_NAMES.get(self.dtype, str(self.dtype))}>",
+            f"q[{b},{hq},{nq},{self.head_dim}] k[{b},{hk},{nk},{self.head_dim}] v[{b},{hk},{nk},{self.value_dim}]",
+            f"blocks={blocks}x{form.block_size}{rows} iters={form.num_iters} init={form.init} pad={form.pad}",
+            f"mask={self.mask.value} causal={str(self.is_causal).lower()}",
+            f"window={form.window} prefix={form.prefix} scale={self.scale:.6g}",
+        ]
+        return " ".join(parts)
+
+
+class Rule(NamedTuple):
+    """A rule that every IR value obeys: `holds` must be true, or `message` (formatted with the IR) is raised."""
+
+    holds: Callable[[MonarchAttention], bool]
+    message: str
+
+
+def _positive(*dims: Dim) -> bool:
+    return all(isinstance(d, str) or d >= 1 for d in dims)
+
+
+def _heads_divide(ir: MonarchAttention) -> bool:
+    if isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
+        return ir.num_heads % ir.num_kv_heads == 0
+    return ir.num_heads == ir.num_kv_heads or ir.group > 1
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(lambda ir: _positive(ir.batch, ir.num_heads, ir.num_kv_heads), "batch and head counts must be at least 1"),
+    Rule(lambda ir: _positive(ir.seq_len_q, ir.seq_len_k), "sequence lengths must be at least 1"),
+    Rule(lambda ir: ir.head_dim >= 1 and ir.value_dim >= 1, "head_dim and value_dim must be at least 1"),
+    Rule(_heads_divide, "num_heads must be a multiple of num_kv_heads"),
+    Rule(lambda ir: ir.dtype in DTYPE_NAMES, "dtype must be one of float16, bfloat16, float32, float64"),
+    Rule(lambda ir: math.isfinite(ir.scale), "scale must be finite"),
+    Rule(
+        lambda ir: not ir.is_causal or (ir.form.num_iters == 1 and ir.form.init == "identity"),
+        "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
+    ),
+    Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
+)
+
+
+def verify(ir: MonarchAttention) -> None:
+    """Raise IRError, with the printed IR, for the first rule that `ir` breaks."""
+    for rule in RULES:
+        if not rule.holds(ir):
+            raise IRError(f"{rule.message}; found {ir}")
