@@ -1,1 +1,1 @@
-"""The Monarch attention IR to Triton kernels."""
+"""The Monarch IR of each family to Triton kernels."""

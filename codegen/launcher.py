@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
 
     steps: tuple[Step, ...]
     given: tuple[Buffer, ...]
-    output: str
+    outputs: tuple[str, ...]
 
 
 class Launcher:
@@ -56,10 +56,10 @@ class Launcher:
             program = self._emitter.program_of(self.ir, self.schedule, specialization)
             rendered = [(kernel, render(kernel)) for kernel in program.kernels]
             steps = tuple(Step(kernel, source.load(), source.parameters) for kernel, source in rendered)
-            self._loaded[specialization] = Loaded(steps, program.given, program.output)
+            self._loaded[specialization] = Loaded(steps, program.given, program.outputs)
         return self._loaded[specialization]
 
-    def __call__(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> Tensor:
+    def __call__(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Run every kernel in turn on the buffers that are given; the others are allocated beside the first of these.
 
         sizes: those that buffers, grids and kernels name; they may be symbolic.
@@ -79,8 +79,7 @@ class Launcher:
             arguments = [values[name] for name in parameters]
             tiling = kernel.tiling
             self._wrap(function)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
-        result: Tensor = values[loaded.output]
-        return result
+        return tuple(values[name] for name in loaded.outputs)
 
 
 @functools.cache

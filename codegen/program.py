@@ -78,10 +78,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """The kernels of one IR in the order in which they are launched; one may repeat. output: the buffer to return."""
+    """The kernels of one IR in the order in which they are launched; one may repeat. outputs: buffers to return."""
 
     kernels: tuple[Kernel, ...]
-    output: str
+    outputs: tuple[str, ...]
 
     @property
     def given(self) -> tuple[Buffer, ...]:

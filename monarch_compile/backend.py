@@ -141,7 +141,7 @@ def _autotune(decisions: Sequence[Decision]) -> str:
 def rewritten(
     gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig, launcher: Launcher
 ) -> Rewrite | None:
-    """The graph with attention lowered, or None where Dynamo's own graph is to be compiled as it is."""
+    """The graph with attention lowered, or None where Dynamo's own graph is compiled as it is."""
     from monarch_compile.passes.pipeline import rewrite
 
     try:

@@ -136,7 +136,7 @@ def _error(device: str, dtype: torch.dtype) -> float:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__)  # Dynamo's caches hang on code
+    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__)  # Dynamo caches by code object
     options: dict[str, Any] = {"policy": "always", "strict": True, **FORM}
     compiled = torch.compile(fresh, backend="monarch", options=options, dynamic=False)
     generator = torch.Generator().manual_seed(0)

@@ -125,7 +125,7 @@ class SiteInterpreter(Interpreter):
         self._switch = switch
 
     def run_node(self, n: Node) -> Any:
-        """As the interpreter's own, but for lowered sites."""
+        """As the interpreter's own, except for lowered sites."""
         from monarch_compile.passes.capture.enclosed import is_opened
         from monarch_compile.passes.graph import SITE_NAME
 
@@ -161,9 +161,9 @@ def with_attention(
 
 
 def capture(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """`model` under torch.compile with `backend` and static shapes, apart from any compilation of the user's.
+    """`model` under torch.compile with `backend` and static shapes, independent of any compilation of the user's.
 
-    The code object is a fresh one: Dynamo's caches hang on code objects.
+    The code object is a new one: Dynamo caches by code object.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:

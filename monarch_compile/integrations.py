@@ -124,7 +124,7 @@ def replace_sdpa(**options: Any) -> ReplaceSdpa:
     A call that stays exact by its sizes takes about 8 microseconds longer than without the context.
 
     Args:
-        options: as for torch.compile's options, those of `MonarchConfig`, but for `plan` and `mode`.
+        options: as for torch.compile's options, those of `MonarchConfig`, except `plan` and `mode`.
 
     Raises:
         ConfigError: an option is unknown, has a value that is not allowed, or means nothing here.

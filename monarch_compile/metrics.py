@@ -1,4 +1,4 @@
-"""How far two outputs of a model are apart."""
+"""How much two outputs of a model differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which form each site of a plan takes: a small choice problem, apart from any model.
+"""Which form each site of a plan takes: a small choice problem, independent of any model.
 
 The metric's growth is taken to be additive over sites, `sum_i weight_i * error_i ** power`, with error_i the relative
 error of site i's own output. That is a guide for the search only: a plan's metric is always measured.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from monarch_compile.attention.form import Form
 
 LEVELS = 2000
-"""Steps of the metric that a selection tells apart."""
+"""Steps of the metric that a selection distinguishes."""
 
 
 @dataclass(frozen=True)

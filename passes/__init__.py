@@ -1,1 +1,1 @@
-"""FX graphs to the Monarch attention IR and back."""
+"""FX graphs to the Monarch IR of each family and back."""

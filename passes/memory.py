@@ -179,7 +179,7 @@ def _change_strides(left: Iterable[Node], output: Node, reached: Sequence[Node],
 
 
 def _layout(value: object) -> list[str]:
-    """Strides, but for those of dims of size 1; to be compared without guarding on symbolic ones."""
+    """Strides, except those of dims of size 1, to compare without guarding on symbolic ones."""
     if not isinstance(value, torch.Tensor):
         return []
     sizes = zip(value.shape, value.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""Equal attention sites call one body, so that Inductor compiles what is behind the op once, not once a site."""
+"""Equal sites call one body, so that Inductor compiles what is behind the op once, not once a site."""
 
 from __future__ import annotations
 

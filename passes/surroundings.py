@@ -1,4 +1,4 @@
-"""What a graph does beside its attention, as far as the choice depends on it: products with weights, gradients."""
+"""What a graph does beside its sites, as far as the choice depends on it: products with weights, gradients."""
 
 from __future__ import annotations
 

@@ -17,12 +17,13 @@ from monarch_compile.benchmark import environment
 PRESENTATION = ("__main__.py", "present.py", "results.py")
 """Sources here on which no number depends."""
 PACKAGE = Path(monarch_compile.__file__).parent
-ATTENTION = ("reference.py", "groups.py", "ops.py")
+ATTENTION = ("attention/reference.py", "attention/groups.py", "attention/op.py")
 """Sources of the package that say what a lowered site computes. Which sites those are is in the row itself."""
 CALIBRATION = (
     "calibration.py",
-    "candidates.py",
+    "attention/candidates.py",
     "selection.py",
+    "attention/work.py",
     "cost.py",
     "devices.py",
     "instrument.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def program(ir: MonarchAttention, schedule: Schedule, specialization: Specializa
         if "qhat" in role.writes:
             buffers["qhat"] = one if role is MEAN else each
         kernels.append(_kernel(role, ir, schedule, specialization, buffers))
-    return Program(tuple(kernels), "z")
+    return Program(tuple(kernels), ("z",))
 
 
 def rows_of(ir: MonarchAttention) -> Size:
@@ -217,12 +217,13 @@ def _header(role: Role, ir: MonarchAttention, schedule: Schedule, specialization
 def _choices(
     role: Role, ir: MonarchAttention, schedule: Schedule, tiling: Tiling, specialization: Specialization
 ) -> dict[str, Any]:
-    """What decides which text a template gives."""
-    steps_of_near = (schedule.near or tiling).step
+    """What decides which text a template gives, every field of the schedule that is no tiling among it."""
+    tiled, steps_of_near = {"near", *(name for name, _ in schedule.tilings())}, (schedule.near or tiling).step
     names = {"q_len": "seq_len", "k_len": "seq_len", "q_block": "BLOCK", "tiles": "TILES_J"}
     if ir.is_cross:
         names = {"q_len": "seq_len_q", "k_len": "seq_len_k", "q_block": "block_q", "tiles": "tiles"}
     return {
+        **{field.name: getattr(schedule, field.name) for field in fields(schedule) if field.name not in tiled},
         "values": role.values,
         "from_sequence": "qhat" not in role.reads,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
@@ -236,7 +237,6 @@ def _choices(
         "prefix": ir.form.prefix,
         "group": ir.group,
         "cross": ir.is_cross,
-        "whole": schedule.whole,
         **names,
     }
 

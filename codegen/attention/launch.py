@@ -80,7 +80,8 @@ def run(launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | 
     if form.prefix:
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
         tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
-    return launcher(tensors, sizes).transpose(1, 2)
+    (output,) = launcher(tensors, sizes)
+    return output.transpose(1, 2)
 
 
 def bucketed(ir: MonarchAttention) -> MonarchAttention:

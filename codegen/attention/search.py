@@ -21,7 +21,7 @@ LONGEST_STEP = 256
 WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3)
 WARP_ROWS = (16, 32)
-"""The least and the most rows that a warp owns, but for 64 rows on 8 warps."""
+"""The least and the most rows that a warp owns, except 64 rows on 8 warps."""
 CHECKED_HEADS = 2
 ERROR_BOUNDS = {torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8, torch.float32: 32 * 2.0**-24}
 """Relative Frobenius error against the float64 reference that a kernel may have, for each iteration."""
@@ -56,7 +56,7 @@ def variants(start: Schedule, stage: str, ir: MonarchAttention) -> Iterator[Sche
 
 
 def _near_variants(start: Schedule, ir: MonarchAttention) -> Iterator[Schedule]:
-    """A part of stage 1, whose tiling it shares but for the step, or a kernel of its own."""
+    """A part of stage 1, whose tiling it shares except the step, or a kernel of its own."""
     if start.near is None:
         return
     if start.fused:

@@ -93,7 +93,7 @@ def stride_multiple_of(head_dim: int, value_dim: int, dtype: torch.dtype, stride
 def specialize(
     ir: MonarchAttention, schedule: Schedule, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]
 ) -> Specialization:
-    """What holds of these tensors and sizes; nothing is asked of symbolic ones, lest it be guarded on."""
+    """What holds of these tensors and sizes; nothing is asked of symbolic ones, which would add guards."""
     num_blocks, block_q, prefix = sizes["num_blocks"], sizes["block_q"], ir.form.prefix
     row = max(pitch(ir.head_dim), pitch(ir.value_dim))
     reaches = [block_q * num_blocks * row, sizes["seq_len_q"] * sizes["num_heads"] * ir.value_dim]

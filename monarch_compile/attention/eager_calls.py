@@ -81,7 +81,7 @@ def _traces() -> bool:
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides on a call, but for its mask's values; of query, key and value in turn."""
+    """What decides about a call, except for its mask's values; of query, key and value in turn."""
 
     shapes: Triple[torch.Size]
     dtypes: Triple[torch.dtype]

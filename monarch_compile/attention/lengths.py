@@ -1,4 +1,4 @@
-"""What of a site hangs on its sequence length: the block size that "auto" stands for, and from where on lowering pays.
+"""What depends on the sequence length: the block size that "auto" stands for, and from which length lowering pays.
 
 Both are functions of the length and the batch alone, made of steps. A symbolic size is compared with the steps' edges,
 so that Dynamo guards on a range of it: one compilation serves the range, and no answer depends on which length or batch

@@ -1,4 +1,4 @@
-"""What decides whether an attention can be lowered, but for its masks and its graph.
+"""What decides whether an attention can be lowered, except for its masks and its graph.
 
 One table serves a region that was matched in a graph and a call of eager code.
 """

@@ -116,7 +116,7 @@ def exact_formula() -> Cost:
 
 @lru_cache(maxsize=2)
 def monarch_formula(tiled: bool = False) -> Cost:
-    """The Monarch form in the symbols of this module, but for exact rows: T iterations, the last gives the output.
+    """The Monarch form in the symbols of this module, without exact rows: T iterations, the last gives the output.
 
     With `tiled`, blocks, offsets, exact keys and features of the products are what tiles cover of them, nearly.
     """

@@ -17,7 +17,7 @@ from monarch_compile.attention.signature import RULES, Rule, Signature
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.attention.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.attention.region import AttentionRegion, Operand, frame_of
-from monarch_compile.passes.attention.sizes import leading_sizes, told_apart
+from monarch_compile.passes.attention.sizes import leading_sizes, separate_symbols
 from monarch_compile.passes.graph import dtype_of
 from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
 from monarch_compile.passes.weights import is_computed
@@ -110,7 +110,7 @@ def _check_lead(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """A scale known at run time moves to the queries: a number always can, one a head where heads stand apart."""
+    """A scale known at run time moves to the queries: a number always can, one per head where heads are a dim."""
     for factor in region.factors:
         shape = factor.node.meta["val"].shape
         if len(shape) and (len(region.qk_lead) != 2 or str(region.qk_lead) != str(region.lead)):
@@ -120,8 +120,8 @@ def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node
     return None
 
 
-def _check_told_apart(region: AttentionRegion, context: Context) -> str | None:
-    for one, other in told_apart(region):  # elsewhere than in an exported program, they are guarded on by now
+def _check_separate_symbols(region: AttentionRegion, context: Context) -> str | None:
+    for one, other in separate_symbols(region):  # elsewhere than in an exported program, they are guarded on by now
         return f"sizes {one} and {other} may differ, and an exported program takes no guards"
     return None
 
@@ -191,7 +191,7 @@ CHECKS: tuple[Check | Rule, ...] = (
     Check("tensor_subclass", _check_subclass),
     *_rules("empty", "single_query"),
     Check("rank", _check_lead),
-    Check("dynamic_seq_len", _check_told_apart),
+    Check("dynamic_seq_len", _check_separate_symbols),
     *_rules("values_layout", "data_dependent"),
     Check("dynamic_seq_len", _check_unguarded),
     *_rules("device", "scale"),

@@ -63,7 +63,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
 def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: Decision) -> Choice:
     """Whether a legal site pays in the form of its plan, or in that of the options.
 
-    Symbolic sizes are guarded on only as far as the outcome hangs on them.
+    Symbolic sizes are guarded on only as far as the outcome depends on them.
     """
     config, facts, device = context.config, context.facts, installed(site.output.meta["val"].device)
     batch, seq_len, queries = site.q_shape[0], site.k_shape[2], None

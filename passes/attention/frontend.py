@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from monarch_compile.attention.op import ATTENTION_OP
+from monarch_compile.passes.attention.anchors import is_no_attention
 from monarch_compile.passes.attention.choose import choose
 from monarch_compile.passes.attention.fusion import keep_from_fusion, may_be_misread
 from monarch_compile.passes.attention.heads import share_heads
 from monarch_compile.passes.attention.lower import as_op_gives, lower
 from monarch_compile.passes.attention.match import find_sites
-from monarch_compile.passes.attention.nearby import is_no_attention
 from monarch_compile.passes.attention.operands import hoist_scales, without_copies
 from monarch_compile.passes.attention.region import AttentionRegion, Site
 from monarch_compile.passes.attention.softmaxes import fold_softmaxes, unfold_softmaxes

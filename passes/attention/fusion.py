@@ -1,4 +1,4 @@
-"""Exact sites that Inductor's own fusion of attention would misread are kept apart from it.
+"""Exact sites that Inductor's own fusion of attention would misread are changed so that it leaves them alone.
 
 Inductor replaces what looks like one of its patterns (torch/_inductor/fx_passes/fuse_attention.py) by fused attention,
 and looks at ops alone: not at the dim of a softmax, the order of a permutation, the number that a mask is compared with
@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from monarch_compile.passes.attention.nearby import EXP, SOFTMAXES
+from monarch_compile.passes.attention.anchors import EXP, SOFTMAXES
 from monarch_compile.passes.attention.products import MIXED, SCALES, SCORES
 from monarch_compile.passes.attention.scores import keeps_matrix
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
@@ -41,7 +41,7 @@ STEPS = 12
 """No pattern has as many ops between a product and softmax."""
 
 BY_HEADS = [0, 2, 1, 3]
-"""The one permutation in the patterns, but for that of a matrix: (batch, seq_len, heads, dim) by heads."""
+"""The one permutation in the patterns, beside that of a matrix: (batch, seq_len, heads, dim) by heads."""
 
 
 def may_be_misread(anchor: Node) -> bool:
@@ -321,7 +321,7 @@ def _is_filled_by_where(chain: Chain) -> bool:
 
 
 def _is_odd_divisor(divisor: Any, head_dims: list[Any]) -> bool:
-    """Whether a divisor is not known to be the sqrt() of all the head_dims, but for its own rounding or float32's."""
+    """Whether a divisor is not known to be the sqrt() of all the head_dims, up to its own rounding or float32's."""
     number = constant_of(divisor)
     if number is None or not all(isinstance(dim, int) for dim in head_dims):
         return True

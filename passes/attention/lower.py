@@ -49,11 +49,11 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         q, k, v = (_as_dtype(graph, x, operand, ir.dtype) for x, operand in operands)
         q = _scaled(graph, q, region.factors)
         shapes = (region.q_shape, region.k_shape, region.v_shape)
-        q, k, v = (_apart(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
+        q, k, v = (_split_packed(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
         key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
         op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(ir)))
-        result = _together(graph, op, region, ir.value_dim)
+        result = _join_packed(graph, op, region, ir.value_dim)
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
             sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, (region.rows,)), ir.value_dim]
             result = graph.call_function(aten.reshape.default, (result, sizes))
@@ -176,7 +176,7 @@ def _as_dtype(graph: Graph, x: Node, operand: Operand, dtype: torch.dtype) -> No
     return cast
 
 
-def _apart(graph: Graph, x: Node, region: AttentionRegion, shape: tuple[Any, ...]) -> Node:
+def _split_packed(graph: Graph, x: Node, region: AttentionRegion, shape: tuple[Any, ...]) -> Node:
     """(batch, heads, seq_len, dim) in the region's shape: packed sequences in the batch, a view where rows lie as
     (batch, seq_len) in memory, or the batch is 1."""
     if region.length is None:
@@ -184,19 +184,19 @@ def _apart(graph: Graph, x: Node, region: AttentionRegion, shape: tuple[Any, ...
     batch, heads, length, dim = shape
     split = graph.call_function(aten.reshape.default, (x, [region.lead[0], heads, -1, length, dim]))
     turned = graph.call_function(aten.transpose.int, (split, 1, 2))
-    apart: Node = graph.call_function(aten.reshape.default, (turned, [batch, heads, length, dim]))
-    return apart
+    parts: Node = graph.call_function(aten.reshape.default, (turned, [batch, heads, length, dim]))
+    return parts
 
 
-def _together(graph: Graph, op: Node, region: AttentionRegion, dim: int) -> Node:
+def _join_packed(graph: Graph, op: Node, region: AttentionRegion, dim: int) -> Node:
     """The op's result, (batch, heads, seq_len, dim) of the region as it was written."""
     if region.length is None:
         return op
     sizes = [region.lead[0], -1, *region.q_shape[1:3], dim]
     split = graph.call_function(aten.reshape.default, (op, sizes))
     turned = graph.call_function(aten.transpose.int, (split, 1, 2))
-    together: Node = graph.call_function(aten.reshape.default, (turned, [*region.lead, region.rows, dim]))
-    return together
+    joined: Node = graph.call_function(aten.reshape.default, (turned, [*region.lead, region.rows, dim]))
+    return joined
 
 
 def _scaled(graph: Graph, q: Node, factors: Iterable[Factor]) -> Node:
@@ -219,7 +219,7 @@ def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion, bias
 def _as_bias(graph: Graph, row: Node, mask: MaskTerm) -> Node:
     """What is added to the scores, in a floating dtype: a bool key mask would mean another thing."""
     if dtype_of(mask.node) not in FLOATS:
-        row = graph.call_function(aten.to.dtype, (row, torch.float64))  # holds large integers apart
+        row = graph.call_function(aten.to.dtype, (row, torch.float64))  # keeps large integers distinct
     return row if mask.gain == 1 else graph.call_function(aten.mul.Scalar, (row, mask.gain))
 
 

@@ -16,11 +16,25 @@ from torch.fx import Node
 from monarch_compile.passes.attention.region import MaskTerm
 from monarch_compile.passes.constants import DROPPED
 from monarch_compile.passes.elements.rules import Evaluator
-from monarch_compile.passes.elements.values import H, K, Q, as_bool, as_number, broadcast, index_of
+from monarch_compile.passes.elements.values import Index, as_bool, as_number, broadcast, place
 from monarch_compile.passes.graph import dtype_of, shape_of
 
 MAX_CONDITIONS = 6
 """A mask decided by more comparisons is not proved."""
+
+
+B, H, Q, K = map(place, "bhqk")
+MORE = tuple(map(place, ("b1", "b2", "b3", "b4")))
+"""Places of the scores: batch, head, query and key, and further batch dims."""
+
+
+def index_of(rank: int, swapped: bool = False) -> Index:
+    """The symbolic index into scores of a rank from 2 to 8: batch dims, the heads from rank 4 on, then (q, k).
+
+    Swapped scores are (..., keys, queries).
+    """
+    lead = (B, *MORE[: rank - 4], H)[-(rank - 2) :] if rank >= 4 else (B,) * (rank - 2)
+    return (*lead, K, Q) if swapped else (*lead, Q, K)
 
 
 @dataclass(frozen=True)
@@ -198,7 +212,7 @@ def _read_added(expression: Any, gain: float) -> Reading:
 
 
 def _bias_kind(expression: Any, values: list[Any]) -> str:
-    """Of the values where keys are visible: one function of the key, but for what is the same in a whole row?"""
+    """Of the values where keys are visible: one function of the key, plus what is the same in a whole row?"""
     unknown = any(value.has(AppliedUndef) for value in values)
     if not expression.free_symbols & {Q, H}:
         return "key_bias"

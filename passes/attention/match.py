@@ -14,8 +14,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.attention.hidden import hidden_attention
-from monarch_compile.passes.attention.nearby import (
+from monarch_compile.passes.attention.anchors import (
     EXP,
     OWN_MASK,
     SOFTMAXES,
@@ -23,6 +22,7 @@ from monarch_compile.passes.attention.nearby import (
     is_attention,
     is_unread_mix,
 )
+from monarch_compile.passes.attention.hidden import hidden_attention
 from monarch_compile.passes.attention.products import MIXED
 from monarch_compile.passes.attention.region import AttentionRegion, MaskTerm, Operand, Site, frame_of
 from monarch_compile.passes.attention.scores import Walk, keeps_matrix, peel_up

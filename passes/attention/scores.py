@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.attention.nearby import BY_WEIGHT, is_unread_product
+from monarch_compile.passes.attention.anchors import BY_WEIGHT, is_unread_product
 from monarch_compile.passes.attention.products import SCORES, Scores
 from monarch_compile.passes.attention.region import Factor, MaskTerm
 from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of

@@ -1,4 +1,4 @@
-"""Sizes that tensors share, told apart by Dynamo only because the tensors came in apart."""
+"""Sizes that tensors share, with symbols of their own only because the tensors are separate graph inputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def guard_equal_sizes(region: AttentionRegion) -> None:
     outcome would depend on which lengths came before. Exported programs take no guards.
     """
     if TracingContext.try_get() is not None:
-        for one, other in told_apart(region):
+        for one, other in separate_symbols(region):
             bool(one == other)
 
 
-def told_apart(region: AttentionRegion) -> Iterator[tuple[torch.SymInt, torch.SymInt]]:
-    """Sizes that attention wants equal and that were so in the captured call, but for their symbols."""
+def separate_symbols(region: AttentionRegion) -> Iterator[tuple[torch.SymInt, torch.SymInt]]:
+    """Sizes that attention wants equal and that were so in the captured call, under different symbols."""
     for one, other in _wanted_equal(region):
         if _hint(one) is not None and _hint(one) == _hint(other) and str(one) != str(other):
             yield one, other

@@ -1,6 +1,6 @@
 """Calls that are alike are traced once: most layers of a model make the calls of the first, on tensors of one kind.
 
-Tracing a call finds out which ATen ops it consists of. That hangs on the function, on what it is given but for the
+Tracing a call finds out which ATen ops it consists of. That depends on the function, on what it is given except the
 elements of tensors, and on modes; so a second call that is alike in these records the same ops. Their values are fake
 tensors like the first call's; where these share memory with others, the ops run on the tensors at hand, as in tracing.
 """
@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from monarch_compile.passes.memory import storages_of
 
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
-"""Types of arguments that are part of what makes calls alike; `bool` and `int` are told apart."""
+"""Types of arguments that are part of what makes calls alike; `bool` and `int` are distinguished."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def _is_known(target: object) -> bool:
 
 
 def _facts(x: Tensor) -> Any:
-    """A tensor but for its elements; None where it is of another kind, or its sizes are symbolic."""
+    """A tensor without its elements; None where it is of another kind, or its sizes are symbolic."""
     if (
         not isinstance(x, FakeTensor)
         or x.device.type not in DEVICES

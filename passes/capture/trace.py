@@ -174,7 +174,7 @@ def _is_transformed(value: Any) -> bool:
 def _fakify(x: Any, fake_mode: FakeTensorMode, context: TracingContext | None) -> Any:
     """The input as a fake tensor with Dynamo's own symbols, which are found by the input's source.
 
-    Without it, sizes that Dynamo has told apart would get new symbols, and Dynamo could not write guards for those.
+    Without it, sizes that Dynamo gave symbols would get new symbols, and Dynamo could not write guards for those.
     """
     if not isinstance(x, torch.Tensor) or (isinstance(x, FakeTensor) and x.fake_mode is fake_mode):
         return x

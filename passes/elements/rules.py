@@ -18,8 +18,8 @@ from torch.fx import Node
 from monarch_compile.passes.capture.enclosed import given_value, name_of
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
 from monarch_compile.passes.elements.values import (
-    PLACES,
     Index,
+    Place,
     Rule,
     as_bool,
     as_number,
@@ -107,13 +107,13 @@ def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
 
 def _unknown_floats(*values: Any) -> set[Any]:
     """Unknown floats in some values: they may be NaN, for which the laws of order and arithmetic do not hold."""
-    atoms = set().union(*(v.atoms(AppliedUndef, sympy.Symbol) for v in values)) - PLACES
+    atoms = {atom for v in values for atom in v.atoms(AppliedUndef, sympy.Symbol) if not isinstance(atom, Place)}
     return {a for a in atoms if not a.is_integer}
 
 
 def _symbols(*values: Any) -> Index:
     """The index symbols that some values depend on."""
-    return tuple(sorted(set().union(*(v.free_symbols for v in values)) & PLACES, key=str))
+    return tuple(sorted({symbol for v in values for symbol in v.free_symbols if isinstance(symbol, Place)}, key=str))
 
 
 def _logical(combine: Callable[..., Any]) -> Rule:

@@ -15,19 +15,17 @@ from monarch_compile.passes.graph import shape_of
 if TYPE_CHECKING:
     from monarch_compile.passes.elements.rules import Evaluator
 
-B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
-MORE = sympy.symbols("b1 b2 b3 b4", integer=True, nonnegative=True)
-PLACES = {B, *MORE, H, Q, K}
 Index = tuple[Any, ...]
 
 
-def index_of(rank: int, swapped: bool = False) -> Index:
-    """The symbolic index into scores of a rank from 2 to 8: batch dims, the heads from rank 4 on, then (q, k).
+class Place(sympy.Symbol):  # type: ignore[misc]  # sympy has no types
+    """A symbolic index into one dim; a family names those that it asks about."""
 
-    Swapped scores are (..., keys, queries).
-    """
-    lead = (B, *MORE[: rank - 4], H)[-(rank - 2) :] if rank >= 4 else (B,) * (rank - 2)
-    return (*lead, K, Q) if swapped else (*lead, Q, K)
+
+def place(name: str) -> Place:
+    """The place of a name: an integer of at least 0."""
+    found: Place = Place(name, integer=True, nonnegative=True)
+    return found
 
 
 def broadcast(node: Any, index: Index) -> Index:

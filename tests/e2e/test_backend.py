@@ -177,10 +177,10 @@ def test_strict_raises_where_a_site_stays_exact_for_lack_of_support() -> None:
 def test_a_failing_pass_falls_back_and_is_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(_: object) -> list[object]:
+    def broken() -> list[object]:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(pipeline, "find_sites", broken)
+    monkeypatch.setattr(pipeline, "frontends", broken)
     model, x = Block().eval(), torch.randn(1, 16, 24)
     with torch.no_grad():
         torch.testing.assert_close(_compile(model)(x), model(x), rtol=1e-5, atol=1e-5)

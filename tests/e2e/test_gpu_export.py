@@ -51,16 +51,10 @@ def story(done: subprocess.CompletedProcess[str]) -> str:
     return f"exit code {done.returncode}: {done.stderr.strip()[-1500:]}"
 
 
-@pytest.mark.timeout(2 * TIMEOUT_S)
-def test_a_package_is_built(step: Step) -> None:
-    done = step("build", "attention")
-    assert done.returncode == 0, story(done)
-
-
 @pytest.mark.timeout(4 * TIMEOUT_S)
-def test_a_package_is_loaded_without_this_library(step: Step) -> None:
-    if step("build", "attention").returncode != 0:
-        pytest.skip("there is no package")
+def test_a_package_is_built_and_is_loaded_without_this_library(step: Step) -> None:
+    built = step("build", "attention")
+    assert built.returncode == 0, story(built)
     for what in ("build", "run"):
         plain = step(what, "linear")
         if plain.returncode != 0:

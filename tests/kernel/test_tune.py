@@ -142,13 +142,10 @@ def test_what_is_timed_is_the_problem_at_full_size() -> None:
 @pytest.mark.usefixtures("few")
 def test_a_wrong_schedule_is_rejected_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(launching.Launcher):
-        def __call__(self, *arguments: object) -> Tensor:
-            found = super().__call__(*arguments)
-            return (
-                found
-                if self.schedule == shipped()
-                else found * (1.01 if self.schedule.attend.rows == 16 else torch.nan)
-            )
+        def __call__(self, *arguments: object) -> tuple[Tensor, ...]:
+            (found,) = super().__call__(*arguments)
+            wrong = found * (1.01 if self.schedule.attend.rows == 16 else torch.nan)
+            return (found if self.schedule == shipped() else wrong,)
 
     monkeypatch.setattr(tuning, "Launcher", Wrong)
     result, rejected = search(times(10.0, 1.0))
@@ -161,7 +158,7 @@ def test_a_wrong_schedule_is_rejected_before_it_is_timed(monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("few")
 def test_a_schedule_that_does_not_launch_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing(launching.Launcher):
-        def __call__(self, *arguments: object) -> Tensor:
+        def __call__(self, *arguments: object) -> tuple[Tensor, ...]:
             if self.schedule.summarize.num_warps > 1:
                 raise RuntimeError("out of resources\nand so on")
             return super().__call__(*arguments)
@@ -445,7 +442,7 @@ def test_compiling_ahead_launches_and_passes_over_what_fails(monkeypatch: pytest
     launched = []
 
     class Noted(launching.Launcher):
-        def __call__(self, *arguments: object) -> Tensor:
+        def __call__(self, *arguments: object) -> tuple[Tensor, ...]:
             launched.append(self.schedule)
             raise RuntimeError("out of resources")
 

@@ -55,12 +55,12 @@ def program(ir: Gate, schedule: GateSchedule, partial_tile: bool) -> Program:
         tiling=schedule.gate,
         header=f"# {ir}",
     )
-    return Program((kernel,), "z")
+    return Program((kernel,), ("z",))
 
 
 def run(launcher: Launcher, x: Tensor, y: Tensor) -> Tensor:
     """Launch on two tensors."""
-    return launcher({"x": x, "y": y}, {"rows": x.shape[0], "columns": x.shape[1]})
+    return launcher({"x": x, "y": y}, {"rows": x.shape[0], "columns": x.shape[1]})[0]
 
 
 def inputs(ir: Gate, device: torch.device) -> tuple[Tensor | None, ...]:

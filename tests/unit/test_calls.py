@@ -224,7 +224,8 @@ def captured(model: nn.Module, x: Tensor, dynamic: bool = False) -> Calls:
         aten = to_aten(gm, example_inputs)
         sites = find_sites(aten)
         launcher = launcher_of({"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True})
-        found.append(Surroundings.of(aten, sites, launcher, trained_nodes(aten, example_inputs)).calls(sites[0]))
+        around = Surroundings.of(aten, len(sites), launcher, trained_nodes(aten, example_inputs))
+        found.append(around.calls(sites[0].output, sites[0].q_shape[0], sites[0].q_shape[2]))
         return gm.forward
 
     torch._dynamo.reset()

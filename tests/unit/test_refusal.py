@@ -14,7 +14,7 @@ from monarch_compile.passes.attention.masks import KINDS, LOWERED_KINDS
 from monarch_compile.refusal import CODES
 
 PACKAGE = Path(monarch_compile.__file__).parent
-SOURCES = [*(PACKAGE / "passes").glob("*.py"), PACKAGE / "signature.py", PACKAGE / "eager_calls.py"]
+SOURCES = [*(PACKAGE / "passes").rglob("*.py"), *(PACKAGE / "attention").rglob("*.py")]
 CODE = re.compile(r'(?:Refused|Check|Rule|Refusal)\((?:[\w.]+, )?"(\w+)"|code ?= ?"(\w+)"')
 
 
