@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile.codegen.emitters import IR, Schedule, Specialization, emitter
-from monarch_compile.codegen.program import Buffer, Kernel, extent
+from monarch_compile.codegen.program import Kernel, Program, extent
 from monarch_compile.codegen.render import render
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import TUNED_ON, Capability
@@ -33,10 +32,10 @@ class Step(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A program as it is launched. given: the caller's buffers whose strides its kernels take."""
+    """A program as it is launched. given: the caller's tensors whose strides its kernels take, all of them in order."""
 
     steps: tuple[Step, ...]
-    given: tuple[Buffer, ...]
+    given: tuple[tuple[str, tuple[str, ...]], ...]
     outputs: tuple[str, ...]
 
 
@@ -56,7 +55,7 @@ class Launcher:
             program = self._emitter.program_of(self.ir, self.schedule, specialization)
             rendered = [(kernel, render(kernel)) for kernel in program.kernels]
             steps = tuple(Step(kernel, source.load(), source.parameters) for kernel, source in rendered)
-            self._loaded[specialization] = Loaded(steps, program.given, program.outputs)
+            self._loaded[specialization] = Loaded(steps, _strides(program), program.outputs)
         return self._loaded[specialization]
 
     def __call__(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -67,19 +66,25 @@ class Launcher:
         loaded = self.load(self._emitter.specialize(self.ir, self.schedule, tensors, sizes))
         values = {**sizes, **tensors}
         like = next(iter(tensors.values()))
-        for buffer in loaded.given:
-            values.update(buffer.stride_values(values[buffer.name].stride()))
+        for name, strides in loaded.given:
+            values.update(zip(strides, tensors[name].stride(), strict=True))
         for kernel, function, parameters in loaded.steps:
-            for buffer in kernel.writes:
-                tensor = _allocate(like, [extent(size, sizes) for size in buffer.dims], buffer.dtype)
-                values[buffer.name] = tensor
+            for buffer in kernel.writes:  # spelled out: a call of eager code waits for it
+                shape = [sizes[size] if size.__class__ is str else size for size in buffer.dims]
+                tensor = values[buffer.name] = _allocate(like, shape, buffer.dtype)
                 if buffer.strides:
                     values.update(buffer.stride_values(tensor.stride()))
-            grid = (math.prod([extent(size, sizes) for size in kernel.grid]),)
+            programs: Any = 1
+            for size in kernel.grid:
+                programs *= sizes[size] if size.__class__ is str else extent(size, sizes)
             arguments = [values[name] for name in parameters]
             tiling = kernel.tiling
-            self._wrap(function)[grid](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+            self._wrap(function)[programs,](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
         return tuple(values[name] for name in loaded.outputs)
+
+
+def _strides(program: Program) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((buffer.name, tuple(name for name, _ in buffer.strides)) for buffer in program.given)
 
 
 @functools.cache

@@ -30,8 +30,8 @@ class Buffer:
     """A tensor that kernels read or write.
 
     dims: its sizes; where a kernel writes it, it is allocated with these, contiguous.
-    strides: those that kernels take as parameters, (parameter, dim). A dim of literal size 1 has stride 0: it is the
-        same wherever it is read.
+    strides: those that kernels take as parameters, (parameter, dim); of the caller's tensors, all in the order of dims.
+        What a kernel wrote with a dim of literal size 1 is read with stride 0 there: it is the same for all.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Buffer:
     strides: tuple[tuple[str, int], ...] = ()
 
     def stride_values(self, strides: tuple[Any, ...]) -> list[tuple[str, Any]]:
-        """The kernel parameters of a tensor with these strides."""
+        """The kernel parameters of a tensor that a kernel wrote, with these strides."""
         return [(name, 0 if self.dims[dim] == 1 else strides[dim]) for name, dim in self.strides]
 
 

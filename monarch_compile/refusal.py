@@ -26,7 +26,7 @@ CODES: dict[str, Code] = {
     "backward_exact_wins": Code(
         "longer sequences, torch.no_grad() where no gradient is wanted, or policy='always'", is_choice=True
     ),
-    "claimed": Code("nothing: another form of what it shares nodes with gains more"),
+    "claimed": Code("nothing: another form of what it shares nodes with gains more", is_choice=True),
     "context": Code("switch grad mode or autocast before the queries are scaled or after the values are mixed"),
     "cost_exact_wins": Code("longer sequences, or policy='always'", is_choice=True),
     "cross_attention": Code("cross_attention=True, where a measurement shows that the approximation is good enough"),

@@ -13,6 +13,7 @@ from monarch_compile.backend import monarch
 from monarch_compile.family import family
 from monarch_compile.passes.pipeline import pipeline
 from monarch_compile.plan import Plan, SitePlan
+from monarch_compile.refusal import CODES
 from monarch_compile.registry import FAMILIES, Modules
 from tests.support.capture import run_passes
 
@@ -103,6 +104,7 @@ def test_of_two_families_that_claim_a_node_the_one_that_gains_more_is_lowered(mo
         ("rival", "lowered", "lowered"),
     ]
     assert "of family rival, which gains more" in result.decisions[0].reason
+    assert CODES["claimed"].is_choice, "strict mode accepts it"
 
 
 def test_its_passes_are_in_the_pipeline() -> None:
