@@ -33,7 +33,8 @@ def share_bodies(gm: GraphModule) -> int:
     fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
     if share is None or fake_mode is None:
         return 0
-    found = [node for node in gm.graph.nodes if node.target in _ops()]
+    ops = _ops()
+    found = [node for node in gm.graph.nodes if node.target in ops]
     sites = [n for n in found if fake_value(n, fake_mode).device.type == "cpu" and not _is_wrapped(n, fake_mode)]
     if len(sites) < 2:
         return 0
@@ -43,7 +44,7 @@ def share_bodies(gm: GraphModule) -> int:
         alike[_key(node, fake_mode, restrided)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
-        name = BODY.format(_ops()[nodes[0].target].family, number)
+        name = BODY.format(ops[nodes[0].target].family, number)
         gm.add_submodule(name, _body(nodes[0]))
         for node in nodes:
             _call(gm.graph, share, name, key, node)
@@ -85,11 +86,11 @@ def _restrided(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
 
     A later site may read them, and its body has to be traced for the strides that it is given.
     """
-    changed: dict[Node, Any] = {}
+    ops, changed = _ops(), dict[Node, Any]()
     for node in graph.nodes:
         read = {x: changed[x] for x in node.all_input_nodes if x in changed}
-        if node.target in _ops():
-            value: Any = _ops()[node.target].laid_out(fake_value(node, fake_mode))
+        if node.target in ops:
+            value: Any = ops[node.target].laid_out(fake_value(node, fake_mode))
         elif read and node.op == "call_function" and not isinstance(node.target, HigherOrderOperator):
             value = values_from(read, [node])[node]
         else:
