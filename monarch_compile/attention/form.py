@@ -5,6 +5,7 @@ Notation follows arXiv 2505.18698: keys are cut into blocks of `block_size`, que
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -12,10 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from monarch_compile.attention.blocking import steps_to_neighbours
 from monarch_compile.errors import IRError
 
 INITS = ("identity", "mean")
 PADS = ("post", "pre")
+WINDOW_SHAPES = ("box", "plus")
+MAX_AXES = 3
+"""The most axes of a token grid: time, height and width."""
 
 
 class OptionRule(NamedTuple):
@@ -48,6 +53,15 @@ def or_else(value: Any, rule: OptionRule) -> OptionRule:
     )
 
 
+def tuple_of(least: int, lengths: range) -> OptionRule:
+    """A tuple or list of ints of at least `least`, as long as one of `lengths`."""
+    each = at_least(least)
+    return OptionRule(
+        lambda value: isinstance(value, (tuple, list)) and len(value) in lengths and all(map(each.allows, value)),
+        f"{lengths[0]} to {lengths[-1]} ints of at least {least}",
+    )
+
+
 FORM_RULES: dict[str, OptionRule] = {
     "block_size": at_least(1),
     "num_iters": at_least(1),
@@ -55,6 +69,8 @@ FORM_RULES: dict[str, OptionRule] = {
     "pad": one_of(PADS),
     "window": or_else(None, at_least(0)),
     "prefix": at_least(0),
+    "tile": or_else(None, tuple_of(1, range(1, MAX_AXES + 1))),
+    "window_shape": one_of(WINDOW_SHAPES),
 }
 
 
@@ -77,6 +93,10 @@ class Form:
         paper's form).
     prefix: leading keys that every query attends to exactly, and as many queries that attend to every key exactly:
         blocks are of what follows.
+    tile: tokens of a block along each axis of the grid that the sequence flattens, block_size in all; None: a block is
+        a piece of the sequence.
+    window_shape: of which tiles a window consists, all that are at most `window` away along each axis ("box") or those
+        of them that lie along one axis ("plus"). The same for pieces of a sequence.
 
     Raises:
         IRError: an option is not allowed.
@@ -88,23 +108,41 @@ class Form:
     pad: str = "post"
     window: int | None = None
     prefix: int = 0
+    tile: tuple[int, ...] | None = None
+    window_shape: str = "box"
 
     def __post_init__(self) -> None:
-        wrong = broken_rule(vars(self))
+        wrong = broken_rule(vars(self)) or self._wrong_tile()
         if wrong is not None:
             raise IRError(wrong)
+        if self.tile is not None:
+            object.__setattr__(self, "tile", tuple(self.tile))
+
+    def _wrong_tile(self) -> str | None:
+        if self.tile is None:
+            return None
+        if math.prod(self.tile) != self.block_size:
+            return f"'tile' must hold block_size {self.block_size} tokens; found {self.tile}"
+        return "'pad' must be 'post' with a tile; found 'pre'" if self.pad != "post" else None
 
     @property
     def has_exact_keys(self) -> bool:
         """Whether some keys are attended to exactly: a window's or a prefix's. The paper's form has none."""
         return self.window is not None or self.prefix > 0
 
+    def one_axis(self) -> Form:
+        """The same block size and as many keys in a window, without a grid: what takes the same work."""
+        if self.tile is None:
+            return self
+        window = self.window and (len(steps_to_neighbours(self.window, self.window_shape, len(self.tile))) - 1) // 2
+        return replace(self, tile=None, window=window, window_shape="box")
+
     def across(self) -> Form:
         """The form between sequences of different lengths."""
         return replace(self, **ACROSS)
 
 
-ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0}
+ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0, "tile": None}
 """Options of every form between sequences of different lengths, where no position corresponds to another."""
 
 FORM_OPTIONS = tuple(f.name for f in fields(Form))

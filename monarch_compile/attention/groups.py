@@ -12,8 +12,9 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from monarch_compile.attention.blocking import Blocking
 
 HIDDEN = -1e30
 """A bias of a key at or below this hides the key: nothing finite in 16 bits is, the lowest float32 is."""
@@ -52,72 +53,37 @@ def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[
     return weights / total, (top + total.log()).squeeze(dim)
 
 
-def with_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Blocks (E, H, b, i, D) with contiguous rows, and each with those on both sides of it: (E * H * b, rows, D).
+def window_scores(
+    q: Tensor, keys_near: Tensor, blocks: Blocking, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Scores of rows q (E, H, l, j, D) with the keys of the windows of their blocks.
 
-    `window` blocks on each side, but no more than there are beside one. What stands beside a head's first and last
-    block has to be masked.
-    """
-    if isinstance(x.shape[2], int):
-        window = min(window, x.shape[2] - 1)
-    return _joined_neighbours(x, window) if x.requires_grad else _overlapping_neighbours(x, window)
-
-
-def _overlapping_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Two views of one padded copy, in which neighbours overlap; beside a head's ends they show other heads.
-
-    as_strided is safe under Inductor here: it materializes the padded copy and fixes its layout as contiguous, which is
-    the layout that these strides assume.
-    """
-    batch, heads, num_blocks, size, dim = x.shape
-    beside = window * size
-    rows = F.pad(x.reshape(-1, dim), (0, 0, beside, beside))
-    blocks = rows.as_strided(x.shape, _contiguous_strides(x.shape), beside * dim)
-    near = rows.as_strided((batch * heads * num_blocks, 2 * beside + size, dim), (size * dim, dim, 1))
-    return blocks, near
-
-
-def _joined_neighbours(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """The same by copies of the neighbours, zeros beside a head's ends.
-
-    Used where a gradient is wanted: the backward pass of overlapping views is an index_add, which is not deterministic
-    on CUDA and whose indices, for symbolic sizes, are those of the captured call.
-    """
-    num_blocks = x.shape[2]
-    padded = F.pad(x, (0, 0, 0, 0, window, window))
-    near = torch.cat([padded.narrow(2, shift, num_blocks) for shift in range(2 * window + 1)], 3)
-    return x.contiguous(), near.flatten(0, 2)
-
-
-def window_scores(q: Tensor, keys_near: Tensor, size: int, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Scores of rows q (E, H, l, j, D) with the keys of their own blocks, of `size`, and of those beside them.
-
-    `keys_near` as in `with_neighbours`; `bias` broadcasts to (E, H, b, 1, i). Returns (E, H, l, j, keys).
+    `keys_near` as in `Blocking.with_neighbours`; `bias` broadcasts to (E, H, b, 1, i). Returns (E, H, l, j, keys).
     """
     scores = scale * torch.unflatten(torch.bmm(q.flatten(0, 2), keys_near.mT), 0, q.shape[:3])
-    return biased(scores, None if bias is None else _row_neighbours(bias, _window(scores, size)))
+    return biased(scores, None if bias is None else blocks.of_neighbours(bias))
 
 
-def own_scores(scores: Tensor, size: int) -> Tensor:
-    """Of `window_scores` those with a row's own block of `size` keys, which is in the middle of its window."""
-    return scores.narrow(-1, _window(scores, size) * size, size)
+def own_scores(scores: Tensor, blocks: Blocking) -> Tensor:
+    """Of `window_scores` those with a row's own block."""
+    return scores.narrow(-1, blocks.own_place * blocks.size, blocks.size)
 
 
-def window_group(scores: Tensor, values_near: Tensor, visible: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+def window_group(
+    scores: Tensor, values_near: Tensor, visible: Tensor | None, blocks: Blocking
+) -> tuple[Tensor, Tensor]:
     """Exact attention of each block of rows to its window, from `window_scores`.
 
-    `values_near` as in `with_neighbours`; `visible` broadcasts to (E, H, b, 1, i). Returns values (E, H, l, j, D_v) and
-    logsumexps (E, H, l, j), -inf where a row sees no key.
+    `values_near` as in `Blocking.with_neighbours`; `visible` broadcasts to (E, H, b, 1, i). Returns values
+    (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no key.
     """
-    seen = _visible_neighbours(scores, visible, size)
+    if visible is None:
+        visible = torch.ones((1, 1, scores.shape[2], 1, blocks.size), dtype=torch.bool, device=scores.device)
+    # As numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
+    seen = blocks.of_neighbours(visible.to(torch.float32)) > 0
     weights, lse = softmax_lse(scores, seen)
     value = torch.unflatten(torch.bmm(weights.flatten(0, 2), values_near), 0, scores.shape[:3])
     return value, lse.masked_fill(~seen.any(-1), float("-inf"))
-
-
-def _window(scores: Tensor, size: int) -> int:
-    """How many blocks of `size` there are on each side of a row's own in `window_scores`."""
-    return scores.shape[-1] // size // 2
 
 
 def prefix_group(
@@ -165,31 +131,3 @@ def merge(values: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
     """Attention over disjoint groups of keys from attention within each: values (..., D_v), logsumexps (...)."""
     first, *rest = (value * share.unsqueeze(-1) for value, share in zip(values, shares(lses), strict=True))
     return sum(rest, start=first)
-
-
-def uncovered(num_blocks: int, window: int, device: torch.device) -> Tensor:
-    """(b, l) bool: block b is in the far field of the rows of block l, outside their window."""
-    block = torch.arange(num_blocks, device=device)
-    return (block[:, None] - block[None, :]).abs() > window
-
-
-def _contiguous_strides(shape: Sequence[int]) -> list[int]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, size * strides[0])
-    return strides
-
-
-def _visible_neighbours(scores: Tensor, visible: Tensor | None, size: int) -> Tensor:
-    """Which keys of its window a block may see, broadcastable to `window_scores` (E, H, l, j, keys)."""
-    if visible is None:
-        visible = torch.ones((1, 1, scores.shape[2], 1, size), dtype=torch.bool, device=scores.device)
-    # As numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
-    return _row_neighbours(visible.to(torch.float32), _window(scores, size)) > 0
-
-
-def _row_neighbours(of_keys: Tensor, window: int) -> Tensor:
-    """A number of each key (E, 1, b, 1, i), beside those of the neighbours: (E, 1, l, 1, keys); 0 beyond the ends."""
-    padded = F.pad(of_keys.transpose(2, 3), (0, 0, window, window))  # (E, 1, 1, b, i)
-    near = padded.unfold(3, 2 * window + 1, 1)  # (E, 1, 1, l, i, neighbour)
-    return near.transpose(-1, -2).flatten(-2).transpose(2, 3)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.errors import IRError
 from monarch_compile.ir import DTYPE_NAMES, Dim
@@ -54,6 +55,8 @@ class MonarchAttention:
     Shapes: q (batch, num_heads, seq_len_q, head_dim), k (batch, num_kv_heads, seq_len_k, head_dim),
     v (batch, num_kv_heads, seq_len_k, value_dim), output (batch, num_heads, seq_len_q, value_dim).
     `form.block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
+    grid: sizes of the axes that the tokens after the prefix flatten, row by row; None where none is known. The blocks
+    are its tiles if the form has a `tile`.
     """
 
     family: ClassVar[str] = "attention"
@@ -70,6 +73,7 @@ class MonarchAttention:
     scale: float
     mask: MaskKind = MaskKind.NONE
     is_causal: bool = False
+    grid: tuple[Dim, ...] | None = None
 
     def __post_init__(self) -> None:
         verify(self)
@@ -81,7 +85,16 @@ class MonarchAttention:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `reference.reference` after its tensors."""
-        return {"scale": self.scale, **asdict(self.form)}
+        return {"scale": self.scale, **asdict(self.form), "grid": self.grid}
+
+    def one_axis(self) -> MonarchAttention:
+        """Attention without a grid that takes the same work: as many blocks, padding included, and keys in a window."""
+        if self.form.tile is None:
+            return self
+        seq_len: Dim = self.seq_len_k
+        if self.num_blocks is not None:
+            seq_len = self.num_blocks * self.form.block_size + self.form.prefix
+        return replace(self, form=self.form.one_axis(), grid=None, seq_len_q=seq_len, seq_len_k=seq_len)
 
     @property
     def group(self) -> int:
@@ -98,7 +111,10 @@ class MonarchAttention:
 
     @property
     def num_blocks(self) -> int | None:
-        """Number of blocks M, or None while seq_len_k is symbolic."""
+        """Number of blocks M, or None while seq_len_k is symbolic. Where a grid's sizes are symbolic, its tiles are
+        taken to cover it without padding."""
+        if self.form.tile is not None and self.grid is not None and all(isinstance(size, int) for size in self.grid):
+            return int(math.prod(count_tiles(self.grid, self.form.tile)))
         if not isinstance(self.seq_len_k, int):
             return None
         return max(1, int(count_blocks(self.seq_len_k, self.form.block_size, self.form.prefix)))
@@ -124,6 +140,9 @@ class MonarchAttention:
             f"mask={self.mask.value} causal={str(self.is_causal).lower()}",
             f"window={form.window} prefix={form.prefix} scale={self.scale:.6g}",
         ]
+        if form.tile is not None and self.grid is not None:
+            grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, form.tile))
+            parts.append(f"grid={grid} tile={tile} shape={form.window_shape}")
         return " ".join(parts)
 
 
@@ -144,6 +163,16 @@ def _heads_divide(ir: MonarchAttention) -> bool:
     return ir.num_heads == ir.num_kv_heads or ir.group > 1
 
 
+def _fits_grid(ir: MonarchAttention) -> bool:
+    return ir.form.tile is None or (ir.grid is not None and len(ir.grid) == len(ir.form.tile))
+
+
+def _covers_sequence(ir: MonarchAttention) -> bool:
+    if ir.grid is None or not isinstance(ir.seq_len_k, int) or not all(isinstance(size, int) for size in ir.grid):
+        return True
+    return math.prod(size for size in ir.grid if isinstance(size, int)) + ir.form.prefix == ir.seq_len_k
+
+
 RULES: tuple[Rule, ...] = (
     Rule(lambda ir: _positive(ir.batch, ir.num_heads, ir.num_kv_heads), "batch and head counts must be at least 1"),
     Rule(lambda ir: _positive(ir.seq_len_q, ir.seq_len_k), "sequence lengths must be at least 1"),
@@ -156,6 +185,9 @@ RULES: tuple[Rule, ...] = (
         "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
     ),
     Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
+    Rule(_fits_grid, "a tile needs a grid of as many axes"),
+    Rule(lambda ir: ir.form.tile is None or not ir.is_cross, "a tile needs seq_len_q == seq_len_k"),
+    Rule(_covers_sequence, "prefix and the product of the grid must be seq_len_k"),
 )
 
 

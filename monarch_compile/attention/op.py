@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from monarch_compile.attention import reference as meaning
 from monarch_compile.attention.form import FORM_OPTIONS
 from monarch_compile.errors import CodegenError
 
-OPTIONS = ("scale", *FORM_OPTIONS)
+OPTIONS = ("scale", *FORM_OPTIONS, "grid")
 """The operator's parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
 
 
@@ -29,6 +30,9 @@ def attention(
     pad: str,
     window: int | None,
     prefix: int,
+    tile: Sequence[int] | None = None,
+    window_shape: str = "box",
+    grid: Sequence[int] | None = None,
 ) -> Tensor:
     """Monarch attention: `reference` is its meaning; on CUDA the emitted kernels run, elsewhere the reference itself.
 
@@ -38,7 +42,8 @@ def attention(
     # Functions are called by way of modules: triton_op reads all sources behind other names, in search of kernels.
     # Under dynamic shapes a caller's numbers may come as symbols: these are part of what is computed.
     sizes = int(block_size), int(num_iters), init, pad, None if window is None else int(window), int(prefix)
-    values = (float(scale), *sizes)
+    extents = None if tile is None else tuple(map(int, tile))
+    values = (float(scale), *sizes, extents, window_shape, None if grid is None else tuple(grid))
     options: dict[str, Any] = dict(zip(OPTIONS, values, strict=True))
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
         if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -49,7 +54,7 @@ def attention(
 
 
 def attention_under_transforms(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *options: float | int | str | None
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *options: float | int | str | Sequence[int] | None
 ) -> Tensor:
     """The operator's arguments and result, for torch.func and forward mode: the operator has no rules for these.
 

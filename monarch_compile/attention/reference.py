@@ -7,10 +7,12 @@ Index letters: l, b blocks (of queries, of keys); j, i offsets in a block (of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of
 from monarch_compile.attention.groups import (
     biased,
     centred,
@@ -21,10 +23,8 @@ from monarch_compile.attention.groups import (
     shares,
     softmax_lse,
     split_mask,
-    uncovered,
     window_group,
     window_scores,
-    with_neighbours,
 )
 from monarch_compile.attention.ir import is_exact
 
@@ -42,6 +42,9 @@ def reference(
     pad: str = "post",
     window: int | None = None,
     prefix: int = 0,
+    tile: Sequence[int] | None = None,
+    window_shape: str = "box",
+    grid: Sequence[int] | None = None,
 ) -> Tensor:
     """Monarch attention of q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v).
 
@@ -50,8 +53,9 @@ def reference(
     `key_mask` (E, N_k) is bool, True where a key is visible, or floating: added to the scores of every row, and hiding
     a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
     The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
-    `window` and `prefix` are those of `Form`: blocks are of what follows the prefix, whose own rows attend to
-    every key exactly.
+    `window`, `prefix`, `tile` and `window_shape` are those of `Form`: blocks are of what follows the prefix, whose own
+    rows attend to every key exactly. `grid` is what the tokens that follow the prefix lie on, flattened row by row:
+    blocks are its tiles.
     """
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -69,29 +73,31 @@ def reference(
         (mask_lead, key_mask), (bias_lead, bias) = (_cut(x, prefix) for x in (key_mask, bias))
         q = q[:, :, prefix:]
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
-    num_blocks = -(-seq_len_k // block_size)
-    block_size_q = block_size if seq_len_q == seq_len_k else _literal_one(-(-seq_len_q // num_blocks))
     group = q.shape[1] // k.shape[1]
-    q_blocks = _grouped(_to_blocks(q, num_blocks, block_size_q, pad), group).contiguous()
-    keys, values = (_to_blocks(x, num_blocks, block_size, pad) for x in (k, v))
+    key_blocks = blocking_of(seq_len_k, block_size, pad, window, tile=tile, window_shape=window_shape, grid=grid)
+    query_blocks, num_blocks = key_blocks, key_blocks.num_blocks
+    if seq_len_q != seq_len_k:
+        query_blocks = Pieces(seq_len_q, num_blocks, _literal_one(-(-seq_len_q // num_blocks)), pad)
+    q_blocks = _grouped(query_blocks.split(q), group).contiguous()
+    keys, values = key_blocks.split(k), key_blocks.split(v)
     if window is None:
         keys, values = keys.contiguous(), values.contiguous()
     else:
-        (keys, keys_near), (values, values_near) = (with_neighbours(x, window) for x in (keys, values))
-    visible = _far_keys(keys, seq_len_k, pad, key_mask)
-    key_bias = None if bias is None else _by_block(bias, keys, pad)
-    row_is_real = _rows(q_blocks, seq_len_q, pad, group)
+        (keys, keys_near), (values, values_near) = map(key_blocks.with_neighbours, (keys, values))
+    visible = _far_keys(key_blocks, key_mask, q.device)
+    key_bias = None if bias is None else _by_block(bias, key_blocks)
+    row_is_real = _rows(query_blocks, group, q.device)
     near = []  # values (E, H, l, j, D_v) and logsumexps (E, H, l, j) of the exact groups
     scores = None
     if window is not None:
-        near_scores = window_scores(q_blocks, keys_near, block_size, scale, key_bias)
-        near.append(window_group(near_scores, values_near, visible, block_size))
+        near_scores = window_scores(q_blocks, keys_near, key_blocks, scale, key_bias)
+        near.append(window_group(near_scores, values_near, visible, key_blocks))
         if init == "identity":
-            scores = own_scores(near_scores, block_size)
+            scores = own_scores(near_scores, key_blocks)
     if prefix:
         near.append(prefix_group(q_blocks, k_lead, v_lead, mask_lead, bias_lead, scale))
     near_lses = [lse.transpose(2, 3) for _, lse in near]
-    far_blocks = _far_blocks(visible, num_blocks, window, q.device)
+    far_blocks = _far_blocks(visible, key_blocks, window is not None, q.device)
 
     # Operands of the batched products are laid out once, rows contiguous: `*_at` by query offset, the others by block.
     q_at = _by_offset(q_blocks)  # (E, H, j, l, D)
@@ -113,7 +119,7 @@ def reference(
     z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
     if near:
         z = merge([z, *(value.transpose(2, 3) for value, _ in near)], [far_lse, *near_lses])
-    output = _from_blocks(z, seq_len_q, pad, group)
+    output = _from_blocks(z, query_blocks, group)
     if prefix:
         output = torch.cat([rows, output.transpose(1, 2)], 1).transpose(1, 2)
     return output.to(dtype)
@@ -145,87 +151,47 @@ def _literal_one(size: int) -> int:
     return 1 if guard_or_false(size == 1) else size
 
 
-def _may_pad(missing: int) -> bool:
-    """Whether whole blocks may hold more than the sequence: always so for a symbolic length, which takes no guard."""
-    return not isinstance(missing, int) or missing > 0
-
-
-def _padded(x: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """`x` with zeros (False) around it, contiguous: padding by a symbolic number that is 0 would keep x's strides."""
-    if x.dtype == torch.bool:  # as numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13)
-        return _padded(x.to(torch.float32), padding) > 0
-    return F.pad(x if all(isinstance(n, int) for n in padding) else x.contiguous(), padding)
-
-
-def _to_blocks(x: Tensor, num_blocks: int, size: int, pad: str) -> Tensor:
-    missing = num_blocks * size - x.shape[2]
-    if _may_pad(missing):
-        x = _padded(x, (0, 0, 0, missing) if pad == "post" else (0, 0, missing, 0))
-    return x.reshape(x.shape[0], x.shape[1], num_blocks, size, x.shape[3])
-
-
 def _grouped(x: Tensor, group: int) -> Tensor:
     """From (E, H, l, j, D) to (E, H_kv, l, group * j, D): heads that share keys become offsets."""
     return torch.unflatten(x, 1, (-1, group)).transpose(2, 3).flatten(3, 4)
 
 
-def _from_blocks(z: Tensor, seq_len: int, pad: str, group: int) -> Tensor:
+def _from_blocks(z: Tensor, blocks: Blocking, group: int) -> Tensor:
+    """From (E, H_kv, group * j, l, D) to (E, H, N, D), laid out (E, N, H, D)."""
     batch, kv_heads, offsets, num_blocks, dim = z.shape
     size = offsets // group
     rows = torch.unflatten(z, 2, (group, size)).permute(0, 4, 3, 1, 2, 5)
     rows = rows.reshape(batch, num_blocks * size, kv_heads * group, dim)
-    missing = num_blocks * size - seq_len
-    if isinstance(missing, int):
-        start = 0 if pad == "post" else missing
-        rows = rows[:, start : start + seq_len].contiguous()  # no hole after each sequence
-        return rows.transpose(1, 2)
-    cut = (0, -missing) if pad == "post" else (-missing, 0)  # a slice would be guarded on, for its layout
-    rows = F.pad(rows, (0, 0, 0, 0, *cut)).clone(memory_format=torch.contiguous_format)
-    return rows.transpose(1, 2)
+    return blocks.joined(rows).transpose(1, 2)
 
 
-def _positions(num_blocks: int, size: int, seq_len: int, pad: str, device: torch.device) -> Tensor:
-    """Whether position (block, offset) of the padded sequence is a real one: (blocks, size) bool."""
-    start = 0 if pad == "post" else num_blocks * size - seq_len
-    index = torch.arange(num_blocks * size, device=device).view(num_blocks, size)
-    return (index >= start) & (index < start + seq_len)
-
-
-def _far_keys(keys: Tensor, seq_len: int, pad: str, key_mask: Tensor | None) -> Tensor | None:
+def _far_keys(blocks: Blocking, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """Keys that blocks may hold, visible and no padding, broadcastable to (E, H, b, j, i); None: every key."""
-    num_blocks, size = keys.shape[2], keys.shape[3]
     if key_mask is not None:
-        return _by_block(key_mask, keys, pad)
-    if not _may_pad(num_blocks * size - seq_len):
-        return None
-    return _positions(num_blocks, size, seq_len, pad, keys.device).view(1, 1, num_blocks, 1, size)
+        return _by_block(key_mask, blocks)
+    return blocks.is_token(device)[None, None, :, None, :] if blocks.may_pad() else None
 
 
-def _by_block(of_keys: Tensor, keys: Tensor, pad: str) -> Tensor:
+def _by_block(of_keys: Tensor, blocks: Blocking) -> Tensor:
     """A value of each key (E, N_k) where the keys lie in their blocks: (E, 1, b, 1, i), 0 (False) for padding."""
-    num_blocks, size = keys.shape[2], keys.shape[3]
-    missing = num_blocks * size - of_keys.shape[1]
-    padded = _padded(of_keys, (0, missing) if pad == "post" else (missing, 0))
-    return padded.view(of_keys.shape[0], 1, num_blocks, 1, size)
+    return blocks.split(of_keys[:, None, :, None]).transpose(3, 4)
 
 
-def _far_blocks(visible: Tensor | None, num_blocks: int, window: int | None, device: torch.device) -> Tensor | None:
+def _far_blocks(visible: Tensor | None, blocks: Blocking, windowed: bool, device: torch.device) -> Tensor | None:
     """Blocks in a row's far field that have a visible key, broadcastable to logits (E, H, j, b, l); None: all."""
     seen = None if visible is None else visible.any(-1).squeeze(-1)[:, :, None, :, None]
-    if window is None:
+    if not windowed:
         return seen
-    far = uncovered(num_blocks, window, device)
-    return far[None, None, None] if seen is None else far & seen
+    far = blocks.is_far(device)[None, None, None]
+    return far if seen is None else far & seen
 
 
-def _rows(q: Tensor, seq_len: int, pad: str, group: int) -> Tensor | None:
+def _rows(blocks: Blocking, group: int, device: torch.device) -> Tensor | None:
     """(1, 1, j, l, 1) bool: rows that are no padding; None where all are such."""
-    num_blocks, offsets = q.shape[2], q.shape[3]
-    size = offsets // group
-    if not _may_pad(num_blocks * size - seq_len):
+    if not blocks.may_pad():
         return None
-    real = _positions(num_blocks, size, seq_len, pad, q.device).t()
-    return real.expand(group, -1, -1).reshape(1, 1, offsets, num_blocks, 1)
+    real = blocks.is_token(device).t()
+    return real.expand(group, -1, -1).reshape(1, 1, group * blocks.size, blocks.num_blocks, 1)
 
 
 def _mean_query(q_at: Tensor, row_is_real: Tensor | None) -> Tensor:
