@@ -11,12 +11,14 @@ from typing import Any
 from monarch_compile.attention.form import (
     FORM_OPTIONS,
     FORM_RULES,
+    MAX_AXES,
     Form,
     OptionRule,
     at_least,
     broken_rule,
     one_of,
     or_else,
+    tuple_of,
 )
 from monarch_compile.errors import ConfigError
 from monarch_compile.plan import Plan
@@ -26,9 +28,12 @@ POLICIES = ("auto", "always", "never")
 
 FLAG = OptionRule(lambda v: isinstance(v, bool), "True or False")
 
+AUTO_OPTIONS = ("block_size", "window", "prefix", "tile", "window_shape")
+"""Options of the form that may be left to the sites."""
+
 OPTION_RULES: dict[str, OptionRule] = {
-    **FORM_RULES,
-    "block_size": or_else("auto", FORM_RULES["block_size"]),
+    **{name: or_else("auto", rule) if name in AUTO_OPTIONS else rule for name, rule in FORM_RULES.items()},
+    "grid": or_else("auto", or_else(None, tuple_of(1, range(1, MAX_AXES + 1)))),
     "policy": one_of(POLICIES),
     "min_seq_len": at_least(0),
     "cross_attention": FLAG,
@@ -48,9 +53,15 @@ class MonarchConfig:
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").
     window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: the paper's
-        form, no window).
+        form, no window). "auto": 1, and with tiles what `lengths.TILES` has.
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
-        Blocks are of what follows them.
+        Blocks are of what follows them. "auto": the tokens before a grid that is found, else 0.
+    grid: sizes of the axes that the tokens after the prefix flatten. "auto": found in the graph, from the convolution
+        or reshape that the tokens come from; None: not looked for. Given by hand, it is that of all self-attention.
+    tile: tokens of a block along each axis of the grid, where there is one. "auto": a table of the number of tokens,
+        `lengths.TILES`; None: blocks are pieces of the sequence all the same.
+    window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis alone
+        ("plus"); "auto": what `lengths.TILES` has.
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
     min_seq_len: sites with fewer keys stay exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
@@ -67,8 +78,11 @@ class MonarchConfig:
     num_iters: int = 1
     init: str = "identity"
     pad: str = "post"
-    window: int | None = 1
-    prefix: int = 0
+    window: int | str | None = "auto"
+    prefix: int | str = "auto"
+    tile: tuple[int, ...] | str | None = "auto"
+    window_shape: str = "auto"
+    grid: tuple[int, ...] | str | None = "auto"
     policy: str = "auto"
     min_seq_len: int = 0
     cross_attention: bool = False
@@ -81,10 +95,14 @@ class MonarchConfig:
         wrong = broken_rule(vars(self), OPTION_RULES)
         if wrong is not None:
             raise ConfigError(f"option {wrong}")
+        for name in ("tile", "grid"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
-    def form(self, block_size: int) -> Form:
-        """The form that the options ask for, in blocks of `block_size`."""
-        return Form(**{name: getattr(self, name) for name in FORM_OPTIONS} | {"block_size": block_size})
+    def form(self, **auto: Any) -> Form:
+        """The form that the options ask for; `auto` has what stands for each option that is "auto"."""
+        options = {name: getattr(self, name) for name in FORM_OPTIONS}
+        return Form(**{name: auto[name] if value == "auto" else value for name, value in options.items()})
 
     def mode_patches(self) -> dict[str, Any]:
         """What the mode changes in Inductor's config."""

@@ -30,6 +30,8 @@ class Decision:
     q_shape, k_shape, v_shape: (batch, heads, seq_len, dim); empty when unknown.
     mask: "none", "key_padding", or the kind that was refused.
     calls: how the site is called, as far as its time depends on it.
+    blocking: one line about the token grid of the site, where it is found or why there is none; "" where none was
+        looked for.
     """
 
     family: str
@@ -48,6 +50,7 @@ class Decision:
     device: str = "cpu"
     mask: str = "none"
     calls: Calls = DEVICE_ALONE
+    blocking: str = ""
 
     @property
     def remedy(self) -> str:

@@ -44,6 +44,7 @@ class ReplaceSdpa(TorchFunctionMode):
 
     def __init__(self, config: MonarchConfig) -> None:
         super().__init__()
+        self._config = config
         self._strict = config.strict
         self._decide = decider(config)
         self.lowered = 0
@@ -98,7 +99,8 @@ class ReplaceSdpa(TorchFunctionMode):
         if isinstance(decision, Refusal):
             return self._stays(decision)
         self.lowered += 1
-        return in_order(monarch_attention(q, k, v, scale=scale, **mask, **vars(decision)), order)
+        grid = self._config.grid if decision.tile is not None and isinstance(self._config.grid, tuple) else None
+        return in_order(monarch_attention(q, k, v, scale=scale, grid=grid, **mask, **vars(decision)), order)
 
     def _stays(self, refusal: Refusal) -> Tensor | None:
         """Count and, the first time, log it. Raises LoweringError where strict mode does not accept it."""

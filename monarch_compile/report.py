@@ -42,6 +42,7 @@ class Site:
     kernels: what a CUDA device runs for this site; kernel_note: why there are none, or when they run.
     graph: index of the captured graph that holds the site.
     error: measured relative error of the site's output, None where it was not measured.
+    blocking: the token grid that blocks follow and where it was found, or why they are pieces of the sequence.
     """
 
     family: str
@@ -67,6 +68,7 @@ class Site:
     kernel_note: str = ""
     graph: int = 0
     error: float | None = None
+    blocking: str = ""
 
     @property
     def lowered(self) -> bool:
@@ -111,6 +113,7 @@ class Site:
             "kernel_note": self.kernel_note,
             "graph": self.graph,
             "error": self.error,
+            "blocking": self.blocking,
         }
 
 
@@ -210,6 +213,7 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
         kernels=kernels,
         kernel_note=note,
         graph=graph,
+        blocking=decision.blocking,
     )
 
 
@@ -261,8 +265,13 @@ def _table(sites: Sequence[Site]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     result = [lines[0], "-" * max(map(len, lines))]
     for site, line in zip(sites, lines[1:], strict=True):
-        result += [line] if site.lowered else [line, *_why_exact(site)]
+        result += [line, *_how_cut(site)] if site.lowered else [line, *_why_exact(site)]
     return result
+
+
+def _how_cut(site: Site) -> list[str]:
+    """What the blocks of a lowered site follow."""
+    return [f"    {site.blocking}"] if site.blocking else []
 
 
 def _why_exact(site: Site) -> list[str]:

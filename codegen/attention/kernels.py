@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from monarch_compile.attention.blocking import steps_to_neighbours
+from monarch_compile.attention.form import MAX_AXES
 from monarch_compile.attention.groups import HIDDEN
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
@@ -23,7 +25,9 @@ MAX_WINDOW_KEYS = 2**30
 LEAST_SCALE = 2.0**-126
 """The least scale that commutes with the largest score: a smaller one may be 0 in float32."""
 
-SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q")
+GRID_SIZES = tuple(f"{name}_{axis}" for name in ("grid", "counts") for axis in range(MAX_AXES))
+"""Tokens along each axis of a grid, and tiles."""
+SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q", *GRID_SIZES)
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
 queries in a block, where they are not."""
 
@@ -92,7 +96,8 @@ def canonical(ir: MonarchAttention) -> MonarchAttention:
     """`ir` with the sizes that kernels take at run time replaced by their names."""
     heads = "H" if ir.group == 1 else f"{ir.group}*H"
     rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
-    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys)
+    grid = None if ir.form.tile is None else tuple(f"N_{axis}" for axis in range(len(ir.form.tile)))
+    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys, grid=grid)
 
 
 def program(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
@@ -231,6 +236,8 @@ def _choices(
         "near": role.near or (role.far and ir.form.has_exact_keys),
         "plain": ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE,
         "near_aligned": not (specialization.partial_block or ir.form.block_size % steps_of_near),
+        "ragged_near": _keys_of_neighbours(role, ir) % steps_of_near != 0,
+        **_axes(ir),
         "resident": tiling.turns == ALL,
         "walks": tiling.turns > 1,
         "window": ir.form.window,
@@ -239,6 +246,28 @@ def _choices(
         "cross": ir.is_cross,
         **names,
     }
+
+
+def _axes(ir: MonarchAttention) -> dict[str, Any]:
+    """The axes of the tiles that blocks are, and the names of what is known along them; axes: 0 where there is none."""
+    axes = range(len(ir.form.tile or ()))
+    return {
+        "axes": len(axes),
+        "window_shape": ir.form.window_shape,
+        "counts": tuple(f"counts_{axis}" for axis in axes),
+        "extents": tuple(f"EXTENT_{axis}" for axis in axes),
+        "corners": tuple(f"corner_{axis}" for axis in axes),
+        "from_corner": tuple(f"from_{axis}" for axis in axes),
+    }
+
+
+def _keys_of_neighbours(role: Role, ir: MonarchAttention) -> int:
+    """Keys of the tiles in a window, without the tile itself where stage 1 counts it."""
+    form = ir.form
+    if form.tile is None or form.window is None:
+        return 0
+    tiles = len(steps_to_neighbours(form.window, form.window_shape, len(form.tile))) - role.summarizes
+    return tiles * form.block_size
 
 
 def _constants(
@@ -250,6 +279,8 @@ def _constants(
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
     window, prefix = ir.form.window or 0, ir.form.prefix
+    dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
+    dims |= {"NEIGHBOURS": _keys_of_neighbours(role, ir) // block}
     dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // block), "PREFIX": min(prefix, MAX_POSITION)}
     tiles = {"TILE_L": tiling.step}
     if role.reads_keys:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import centred
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
@@ -25,7 +28,16 @@ MOST_ROWS = 128
 """Nor further than this number of queries in a block: no tile has more rows. Also what an unknown number is."""
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, scale: float, **options: Any) -> Tensor:
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    *,
+    scale: float,
+    grid: Sequence[Any] | None = None,
+    **options: Any,
+) -> Tensor:
     """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.
 
     options: those of `Form`.
@@ -39,7 +51,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, scale: f
     form = _form(**options)
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
-    num_blocks = count_blocks(k.shape[2], form.block_size, form.prefix)
+    num_blocks = _num_blocks(k, form, grid)
     blocks = _bucket(num_blocks) if isinstance(num_blocks, int) else None
     rows = None if q.shape[2] == k.shape[2] else _bucket_of_rows(_rows(q, num_blocks))
     mask = MaskKind.NONE
@@ -50,17 +62,21 @@ def launch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *, scale: f
     ir = _bucket_ir(int(q.shape[3]), int(v.shape[3]), q.dtype, form, scale, mask, group, blocks, rows)
     launcher = build(ir, capability_of(q.device), is_interpreted())
     with on_device(q):
-        return run(launcher, q, k, v, key_mask)
+        return run(launcher, q, k, v, key_mask, grid)
 
 
-def run(launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+def run(
+    launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: Sequence[Any] | None = None
+) -> Tensor:
     """q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v), laid out (E, N_q, H, D_v).
+
+    grid: sizes of the axes that the tokens after the prefix flatten, where the form has a tile.
 
     Raises:
         CodegenError: the schedule is for fewer blocks.
     """
     form, most = launcher.ir.form, launcher.schedule.most_blocks
-    num_blocks = count_blocks(k.shape[2], form.block_size, form.prefix)
+    num_blocks = _num_blocks(k, form, grid)
     if most is not None and not (isinstance(num_blocks, int) and num_blocks <= most):
         raise CodegenError(f"these kernels are for at most {most} blocks; found {num_blocks}")
     batch, num_heads, seq_len_q, _ = q.shape
@@ -74,6 +90,9 @@ def run(launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | 
         "seq_len_q": seq_len_q,
         "seq_len_k": k.shape[2],
     }
+    if form.tile is not None and grid is not None:
+        sizes |= {f"grid_{axis}": size for axis, size in enumerate(grid)}
+        sizes |= {f"counts_{axis}": count for axis, count in enumerate(count_tiles(grid, form.tile))}
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
@@ -125,9 +144,15 @@ def _bucket_ir(
     elif rows is not None:
         seq_len_q = "N_q"
     heads = "H" if group == 1 else f"{group}*H"
-    return MonarchAttention(
-        "B", heads, "H", seq_len_q, seq_len_k, head_dim, value_dim, dtype, form=form, scale=scale, mask=mask
-    )
+    grid = None if form.tile is None else tuple(f"N_{axis}" for axis in range(len(form.tile)))
+    sizes = ("B", heads, "H", seq_len_q, seq_len_k, head_dim, value_dim)
+    return MonarchAttention(*sizes, dtype, form=form, scale=scale, mask=mask, grid=grid)
+
+
+def _num_blocks(k: Tensor, form: Form, grid: Sequence[Any] | None) -> Any:
+    if form.tile is None or grid is None:
+        return count_blocks(k.shape[2], form.block_size, form.prefix)
+    return math.prod(count_tiles(grid, form.tile))
 
 
 def _bucket(num_blocks: int) -> int:

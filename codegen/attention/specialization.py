@@ -65,17 +65,16 @@ def sees_strides(head_dim: int, value_dim: int) -> bool:
 
 def specialization_of(
     num_blocks: Any,
-    queries: tuple[Any, Any],
-    keys: tuple[Any, Any],
+    sides: Sequence[tuple[Any, Any]],
     schedule: Schedule,
     reaches: Sequence[Any],
     stride_multiple: int = 1,
 ) -> Specialization:
-    """The specialization of a launch. queries, keys: how many, and how many to a block. reaches: elements that lie
-    between the first and the last place that a kernel goes to from one 64-bit address. Symbolic numbers tell nothing.
+    """The specialization of a launch. sides: tokens of the queries and of the keys, or along each axis of a grid, and
+    the places that blocks have for them. reaches: elements that lie between the first and the last place that a kernel
+    goes to from one 64-bit address. Symbolic numbers tell nothing.
     """
-    pairs = (queries, keys)
-    partial_block = not all(_known(num_blocks, *pair) and pair[0] == num_blocks * pair[1] for pair in pairs)
+    partial_block = not all(_known(*side) and side[0] == side[1] for side in sides)
     sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]
     partial_tile = not _known(num_blocks) or not num_blocks or any(num_blocks % size for size in sizes)
     wide_offsets = not _known(*reaches) or max(reaches) > MAX_POSITION
@@ -99,10 +98,15 @@ def specialize(
     reaches = [block_q * num_blocks * row, sizes["seq_len_q"] * sizes["num_heads"] * ir.value_dim]
     for name, tensor in tensors.items():
         within_head = 1 if name == "key_mask" else 2  # the dims before are addressed by 64 bits
-        sides = zip(tensor.shape[within_head:], tensor.stride()[within_head:], strict=True)
-        reaches.append(sum(size * stride for size, stride in sides))
-    keys, queries = (sizes["seq_len_k"] - prefix, ir.form.block_size), (sizes["seq_len_q"] - prefix, block_q)
-    return specialization_of(num_blocks, queries, keys, schedule, reaches, _stride_multiple(ir, tensors))
+        dims = zip(tensor.shape[within_head:], tensor.stride()[within_head:], strict=True)
+        reaches.append(sum(size * stride for size, stride in dims))
+    if ir.form.tile is None:
+        sides = [(sizes["seq_len_q"] - prefix, num_blocks * block_q)]
+        sides.append((sizes["seq_len_k"] - prefix, num_blocks * ir.form.block_size))
+    else:
+        tiled = enumerate(ir.form.tile)
+        sides = [(sizes[f"grid_{axis}"], sizes[f"counts_{axis}"] * extent) for axis, extent in tiled]
+    return specialization_of(num_blocks, sides, schedule, reaches, _stride_multiple(ir, tensors))
 
 
 def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int:
@@ -115,14 +119,19 @@ def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int
 
 def expected(ir: MonarchAttention, schedule: Schedule) -> Specialization:
     """That of a launch of `ir` on tensors that one projection gave, as far as its sizes are known."""
-    prefix = ir.form.prefix
-    after = [n - prefix if isinstance(n, int) else n for n in (ir.seq_len_q, ir.seq_len_k)]
-    queries, keys = (after[0], ir.block_size_q), (after[1], ir.form.block_size)
+    sides: list[tuple[Any, Any]] = []
+    if ir.form.tile is not None:
+        pairs = zip(ir.grid or (), ir.form.tile, strict=True)
+        sides = [(n, -(-n // extent) * extent if isinstance(n, int) else None) for n, extent in pairs]
+    else:
+        for length, size in ((ir.seq_len_q, ir.block_size_q), (ir.seq_len_k, ir.form.block_size)):
+            places = None if size is None or ir.num_blocks is None else ir.num_blocks * size
+            sides.append((length - ir.form.prefix if isinstance(length, int) else None, places))
     reach: Any = None
     if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
         reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
     multiple = stride_multiple_of(ir.head_dim, ir.value_dim, ir.dtype, (ir.head_dim, ir.value_dim))
-    return specialization_of(ir.num_blocks, queries, keys, schedule, (reach,), multiple)
+    return specialization_of(ir.num_blocks, sides, schedule, (reach,), multiple)
 
 
 def _divides(number: int, stride: Any) -> bool:

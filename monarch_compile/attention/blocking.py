@@ -6,6 +6,7 @@ which blocks are neighbours. Index letters as in `reference`: l, b blocks; j, i 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ class Pieces:
 
     def is_far(self, device: torch.device) -> Tensor:
         block = torch.arange(self.num_blocks, device=device)
-        return (block[:, None] - block[None, :]).abs() > self.window
+        far: Tensor = (block[:, None] - block[None, :]).abs() > self.window
+        return far
 
 
 def _overlapping_pieces(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -239,9 +241,7 @@ class Tiles:
             shape: list[Any] = [1] * (2 * axes)
             shape[axis], shape[axes + axis] = count, extent
             inside.append((torch.arange(count * extent, device=device) < size).view(shape))
-        every = inside[0]
-        for other in inside[1:]:
-            every = every & other
+        every = functools.reduce(torch.logical_and, inside)
         return every.expand(*self.counts, *self.tile).reshape(self.num_blocks, self.size)
 
     @property
@@ -279,12 +279,11 @@ class Tiles:
             shape: list[Any] = [1] * (2 * axes)
             shape[axis], shape[axes + axis] = count, count
             apart.append((place[:, None] - place[None, :]).abs().view(shape))
-        near = apart[0] <= self.window
-        for other in apart[1:]:
-            near = near & (other <= self.window)
+        near = functools.reduce(torch.logical_and, [x <= self.window for x in apart])
         if self.window_shape == "plus":
-            near = near & (sum((x > 0).to(torch.int32) for x in apart) <= 1)
-        return ~near.expand(*self.counts, *self.counts).reshape(self.num_blocks, self.num_blocks)
+            near = near & (functools.reduce(torch.add, [(x > 0).to(torch.int32) for x in apart]) <= 1)
+        far: Tensor = ~near.expand(*self.counts, *self.counts).reshape(self.num_blocks, self.num_blocks)
+        return far
 
 
 def blocking_of(

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from monarch_compile.attention.form import ACROSS, Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.attention.lengths import chosen_form, cost_refusal
+from monarch_compile.attention.lengths import chosen_form, cost_refusal, grid_by_hand
 from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.attention.signature import Signature, first_broken
 from monarch_compile.calls import EAGER, Calls, active_transform
@@ -163,10 +163,12 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig,
         config, queries = replace(config, **ACROSS), problem.seq_len_q
     if config.policy == "never":
         return Refusal("policy_never", "policy is 'never'")
-    form = chosen_form(config, device.kind, seq_len)
+    grid = None if problem.is_cross else grid_by_hand(config, seq_len)
+    form = chosen_form(config, device.kind, seq_len, grid)
     if config.policy == "auto":
         sizes = {"auto": config.block_size == "auto", "batch": problem.batch, "seq_len": seq_len, "queries": queries}
-        refused = cost_refusal(replace(problem, form=form), device, {}, f"found {seq_len}", calls=calls, **sizes)
+        site = replace(problem, form=form, grid=None if grid is None else grid.sizes)
+        refused = cost_refusal(site, device, {}, f"found {seq_len}", calls=calls, **sizes)
         if refused is not None:
             return refused
     return form

@@ -125,6 +125,10 @@ class Form:
             return f"'tile' must hold block_size {self.block_size} tokens; found {self.tile}"
         return "'pad' must be 'post' with a tile; found 'pre'" if self.pad != "post" else None
 
+    def __str__(self) -> str:
+        names = FORM_OPTIONS if self.tile is not None else FORM_OPTIONS[: FORM_OPTIONS.index("tile")]
+        return f"Form({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
     @property
     def has_exact_keys(self) -> bool:
         """Whether some keys are attended to exactly: a window's or a prefix's. The paper's form has none."""
@@ -136,6 +140,10 @@ class Form:
             return self
         window = self.window and (len(steps_to_neighbours(self.window, self.window_shape, len(self.tile))) - 1) // 2
         return replace(self, tile=None, window=window, window_shape="box")
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The operator's arguments, in its order."""
+        return tuple(list(x) if isinstance(x, tuple) else x for x in vars(self).values())
 
     def across(self) -> Form:
         """The form between sequences of different lengths."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.form import FORM_OPTIONS, broken_rule
+from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.calls import active_transform
-from monarch_compile.errors import InputError
+from monarch_compile.errors import InputError, IRError
 
 
 def monarch_attention(
@@ -17,7 +19,7 @@ def monarch_attention(
     k: Tensor,
     v: Tensor,
     *,
-    block_size: int,
+    block_size: int | None = None,
     num_iters: int = 1,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
@@ -26,6 +28,9 @@ def monarch_attention(
     pad: str = "post",
     window: int | None = 1,
     prefix: int = 0,
+    grid: Sequence[int] | None = None,
+    tile: Sequence[int] | None = None,
+    window_shape: str = "box",
 ) -> Tensor:
     """MonarchAttention (arXiv 2505.18698, section 3): softmax attention through a Monarch matrix, in N * sqrt(N) work.
 
@@ -40,7 +45,8 @@ def monarch_attention(
         k: keys, (batch, num_kv_heads, seq_len_k, head_dim); num_heads is a multiple of num_kv_heads, and query head h
             reads key head h // (num_heads / num_kv_heads).
         v: values, (batch, num_kv_heads, seq_len_k, value_dim).
-        block_size: keys in a block. 1, or at least seq_len_k, gives exact softmax attention.
+        block_size: keys in a block. 1, or at least seq_len_k, gives exact softmax attention. With a tile, what it
+            holds.
         num_iters: pairs of updates of the two Monarch factors.
         scale: multiplies q k^T; 1 / sqrt(head_dim) when None.
         key_padding_mask: (batch, seq_len_k) bool, **True where a key is padding and is ignored**, as in
@@ -52,6 +58,11 @@ def monarch_attention(
             only); None: none, the paper's form. Between unequal lengths it means little, and CUDA takes None only.
         prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
             Blocks are of what follows them.
+        grid: sizes of the axes, one to three, that the tokens after the prefix flatten, the last axis first in memory:
+            (height, width) of an image, (frames, height, width) of a video.
+        tile: tokens of a block along each axis of the grid: blocks are then tiles of it.
+        window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis
+            alone ("plus").
 
     Returns:
         (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory dense in (batch, seq, heads, dim) order,
@@ -63,18 +74,35 @@ def monarch_attention(
     """
     _check_tensors(q, k, v, key_padding_mask)
     _check_bias(k, key_padding_mask, key_bias)
-    form = (block_size, num_iters, init, pad, window, prefix)
-    wrong = broken_rule(dict(zip(FORM_OPTIONS, form, strict=True)))
-    if wrong is not None:
-        raise InputError(wrong)
+    size = math.prod(tile) if block_size is None and tile is not None else block_size
+    options: tuple[Any, ...] = (size, num_iters, init, pad, window, prefix, tile, window_shape)
+    try:
+        form = Form(**dict(zip(FORM_OPTIONS, options, strict=True)))
+    except IRError as error:
+        raise InputError(str(error)) from None
+    _check_grid(q, k, form, grid)
     from monarch_compile.attention.op import attention, attention_under_transforms
 
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     run = attention_under_transforms if active_transform() else attention
-    output: Tensor = run(q, k, v, key_mask, float(scale), *form)
+    output: Tensor = run(q, k, v, key_mask, float(scale), *form.arguments(), grid and list(grid))
     return output
+
+
+def _check_grid(q: Tensor, k: Tensor, form: Form, grid: Sequence[int] | None) -> None:
+    if (grid is None) != (form.tile is None):
+        raise InputError(f"a grid needs a tile, and a tile a grid; found grid {grid} and tile {form.tile}")
+    if grid is None or form.tile is None:
+        return
+    if len(grid) != len(form.tile) or any(size < 1 for size in grid):
+        raise InputError(f"grid must have as many sizes as tile {form.tile}, each at least 1; found {tuple(grid)}")
+    if q.shape[2] != k.shape[2] or form.prefix + math.prod(grid) != k.shape[2]:
+        raise InputError(
+            f"prefix and grid must make up the queries and the keys: {form.prefix} + {' * '.join(map(str, grid))} = "
+            f"{form.prefix + math.prod(grid)} tokens; found {q.shape[2]} queries and {k.shape[2]} keys"
+        )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -53,9 +53,7 @@ def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[
     return weights / total, (top + total.log()).squeeze(dim)
 
 
-def window_scores(
-    q: Tensor, keys_near: Tensor, blocks: Blocking, scale: float, bias: Tensor | None = None
-) -> Tensor:
+def window_scores(q: Tensor, keys_near: Tensor, blocks: Blocking, scale: float, bias: Tensor | None = None) -> Tensor:
     """Scores of rows q (E, H, l, j, D) with the keys of the windows of their blocks.
 
     `keys_near` as in `Blocking.with_neighbours`; `bias` broadcasts to (E, H, b, 1, i). Returns (E, H, l, j, keys).

@@ -85,16 +85,7 @@ class MonarchAttention:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `reference.reference` after its tensors."""
-        return {"scale": self.scale, **asdict(self.form), "grid": self.grid}
-
-    def one_axis(self) -> MonarchAttention:
-        """Attention without a grid that takes the same work: as many blocks, padding included, and keys in a window."""
-        if self.form.tile is None:
-            return self
-        seq_len: Dim = self.seq_len_k
-        if self.num_blocks is not None:
-            seq_len = self.num_blocks * self.form.block_size + self.form.prefix
-        return replace(self, form=self.form.one_axis(), grid=None, seq_len_q=seq_len, seq_len_k=seq_len)
+        return {"scale": self.scale, **asdict(self.form), "grid": None if self.form.tile is None else self.grid}
 
     @property
     def group(self) -> int:

@@ -7,18 +7,19 @@ came first.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.work import predict
 from monarch_compile.calls import DEVICE_ALONE, REPLAYED, Calls
 from monarch_compile.devices import Device
-from monarch_compile.errors import InputError
+from monarch_compile.errors import ConfigError, InputError
 from monarch_compile.ir import Dim
 from monarch_compile.refusal import Refusal
 
@@ -35,6 +36,24 @@ BLOCK_SIZES: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
     ("cuda", True): ((1, 16), (256, 32), (1024, 64), (24576, 128)),
 }
 """(kind of device, whether there is a window) -> (first length, block size) of each step."""
+
+
+class Tiling(NamedTuple):
+    """What tiles of a grid are, from some number of tokens on: see `Form`."""
+
+    start: int
+    tile: tuple[int, ...]
+    window: int | None
+    window_shape: str = "box"
+
+
+TILES: dict[tuple[str, int], tuple[Tiling, ...]] = {
+    ("cpu", 2): (Tiling(1, (4, 4), 0), Tiling(1024, (4, 8), 0), Tiling(8192, (8, 8), 0), Tiling(65536, (8, 16), 0)),
+    ("cuda", 2): (Tiling(1, (4, 4), 0), Tiling(1024, (4, 8), 0), Tiling(8192, (8, 8), 0), Tiling(65536, (8, 16), 0)),
+    ("cpu", 3): (Tiling(1, (2, 2, 4), 0), Tiling(1024, (2, 4, 4), 0), Tiling(8192, (4, 4, 4), 0)),
+    ("cuda", 3): (Tiling(1, (2, 2, 4), 0), Tiling(1024, (2, 4, 4), 0), Tiling(8192, (4, 4, 4), 0)),
+}
+"""(kind of device, axes of the grid) -> what "auto" stands for; one axis is a sequence, whose blocks are pieces."""
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 """A batch between two of these is weighed as the one that pays later; beyond the last, as the last."""
@@ -66,10 +85,64 @@ def auto_block_size(seq_len: Size, kind: str, window: int | None = None, prefix:
     raise InputError(f"seq_len must be at least 1; found {seq_len}")
 
 
-def chosen_form(config: MonarchConfig, kind: str, seq_len: Size) -> Form:
-    """The form that the options ask for at `seq_len` keys; with block size "auto", a symbolic length is guarded on."""
+@dataclass(frozen=True)
+class Grid:
+    """What the tokens of a sequence lie on: `prefix` of them nowhere, the others on a grid, flattened row by row."""
+
+    prefix: int
+    sizes: tuple[Size, ...]
+
+    @property
+    def num_tokens(self) -> Size:
+        """All tokens, those before the grid too."""
+        return self.prefix + math.prod(self.sizes)
+
+
+def grid_by_hand(config: MonarchConfig, seq_len: Size) -> Grid | None:
+    """The grid that the options give for a sequence.
+
+    Raises:
+        ConfigError: it does not make up the sequence.
+    """
+    if not isinstance(config.grid, tuple):
+        return None
+    grid = Grid(config.prefix if isinstance(config.prefix, int) else 0, config.grid)
+    if seq_len != grid.num_tokens:
+        sizes = " * ".join(map(str, grid.sizes))
+        raise ConfigError(
+            f"options prefix and grid make up {grid.prefix} + {sizes} = {grid.num_tokens} tokens; found self-attention "
+            f"over {seq_len}. grid='auto' looks for each site's own"
+        )
+    return grid
+
+
+def takes_tiles(config: MonarchConfig, grid: Grid | None) -> bool:
+    """Whether blocks are tiles of a known grid, as far as the options say; else they are pieces of the sequence."""
+    if grid is None or len(grid.sizes) == 1 or config.tile is None or config.pad != "post":
+        return False
+    if config.prefix not in ("auto", grid.prefix):
+        return False
+    return config.block_size == "auto" if config.tile == "auto" else len(config.tile) == len(grid.sizes)
+
+
+def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | None = None) -> Form:
+    """The form that the options ask for at `seq_len` keys on a grid; what is "auto" guards on a symbolic length."""
+    auto: dict[str, Any] = {"window": 1, "prefix": 0, "tile": None, "window_shape": "box"}
+    if grid is None or not takes_tiles(config, grid):
+        pieces = config if config.tile is None else replace(config, tile=None)
+        window, prefix = (auto[x] if getattr(config, x) == "auto" else getattr(config, x) for x in ("window", "prefix"))
+        return pieces.form(**auto, block_size=_auto_size(config, seq_len, kind, window, prefix))
+    rows = TILES[kind, len(grid.sizes)]
+    row = next((row for row in reversed(rows[1:]) if seq_len >= row.start + grid.prefix), rows[0])
+    tile = config.tile if isinstance(config.tile, tuple) else row.tile
+    shape = row.window_shape if config.window == "auto" else "box"
+    auto = {"window": row.window, "prefix": grid.prefix, "tile": tile, "window_shape": shape}
+    return config.form(**auto, block_size=math.prod(tile))
+
+
+def _auto_size(config: MonarchConfig, seq_len: Size, kind: str, window: int | None, prefix: int) -> int:
     size = config.block_size
-    return config.form(size if isinstance(size, int) else auto_block_size(seq_len, kind, config.window, config.prefix))
+    return size if isinstance(size, int) else auto_block_size(seq_len, kind, window, prefix)
 
 
 def exact_wins(
@@ -88,7 +161,8 @@ def exact_wins(
     seq_len: the number of keys. queries: that of queries, where it is another one. calls: how it is called.
     """
     rows: Dim = "N" if queries is None else next(n for n in reversed(ROWS) if queries >= n)
-    site = replace(ir, batch=1, seq_len_q=rows, seq_len_k="N")
+    auto = auto and ir.form.tile is None  # a tile is priced as it is
+    site = replace(ir, batch=1, seq_len_q=rows, seq_len_k="N", form=ir.form.one_axis(), grid=None)
     if (
         isinstance(batch, int)
         and isinstance(seq_len, int)

@@ -212,11 +212,11 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
     """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
     after_rows, after = (_after(ir.form.prefix, n) for n in (rows, keys))
-    blocks = _ceil_div(after, ir.form.block_size)
+    blocks = _ceil_div(after, ir.form.block_size) if ir.form.tile is None or ir.num_blocks is None else ir.num_blocks
     block_rows = _ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters)
-    groups = _group_sizes(ir.form, rows, keys)
+    groups = _group_sizes(ir.form.one_axis(), rows, keys)
     return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 

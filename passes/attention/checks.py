@@ -131,11 +131,13 @@ def _check_unguarded(region: AttentionRegion, context: Context) -> str | None:
     if TracingContext.try_get() is not None:
         return None
     n_q, n_k = region.q_shape[2], region.k_shape[2]
-    if isinstance(n_k, torch.SymInt) and context.config.block_size == "auto":
+    config = context.config
+    if isinstance(n_k, torch.SymInt) and config.block_size == "auto":
         return "seq_len is symbolic, block_size is 'auto', and an exported program takes no guards"
     if region.is_cross and not statically_known_true(n_q != n_k):
         return f"seq_len_q {n_q} may become seq_len_k {n_k}, and an exported program takes no guards"
-    block = context.config.prefix + context.config.block_size if isinstance(context.config.block_size, int) else 0
+    prefix = config.prefix if isinstance(config.prefix, int) else 0
+    block = prefix + config.block_size if isinstance(config.block_size, int) else 0
     if isinstance(n_k, torch.SymInt) and n_k.node.hint <= block and not statically_known_true(n_k <= block):
         return f"seq_len {n_k} was at most one block in the exported call and may be more, and it takes no guards"
     return None

@@ -16,7 +16,9 @@ from monarch_compile.attention.work import predict
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.devices import installed
+from monarch_compile.errors import PlanError
 from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
+from monarch_compile.passes.attention.grids import site_grid
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
 from monarch_compile.passes.attention.sizes import guard_equal_sizes
@@ -44,6 +46,8 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _undecided(name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
+    grid, blocking = site_grid(site, config)
+    site, base = replace(site, grid=grid), replace(base, blocking=blocking)
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:
         context = replace(context, config=replace(config, cross_attention=True))  # the plan's maker gave leave
@@ -70,8 +74,12 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
     if site.is_cross and site.q_shape[2] != seq_len:  # which is guarded on: the lengths stay different
         config, queries = replace(config, **ACROSS), site.q_shape[2]
         planned = planned and planned.across()
+    if planned is not None and planned.tile is not None and site.grid is None:
+        raise PlanError(
+            f"the plan does not fit this model: it has tiles {planned.tile} for {base.name}: {base.blocking}"
+        )
     auto = planned is None and config.block_size == "auto"
-    seen = to_ir(site, facts, planned or chosen_form(config, device.kind, _hint(seq_len)))
+    seen = to_ir(site, facts, planned or chosen_form(config, device.kind, _hint(seq_len), site.grid))
     base = replace(base, ir=seen)
     if config.policy == "never":
         return _exact(base, "cost", Refusal("policy_never", "policy is 'never'"))
@@ -83,7 +91,7 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
         refused = cost_refusal(seen, device, hints, f"predicted gain {gain} here", calls=calls, **sizes)
         if refused is not None:
             return _exact(base, "cost", refused)
-    ir = to_ir(site, facts, planned or chosen_form(config, device.kind, seq_len))
+    ir = to_ir(site, facts, planned or chosen_form(config, device.kind, seq_len, site.grid))
     reason = f"predicted {gain} against exact attention"
     decision = replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason)
     return Choice(decision, site, ir, frozenset(site.interior), speedup, facts)

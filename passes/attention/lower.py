@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> Mon
         value_dim=int(region.v_shape[3]),
         dtype=region.dtype,
         form=form,
+        grid=None if region.grid is None else tuple(dim_of(size) for size in region.grid.sizes),
         scale=region.scale,
         mask=next((kind for kind in (MaskKind.KEY_BIAS, MaskKind.KEY_PADDING) if kind.value in kinds), MaskKind.NONE),
     )
@@ -52,7 +52,7 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         q, k, v = (_split_packed(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
         key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
-        op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(ir)))
+        op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(graph, ir, region)))
         result = _join_packed(graph, op, region, ir.value_dim)
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
             sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, (region.rows,)), ir.value_dim]
@@ -75,9 +75,11 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
     return op
 
 
-def _options(ir: MonarchAttention) -> tuple[Any, ...]:
+def _options(graph: Graph, ir: MonarchAttention, region: AttentionRegion) -> tuple[Any, ...]:
     """The operator's arguments after the tensors, in its order."""
-    return (ir.scale, *astuple(ir.form))
+    tiled = ir.form.tile is not None and region.grid is not None
+    grid = _sizes(graph, region.grid.sizes) if tiled and region.grid is not None else None
+    return (ir.scale, *ir.form.arguments(), grid)
 
 
 REPLACED_BY = "monarch_compile_replaced_by"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from monarch_compile.attention.lengths import Grid
 from monarch_compile.passes.state import RefusedSite
 
 
@@ -67,7 +68,7 @@ class AttentionRegion:
     the products and the operands that it no longer reads. `factors` multiply the scores beside `scale`. `group` query
     heads share a key head: k and v have so many fewer heads than q. `length` is that of the sequences that are packed
     into one, each of which attends to itself alone: the lowered form has them side by side in its batch. `scores_dtype`
-    is what the product of queries and keys gives.
+    is what the product of queries and keys gives. `grid` is what the tokens of queries and keys lie on, where known.
     """
 
     anchor: Node
@@ -88,6 +89,7 @@ class AttentionRegion:
     group: int = 1
     length: int | None = None
     scores_dtype: torch.dtype | None = None
+    grid: Grid | None = None
 
     @property
     def gives_scores_dtype(self) -> bool:

@@ -1,0 +1,50 @@
+"""The token grid of a site: given by hand, or found where its queries, keys and values come from."""
+
+from __future__ import annotations
+
+from monarch_compile.attention.lengths import Grid, grid_by_hand
+from monarch_compile.config import MonarchConfig
+from monarch_compile.passes.attention.region import AttentionRegion
+from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
+from monarch_compile.passes.graph import source_of
+
+
+def site_grid(site: AttentionRegion, config: MonarchConfig) -> tuple[Grid | None, str]:
+    """The grid of a site's tokens and a line about it; no grid, and why, where none is known.
+
+    Raises:
+        ConfigError: the grid that the options give does not make up the sequence.
+    """
+    if site.is_cross or site.length is not None or config.grid is None or config.tile is None:
+        return None, ""
+    grid = grid_by_hand(config, site.k_shape[2])
+    if grid is not None:
+        return grid, f"{described(grid)}, given by option grid"
+    found = [
+        token_grid(operand.node, operand.dims[-2])
+        for operand in (site.q, site.k, site.v)
+        if operand.dims[-2] is not None
+    ]
+    for one in found:
+        if isinstance(one, NoGrid):
+            return None, f"no token grid: {one.reason}"
+    grids = [_known(one) for one in found if isinstance(one, TokenGrid)]
+    if len({str(grid) for grid in grids}) != 1 or len(grids) < 3:
+        return None, "no token grid: queries, keys and values have different ones"
+    if str(grids[0].num_tokens) != str(site.k_shape[2]):
+        return None, f"no token grid: {described(grids[0])} has not the {site.k_shape[2]} tokens of the site"
+    source = next(one.source for one in found if isinstance(one, TokenGrid))
+    return grids[
+        0
+    ], f"{described(grids[0])}, flattened by {source.name}{f' ({line})' if (line := source_of(source)) else ''}"
+
+
+def described(grid: Grid) -> str:
+    """The grid in words."""
+    sizes = " x ".join(map(str, grid.sizes))
+    tokens = "token" if grid.prefix == 1 else "tokens"
+    return f"a grid of {sizes} tokens" + (f" after {grid.prefix} {tokens}" if grid.prefix else "")
+
+
+def _known(found: TokenGrid) -> Grid:
+    return Grid(found.prefix, tuple(axis.size for axis in found.axes))
