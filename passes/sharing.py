@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def share_bodies(gm: GraphModule) -> int:
     """Replace calls of a family's op that compute the same by calls of one body; how many bodies there are.
 
     The same are the options and the tensors' sizes, strides, dtypes and devices. Sites on a GPU are left alone: there
-    an op stands for kernels that are not Inductor's; so is a site without an equal. `gm` is changed in place.
+    there an op stands for kernels that are not Inductor's; so is a site without an equal, and one of symbolic sizes
+    that its tensors' dims do not give (`_gives_symbols`). `gm` is changed in place.
     """
     share = _invoke_subgraph()
     fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
@@ -41,7 +42,9 @@ def share_bodies(gm: GraphModule) -> int:
     alike: dict[str, list[Node]] = defaultdict(list)
     restrided = _restrided(gm.graph, fake_mode)
     for node in sites:
-        alike[_key(node, fake_mode, restrided)].append(node)
+        tensors = [None if x is None else restrided.get(x, fake_value(x, fake_mode)) for x in _tensors(node)]
+        if _gives_symbols(tensors) and not any(isinstance(x, Node) for x in pytree.tree_leaves(_options(node))):
+            alike[_key(node, tensors)].append(node)
     groups = [(key, nodes) for key, nodes in alike.items() if len(nodes) > 1]
     for number, (key, nodes) in enumerate(groups):
         name = BODY.format(ops[nodes[0].target].family, number)
@@ -100,10 +103,16 @@ def _restrided(graph: Graph, fake_mode: FakeTensorMode) -> dict[Node, Any]:
     return changed
 
 
-def _key(node: Node, fake_mode: FakeTensorMode, restrided: Mapping[Node, Any]) -> str:
+def _gives_symbols(tensors: Sequence[Any]) -> bool:
+    """Whether every symbol in the sizes and strides of a body's tensors is one of these: Inductor looks it up there."""
+    numbers = [n for x in tensors if x is not None for n in (*x.shape, *x.stride()) if isinstance(n, torch.SymInt)]
+    exprs = [n.node.expr for n in numbers]
+    free = {symbol for expr in exprs for symbol in expr.free_symbols}
+    return free <= set(exprs)
+
+
+def _key(node: Node, tensors: Sequence[Any]) -> str:
     """All that the body of a site depends on: it also names the body in the keys of compile caches."""
-    given = _tensors(node)
-    tensors = [None if x is None else restrided.get(x, fake_value(x, fake_mode)) for x in given]
     facts = [None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.device) for x in tensors]
     return f"{node.target} {facts} {_options(node)}"
 

@@ -102,12 +102,14 @@ class Pieces:
             return x[:, start : start + self.seq_len].contiguous()  # no hole after each sequence
         crop = (0, -self.missing) if self.pad == "post" else (-self.missing, 0)
         # a slice would be guarded on, for its layout
-        return F.pad(x, (0, 0, 0, 0, *crop)).clone(memory_format=torch.contiguous_format)
+        cropped: Tensor = F.pad(x, (0, 0, 0, 0, *crop)).clone(memory_format=torch.contiguous_format)
+        return cropped
 
     def is_token(self, device: torch.device) -> Tensor:
         start = 0 if self.pad == "post" else self.missing
         index = torch.arange(self.num_blocks * self.size, device=device).view(self.num_blocks, self.size)
-        return (index >= start) & (index < start + self.seq_len)
+        inside: Tensor = (index >= start) & (index < start + self.seq_len)
+        return inside
 
     @property
     def _beside(self) -> int:
@@ -233,7 +235,8 @@ class Tiles:
         x = x.reshape(x.shape[0], *whole, *x.shape[-2:])
         if self.may_pad():
             x = F.pad(x, (0, 0, 0, 0, *(n for missing in reversed(self._missing) for n in (0, -missing))))
-        return x.flatten(1, axes).clone(memory_format=torch.contiguous_format)
+        tokens: Tensor = x.flatten(1, axes).clone(memory_format=torch.contiguous_format)
+        return tokens
 
     def is_token(self, device: torch.device) -> Tensor:
         axes, inside = len(self.grid), []
@@ -241,7 +244,7 @@ class Tiles:
             shape: list[Any] = [1] * (2 * axes)
             shape[axis], shape[axes + axis] = count, extent
             inside.append((torch.arange(count * extent, device=device) < size).view(shape))
-        every = functools.reduce(torch.logical_and, inside)
+        every: Tensor = functools.reduce(torch.logical_and, inside)
         return every.expand(*self.counts, *self.tile).reshape(self.num_blocks, self.size)
 
     @property
