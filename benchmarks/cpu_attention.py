@@ -8,8 +8,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from monarch_compile.benchmark import run
-from monarch_compile.cli import add_benchmark_arguments
+from monarch_compile.tools.cli import add_benchmark_arguments
+from monarch_compile.tools.timing import run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

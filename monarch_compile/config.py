@@ -18,8 +18,8 @@ from monarch_compile.attention.form import (
     one_of,
     or_else,
 )
+from monarch_compile.calibration.plan import Plan
 from monarch_compile.errors import ConfigError
-from monarch_compile.plan import Plan
 
 POLICIES = ("auto", "always", "never")
 

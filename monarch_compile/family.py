@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from monarch_compile.calls import Calls
-from monarch_compile.cost import Cost, Prediction
+from monarch_compile.cost.devices import Device
+from monarch_compile.cost.prediction import Cost, Prediction
 from monarch_compile.decision import Decision
-from monarch_compile.devices import Device
 from monarch_compile.registry import FAMILIES
 
 

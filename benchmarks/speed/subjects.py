@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.speed.problems import Inputs
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.benchmark import compiled_attention
+from monarch_compile.tools.timing import compiled_attention
 
 FLEX_BLOCK = 128
 

@@ -11,8 +11,8 @@ from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.attention.work import predict
-from monarch_compile.cost import MARGIN
-from monarch_compile.devices import Device
+from monarch_compile.cost.devices import Device
+from monarch_compile.cost.prediction import MARGIN
 
 SEARCH: dict[str, tuple[Any, ...]] = {
     "block_size": (0.5, 1, 2, 4),  # times what "auto" is

@@ -26,7 +26,7 @@ from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.attention.signature import Signature, first_broken
 from monarch_compile.calls import EAGER, Calls, active_transform
 from monarch_compile.config import MonarchConfig
-from monarch_compile.devices import installed
+from monarch_compile.cost.devices import installed
 from monarch_compile.refusal import Refusal
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.work import exact_cost_of_shapes, monarch_cost, predict
-from monarch_compile.cost import Cost
+from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import Decision
 from monarch_compile.family import Family
 

@@ -13,9 +13,10 @@ from monarch_compile.attention.form import ACROSS, Form
 from monarch_compile.attention.lengths import chosen_form, cost_refusal
 from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.attention.work import predict
+from monarch_compile.calibration.plan import SitePlan, site_shape
 from monarch_compile.config import MonarchConfig
+from monarch_compile.cost.devices import installed
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.devices import installed
 from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
@@ -24,7 +25,6 @@ from monarch_compile.passes.capture.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
 from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
 from monarch_compile.passes.surroundings import Surroundings
-from monarch_compile.plan import SitePlan, site_shape
 from monarch_compile.refusal import Refusal
 
 

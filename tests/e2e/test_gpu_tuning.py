@@ -13,12 +13,13 @@ from benchmarks.speed import __main__ as driver
 from benchmarks.speed.measure import Bench, cuda_clocks
 from benchmarks.speed.problems import AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, peers
-from monarch_compile import autotune, backend
+from monarch_compile import backend
 from monarch_compile.attention.functional import monarch_attention
-from monarch_compile.autotune import Machine
 from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.tuning.store import is_legal, read
-from monarch_compile.devices import installed
+from monarch_compile.cost.devices import installed
+from monarch_compile.tools import autotune
+from monarch_compile.tools.autotune import Machine
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from monarch_compile import explain
 from monarch_compile.backend import monarch
+from monarch_compile.calibration.plan import Plan, SitePlan
 from monarch_compile.family import family
 from monarch_compile.passes.pipeline import pipeline
-from monarch_compile.plan import Plan, SitePlan
 from monarch_compile.refusal import CODES
 from monarch_compile.registry import FAMILIES, Modules
 from tests.support.capture import run_passes

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from monarch_compile import autotune, backend
+from monarch_compile import backend
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.op import attention
 from monarch_compile.attention.reference import reference
-from monarch_compile.autotune import Machine, ensure, tuned_now
 from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.attention import search as space
 from monarch_compile.codegen.attention.emitter import EMITTER
@@ -33,7 +32,9 @@ from monarch_compile.codegen.tuning.search import candidates, tune
 from monarch_compile.codegen.tuning.store import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
-from monarch_compile.report import kernels_of
+from monarch_compile.report.report import kernels_of
+from monarch_compile.tools import autotune
+from monarch_compile.tools.autotune import Machine, ensure, tuned_now
 
 pytestmark = pytest.mark.usefixtures("interpreted", "own_cache")
 

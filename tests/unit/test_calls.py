@@ -23,8 +23,8 @@ from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.attention.work import predict
 from monarch_compile.calls import COMPILED, EAGER, REPLAYED, Calls, Launcher, launcher_of
 from monarch_compile.config import parse_options
+from monarch_compile.cost.devices import DEVICES
 from monarch_compile.decision import Decision
-from monarch_compile.devices import DEVICES
 from monarch_compile.passes.attention import choose
 from monarch_compile.passes.pipeline import rewrite
 from monarch_compile.passes.surroundings import Surroundings, trained_nodes

@@ -17,7 +17,7 @@ from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.attention.work import exact_cost, exact_cost_of_shapes, monarch_cost, predict
-from monarch_compile.devices import DEVICES, device_for
+from monarch_compile.cost.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -15,7 +15,7 @@ from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size, exact_wins
 from monarch_compile.attention.work import predict
-from monarch_compile.devices import Device, device_for
+from monarch_compile.cost.devices import Device, device_for
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLOSE = 1.1

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from monarch_compile import cli, doctor, monarch_attention
+from monarch_compile import monarch_attention
+from monarch_compile.tools import cli, doctor
 from monarch_compile.version import __version__
 
 

@@ -91,15 +91,15 @@ def test_codegen_sees_no_graph() -> None:
 
 SPINE_KNOWS = {
     "": "exports the function",
-    "autotune": "lists the problems of the command",
-    "benchmark": "measures attention",
-    "calibration": "searches attention's forms",
+    "tools.autotune": "lists the problems of the command",
+    "tools.timing": "measures attention",
+    "calibration.search": "searches attention's forms",
     "config": "has attention's options",
-    "doctor": "tests itself with attention",
-    "instrument": "runs attention's reference in the place of a site",
+    "tools.doctor": "tests itself with attention",
+    "calibration.instrument": "runs attention's reference in the place of a site",
     "integrations": "opens doors for eager attention",
-    "plan": "holds attention's forms",
-    "selection": "compares attention's forms",
+    "calibration.plan": "holds attention's forms",
+    "calibration.selection": "compares attention's forms",
 }
 """Modules of the spine that know attention, and why; no other may."""
 

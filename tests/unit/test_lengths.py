@@ -20,8 +20,8 @@ from monarch_compile.attention.lengths import (
     exact_wins,
 )
 from monarch_compile.attention.work import predict
-from monarch_compile.cost import MARGIN
-from monarch_compile.devices import DEVICES
+from monarch_compile.cost.devices import DEVICES
+from monarch_compile.cost.prediction import MARGIN
 from monarch_compile.errors import InputError
 
 SITES = [(device, window) for device in sorted(DEVICES) for window in (None, 1)]

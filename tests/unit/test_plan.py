@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monarch_compile.attention.form import Form
+from monarch_compile.calibration.plan import Plan, SitePlan
 from monarch_compile.config import parse_options
 from monarch_compile.errors import ConfigError, PlanError
-from monarch_compile.plan import Plan, SitePlan
 
 forms = st.builds(
     Form,

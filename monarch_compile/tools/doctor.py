@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from monarch_compile.attention.op import kernel_refusal
-from monarch_compile.benchmark import environment
-from monarch_compile.devices import installed
-from monarch_compile.metrics import relative_error
+from monarch_compile.calibration.metrics import relative_error
+from monarch_compile.cost.devices import installed
+from monarch_compile.tools.timing import environment
 
 SHAPE = (1, 2, 64, 16)
 """(batch, num_heads, seq_len, head_dim) of the self-test."""

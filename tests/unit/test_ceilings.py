@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from monarch_compile import measured
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.work import predict
-from monarch_compile.devices import DEVICES, MEASURED, Ceiling, installed, scaled
+from monarch_compile.cost import ceilings
+from monarch_compile.cost.devices import DEVICES, MEASURED, Ceiling, installed, scaled
 
 FOUND = Ceiling(half_flops=300e12, bytes_per_s=1.9e12, launch_s=5e-6)
 A100 = "NVIDIA A100-SXM4-80GB"
@@ -38,8 +38,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[i
             return FOUND
 
         monkeypatch.setenv("MONARCH_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(measured, "_found", {})
-        monkeypatch.setattr(measured, "measure", measure)
+        monkeypatch.setattr(ceilings, "_found", {})
+        monkeypatch.setattr(ceilings, "measure", measure)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -59,7 +59,7 @@ def test_a_gpu_is_measured_once_and_kept(gpu: Callable[..., list[int]]) -> None:
     made = gpu()
     assert installed("cuda") == installed("cuda:0") == scaled(FOUND)
     assert made == [0]
-    assert measured.read() == {A100: FOUND}
+    assert ceilings.read() == {A100: FOUND}
     assert gpu() == []
     assert installed("cuda").name == MEASURED  # from the file: another process would not measure
 
@@ -79,7 +79,7 @@ def test_nothing_is_measured_where_it_would_do_harm_or_no_good(
     made = gpu(**how)
     assert installed("cuda") is DEVICES["cuda"]
     assert made == []
-    assert measured.read() == {}
+    assert ceilings.read() == {}
 
 
 def test_where_measuring_fails_a_guess_stands_in_and_it_is_not_tried_again(
@@ -98,21 +98,21 @@ def test_where_measuring_fails_a_guess_stands_in_and_it_is_not_tried_again(
 )  # fmt: skip
 def test_a_file_of_something_else_is_measured_anew(gpu: Callable[..., list[int]], text: str) -> None:
     made = gpu()
-    measured.ceilings_path().write_text(text, encoding="utf-8")
+    ceilings.ceilings_path().write_text(text, encoding="utf-8")
     assert installed("cuda") == scaled(FOUND)
     assert made == [0]
-    assert json.loads(measured.ceilings_path().read_text(encoding="utf-8"))["gpus"].keys() == {A100}
+    assert json.loads(ceilings.ceilings_path().read_text(encoding="utf-8"))["gpus"].keys() == {A100}
 
 
 def test_other_gpus_of_the_file_stay(gpu: Callable[..., list[int]]) -> None:
     gpu()
-    measured.write("another", replace(FOUND, launch_s=7e-6))
+    ceilings.write("another", replace(FOUND, launch_s=7e-6))
     installed("cuda")
-    assert measured.read() == {A100: FOUND, "another": replace(FOUND, launch_s=7e-6)}
+    assert ceilings.read() == {A100: FOUND, "another": replace(FOUND, launch_s=7e-6)}
 
 
 def test_real_tensors_are_made_under_fake_ones() -> None:
-    with FakeTensorMode(), measured.real_tensors():
+    with FakeTensorMode(), ceilings.real_tensors():
         assert type(torch.zeros(1)) is torch.Tensor
 
 

@@ -190,3 +190,10 @@ def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """What was given to torch.compile, for a model that is compiled already."""
     inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
     return _uncompiled(inner) if inner is not None else model
+
+
+def size_hints(gm: GraphModule) -> dict[str, int]:
+    """The value that each symbolic size in `gm` had in the call."""
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    return {str(size): int(size.node.hint) for size in sizes if isinstance(size, torch.SymInt) and size.node.has_hint()}

@@ -124,7 +124,7 @@ class Device:
     kind: "cpu" or "cuda".
     exact, monarch: rates of the two forms.
     kernels_per_iter: Monarch kernels in an iteration.
-    tile: the Monarch form's matrix products are padded to tiles of at least this, as cost.py has it; 1: to none.
+    tile: the Monarch form's matrix products are padded to tiles of at least this, as the cost model has it; 1: to none.
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
@@ -311,7 +311,7 @@ def scaled(ceiling: Ceiling) -> Device:
 
 
 def installed(device: str | torch.device) -> Device:
-    """The description of a device of this machine; a GPU that has none is measured, once (`measured.ceiling_of`).
+    """The description of a device of this machine; a GPU that has none is measured, once (`ceilings.ceiling_of`).
 
     Raises:
         InputError: there is no description for this type of device.
@@ -322,7 +322,7 @@ def installed(device: str | torch.device) -> Device:
     name = torch.cuda.get_device_name(place)
     if name in _KNOWN:
         return device_for(place.type, name)
-    from monarch_compile.measured import ceiling_of
+    from monarch_compile.cost.ceilings import ceiling_of
 
     ceiling = ceiling_of(place)
     return DEVICES["cuda"] if ceiling is None else scaled(ceiling)

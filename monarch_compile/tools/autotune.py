@@ -19,9 +19,9 @@ import torch
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
-from monarch_compile.benchmark import cuda_graph_times
+from monarch_compile.cost.ceilings import real_tensors
 from monarch_compile.errors import CodegenError
-from monarch_compile.measured import real_tensors
+from monarch_compile.tools.timing import cuda_graph_times
 
 if TYPE_CHECKING:
     from monarch_compile.codegen.emitters import Schedule

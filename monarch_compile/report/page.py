@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from monarch_compile.cost import Quantity
-from monarch_compile.graphs import site_windows, to_svg
-from monarch_compile.report import Report, Site, dtype_name
+from monarch_compile.cost.prediction import Quantity
+from monarch_compile.report.graphs import site_windows, to_svg
+from monarch_compile.report.report import Report, Site, dtype_name
 from monarch_compile.version import __version__
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -45,7 +45,7 @@ def render(report: Report) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("monarch_compile"),
+        loader=PackageLoader("monarch_compile.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from monarch_compile.devices import Ceiling
+from monarch_compile.cost.devices import Ceiling
 
 logger = logging.getLogger(__name__)
 

@@ -7,18 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
+from monarch_compile.calibration.instrument import AttentionCall, Probe, Switch, capture, monarch, size_hints
+from monarch_compile.calibration.metrics import ratio, relative_error, squares_apart
+from monarch_compile.calibration.snapshot import Snapshot, kept
 from monarch_compile.calls import launcher_of
 from monarch_compile.config import parse_options
 from monarch_compile.decision import LOWERED
-from monarch_compile.graphs import to_networkx
-from monarch_compile.instrument import AttentionCall, Probe, Switch, capture, monarch
-from monarch_compile.metrics import ratio, relative_error, squares_apart
-from monarch_compile.report import GraphPair, Report, Site, site_of
-from monarch_compile.snapshot import Snapshot, kept
+from monarch_compile.report.graphs import to_networkx
+from monarch_compile.report.report import GraphPair, Report, Site, site_of
 
 
 def explain(
@@ -103,10 +101,3 @@ def _report(probe: Probe, errors: Mapping[str, float] | None = None, output_erro
     pair = GraphPair(nx.compose_all(before), nx.compose_all(after))
     num_graphs = len(probe.rewrites) + len(probe.failures)
     return Report(tuple(sites), pair, num_graphs, tuple(probe.failures), output_error)
-
-
-def size_hints(gm: GraphModule) -> dict[str, int]:
-    """The value that each symbolic size in `gm` had in the call."""
-    values = (node.meta.get("val") for node in gm.graph.nodes)
-    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
-    return {str(size): int(size.node.hint) for size in sizes if isinstance(size, torch.SymInt) and size.node.has_hint()}

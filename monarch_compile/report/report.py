@@ -11,9 +11,9 @@ from typing import Any
 import networkx as nx
 import torch
 
-from monarch_compile.cost import Cost
+from monarch_compile.cost.devices import installed
+from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import LOWERED, Decision
-from monarch_compile.devices import installed
 from monarch_compile.errors import CodegenError, InputError
 from monarch_compile.family import family
 from monarch_compile.ir import Dim
@@ -172,7 +172,7 @@ class Report:
 
     def save(self, path: str | Path) -> Path:
         """Write one self-contained HTML page to `path` and return the path."""
-        from monarch_compile.page import render
+        from monarch_compile.report.page import render
 
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

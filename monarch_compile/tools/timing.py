@@ -24,7 +24,7 @@ from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.attention.work import predict
-from monarch_compile.devices import DEVICES
+from monarch_compile.cost.devices import DEVICES
 from monarch_compile.version import __version__
 
 SEQ_LENS = (128, 256, 512, 1024, 1500, 2048, 4096)

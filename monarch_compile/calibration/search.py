@@ -14,16 +14,15 @@ from torch import Tensor
 
 from monarch_compile.attention.candidates import Occurrence, forms_that_pay, total_seconds
 from monarch_compile.attention.form import FORM_OPTIONS, Form
+from monarch_compile.calibration.instrument import AttentionCall, Probe, Switch, capture, size_hints
+from monarch_compile.calibration.metrics import ratio, relative_error, squares_apart
+from monarch_compile.calibration.plan import Plan, SitePlan, site_shape
+from monarch_compile.calibration.selection import Assignment, Candidate, Growth, fitted_power, pareto, select
+from monarch_compile.calibration.snapshot import Snapshot, kept
 from monarch_compile.config import MonarchConfig, parse_options
+from monarch_compile.cost.devices import Device, installed
 from monarch_compile.decision import Decision
-from monarch_compile.devices import Device, installed
 from monarch_compile.errors import InputError
-from monarch_compile.explainer import size_hints
-from monarch_compile.instrument import AttentionCall, Probe, Switch, capture
-from monarch_compile.metrics import ratio, relative_error, squares_apart
-from monarch_compile.plan import Plan, SitePlan, site_shape
-from monarch_compile.selection import Assignment, Candidate, Growth, fitted_power, pareto, select
-from monarch_compile.snapshot import Snapshot, kept
 
 logger = logging.getLogger(__name__)
 

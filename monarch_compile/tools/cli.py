@@ -112,7 +112,7 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from monarch_compile.explainer import explain
+    from monarch_compile.report.explainer import explain
 
     result = _load(args.target)()
     if not isinstance(result, tuple) or len(result) not in (2, 3):
@@ -129,7 +129,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from monarch_compile.doctor import diagnose
+    from monarch_compile.tools.doctor import diagnose
 
     diagnosis = diagnose()
     print(json.dumps(diagnosis.to_dict(), indent=2) if args.json else diagnosis)
@@ -191,7 +191,7 @@ def _in_this_process(package: str, args: argparse.Namespace) -> int:
 
 
 def _checkout(module: str) -> Path:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / module.split(".")[0]).is_dir():
         raise InputError(f"{module} lives in a checkout of the repository, and {root} is none")
     return root
@@ -203,14 +203,14 @@ def _run_in_checkout(module: str, *arguments: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from monarch_compile.benchmark import run
+    from monarch_compile.tools.timing import run
 
     run(seq_lens=args.seq_lens, long=args.long, seconds=args.seconds, json_path=args.json)
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from monarch_compile.autotune import Machine, problems, run
+    from monarch_compile.tools.autotune import Machine, problems, run
 
     machine = Machine.here()
     sizes = {"batch": args.batch, "num_heads": args.heads, "head_dim": args.head_dim, "num_iters": args.iters}
