@@ -38,6 +38,8 @@ Specialization = Any
 class Tuning:
     """What the search for schedules needs to know of a family.
 
+    applies: whether there is a search for an IR, which has a kernel.
+    sized: an IR as it is tuned, all of its sizes known.
     stages: the fields of a schedule that matter to an IR, the costliest first.
     variants: schedules that differ from one in one stage, legal or not.
     shared_bytes: shared memory of one program under a tiling, an upper estimate.
@@ -47,6 +49,8 @@ class Tuning:
     bound: the largest relative Frobenius error that is right.
     """
 
+    applies: Callable[[IR], bool]
+    sized: Callable[[IR], IR]
     stages: Callable[[IR], tuple[str, ...]]
     variants: Callable[[Any, str, IR], Iterator[Any]]
     shared_bytes: Callable[[Tiling, IR], int]

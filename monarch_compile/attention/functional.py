@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.form import FORM_OPTIONS, broken_rule
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES
 from monarch_compile.calls import active_transform
 from monarch_compile.errors import InputError
+from monarch_compile.rules import broken_rule
 
 
 def monarch_attention(
@@ -64,7 +65,7 @@ def monarch_attention(
     _check_tensors(q, k, v, key_padding_mask)
     _check_bias(k, key_padding_mask, key_bias)
     form = (block_size, num_iters, init, pad, window, prefix)
-    wrong = broken_rule(dict(zip(FORM_OPTIONS, form, strict=True)))
+    wrong = broken_rule(dict(zip(FORM_OPTIONS, form, strict=True)), FORM_RULES)
     if wrong is not None:
         raise InputError(wrong)
     from monarch_compile.attention.op import attention, attention_under_transforms

@@ -1,4 +1,4 @@
-"""Run a model with another attention at the sites that the passes would lower: how forms are compared in place.
+"""Run a model with something else at the sites that the passes would lower: how forms are compared in place.
 
 A captured and lowered graph is interpreted node by node, and each site calls back. Nothing is compiled, so that one
 capture serves every form.
@@ -12,71 +12,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from monarch_compile.attention.groups import split_mask
-from monarch_compile.attention.op import ATTENTION_OP, OPTIONS
 from monarch_compile.calls import Launcher
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import MonarchError, PlanError
+from monarch_compile.family import SiteCall, family
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """One run of one site: q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k).
-
-    key_mask is True where a key is visible, or floating and added to the scores.
-    options: those of the operator, by name (`ops.OPTIONS`).
-    """
-
-    site: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    key_mask: Tensor | None
-    options: Mapping[str, Any]
-
-    def monarch(self, **changes: Any) -> Tensor:
-        """Monarch attention with the site's options, or others."""
-        options = {**self.options, **changes}
-        output: Tensor = ATTENTION_OP(self.q, self.k, self.v, self.key_mask, *(options[name] for name in OPTIONS))
-        return output
-
-    def exact(self) -> Tensor:
-        """Softmax attention in bounded memory; a row that sees no key gives 0."""
-        mask = visible = None
-        if self.key_mask is not None:
-            visible, bias = split_mask(self.key_mask[:, None, None, :], self.q.dtype)
-            mask = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
-        output = F.scaled_dot_product_attention(
-            self.q,
-            self.k,
-            self.v,
-            attn_mask=mask,
-            scale=self.options["scale"],
-            enable_gqa=self.q.shape[1] != self.k.shape[1],
-        )
-        if visible is None:
-            return output
-        return torch.where(visible.any(-1, keepdim=True), output, output.new_zeros(()))
+Behaviour = Callable[[Any], Tensor]
+"""What a `SiteCall` gives."""
 
 
-Attention = Callable[[AttentionCall], Tensor]
-
-
-def monarch(call: AttentionCall) -> Tensor:
+def monarch(call: SiteCall) -> Tensor:
     """The form that the options ask for."""
     return call.monarch()
 
 
-def exact(call: AttentionCall) -> Tensor:
-    """Softmax attention."""
+def exact(call: SiteCall) -> Tensor:
+    """What the site computes where it is not lowered."""
     return call.exact()
 
 
@@ -84,7 +43,7 @@ def exact(call: AttentionCall) -> Tensor:
 class Switch:
     """What the sites of every graph of a model call: to be changed between runs."""
 
-    attention: Attention = monarch
+    behaviour: Behaviour = monarch
 
 
 @dataclass(eq=False)
@@ -118,7 +77,7 @@ class Probe:
 
 
 class SiteInterpreter(Interpreter):
-    """Runs a lowered graph eagerly; each lowered site calls the switch's attention."""
+    """Runs a lowered graph eagerly; each lowered site of a family that approximates calls the switch."""
 
     def __init__(self, gm: GraphModule, switch: Switch) -> None:
         super().__init__(gm)
@@ -127,16 +86,18 @@ class SiteInterpreter(Interpreter):
     def run_node(self, n: Node) -> Any:
         """As the interpreter's own, except for lowered sites."""
         from monarch_compile.passes.capture.enclosed import is_opened
+        from monarch_compile.passes.frontends import frontends
         from monarch_compile.passes.graph import SITE_NAME
 
         if is_opened(n):
             return self._run_call(n)
-        if n.target is not ATTENTION_OP:
+        own = next((frontend for frontend in frontends() if frontend.op is n.target), None)
+        forms = None if own is None else family(own.family).forms
+        if own is None or forms is None:
             return super().run_node(n)
-        (q, k, v, key_mask, *options), _ = self.fetch_args_kwargs_from_env(n)
-        call = AttentionCall(n.meta[SITE_NAME], q, k, v, key_mask, dict(zip(OPTIONS, options, strict=True)))
-        output = self._switch.attention(call)
-        return output.transpose(1, 2).contiguous().transpose(1, 2)  # the layout that the graph was traced with
+        arguments, _ = self.fetch_args_kwargs_from_env(n)
+        output = self._switch.behaviour(forms.call(n.meta[SITE_NAME], arguments))
+        return own.laid_out(output).copy_(output)  # as the graph was traced
 
     def _run_call(self, n: Node) -> Any:
         """A call of an op that runs bodies, in which there may be sites too."""
@@ -150,11 +111,11 @@ class SiteInterpreter(Interpreter):
 
 
 def with_attention(
-    model: Callable[..., Any], attention: Attention, options: Mapping[str, Any] | None = None
+    model: Callable[..., Any], attention: Behaviour, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """`model`, eager, with `attention` in place of every site that the backend would lower under `options`.
 
-    For controls and for forms that the backend does not have; see `AttentionCall` for what it is given.
+    For controls and for forms that the backend does not have; what it is given is the `SiteCall` of the family.
     """
     config, _ = parse_options(options)
     return capture(model, Probe(config, Switch(attention)))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.errors import IRError, PlanError
 from monarch_compile.ir import Dim
+
+if TYPE_CHECKING:
+    from monarch_compile.family import Form
 
 PLAN_VERSION = 1
 
@@ -103,7 +105,8 @@ class Plan:
         """Write the plan as JSON and return the path."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = {"fingerprint": self.fingerprint, **asdict(self)}
+        sites = [asdict(site) | {"form": _written(site.form)} for site in self.sites]
+        content = {"fingerprint": self.fingerprint, **asdict(self), "sites": sites}
         target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return target
 
@@ -145,6 +148,19 @@ class Plan:
         return ", ".join(site.name for site in self.sites) or "no site"
 
 
+def _written(form: Form | None) -> dict[str, Any] | None:
+    return None if form is None else {"family": form.family, **asdict(form)}
+
+
+def _read(form: Mapping[str, Any] | None) -> Form | None:
+    if form is None:
+        return None
+    from monarch_compile.family import forms_of
+
+    options = dict(form)
+    return forms_of(options.pop("family")).read(**options)
+
+
 def _parsed(content: dict[str, Any], path: str | Path) -> Plan:
     stored = content.pop("fingerprint", None)
     try:
@@ -153,7 +169,7 @@ def _parsed(content: dict[str, Any], path: str | Path) -> Plan:
                 **{
                     **site,
                     "shape": tuple(site["shape"]),
-                    "form": None if site["form"] is None else Form(**site["form"]),
+                    "form": _read(site["form"]),
                 }
             )
             for site in content.pop("sites")
@@ -167,18 +183,18 @@ def _parsed(content: dict[str, Any], path: str | Path) -> Plan:
     return plan
 
 
-COLUMNS = ("site", "form", *FORM_OPTIONS, "error", "predicted")
-
-
 def _table(sites: Iterable[SitePlan]) -> list[str]:
-    rows = [COLUMNS, *(_cells(site) for site in sites)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    sites = list(sites)
+    options = list(dict.fromkeys(name for site in sites if site.form is not None for name in asdict(site.form)))
+    rows = [("site", "form", *options, "error", "predicted"), *(_cells(site, options) for site in sites)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _cells(site: SitePlan) -> tuple[str, ...]:
+def _cells(site: SitePlan, options: Sequence[str]) -> tuple[str, ...]:
     if site.form is None:
-        return (site.name, "exact", *("-" for _ in FORM_OPTIONS), "-", site.reason)
+        return (site.name, "exact", *("-" for _ in options), "-", site.reason)
     gain = f"{site.exact_s / site.monarch_s:.2f}x" if site.exact_s and site.monarch_s else "-"
-    return (site.name, "monarch", *map(str, astuple(site.form)), f"{site.error:.3f}", gain)
+    values = asdict(site.form)
+    return (site.name, "monarch", *(str(values.get(name, "-")) for name in options), f"{site.error:.3f}", gain)

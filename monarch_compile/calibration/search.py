@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.candidates import Occurrence, forms_that_pay, total_seconds
-from monarch_compile.attention.form import FORM_OPTIONS, Form
-from monarch_compile.calibration.instrument import AttentionCall, Probe, Switch, capture, size_hints
+from monarch_compile.calibration.instrument import Probe, Switch, capture, exact, size_hints
 from monarch_compile.calibration.metrics import ratio, relative_error, squares_apart
 from monarch_compile.calibration.plan import Plan, SitePlan, site_shape
 from monarch_compile.calibration.selection import Assignment, Candidate, Growth, fitted_power, pareto, select
@@ -23,6 +21,7 @@ from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.cost.devices import Device, installed
 from monarch_compile.decision import Decision
 from monarch_compile.errors import InputError
+from monarch_compile.family import Form, Occurrence, SiteCall, forms_of, total_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ def calibrate(
     config, _ = parse_options(options)
     if config.plan is not None:
         raise InputError("calibrate makes a plan: its options cannot have one already")
-    fixed = {name: value for name, value in (options or {}).items() if name in FORM_OPTIONS and value != "auto"}
+    fixed = {name: value for name, value in (options or {}).items() if value != "auto"}
     config = replace(config, policy="always", strict=False)
     calls = _calls(inputs)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=CAPTURE_LIMIT), Snapshot(model, calls) as state:
@@ -144,7 +143,7 @@ class _Search:
         """Run the exact model on every call and keep its outputs; the error of each form at each site, on the first."""
         meter = _FormMeter(self._forms, self._say)
         for number, (args, kwargs) in enumerate(self._calls, 1):
-            self._switch.attention = meter if number == 1 else AttentionCall.exact
+            self._switch.behaviour = meter if number == 1 else exact
             self._say(f"exact model, call {number} of {len(self._calls)}")
             self._references.append(kept(self._output(args, kwargs)))
         self._num_passes = 1
@@ -188,7 +187,7 @@ class _Search:
         """The metric of an assignment on the worst call: one pass, unless it is known."""
         key = _key(assignment)
         if key not in self._measured:
-            self._switch.attention = _Assigned(assignment)
+            self._switch.behaviour = _Assigned(assignment)
             values = []
             for number, ((args, kwargs), reference) in enumerate(zip(self._calls, self._references, strict=True), 1):
                 self._say(f"pass {self._num_passes + 1}, {title}, call {number} of {len(self._calls)}")
@@ -209,7 +208,8 @@ class _Search:
         return value
 
     def _forms(self, site: str) -> list[Form]:
-        return forms_that_pay(self._occurrences(site), self._device(), self._fixed)
+        occurrences = self._occurrences(site)
+        return forms_of(occurrences[0].ir.family).that_pay(occurrences, self._device(), self._fixed)
 
     def _front(self, site: str, errors: Mapping[Form, float]) -> tuple[Candidate, ...]:
         """The site's forms that are worth taking, from the fastest to exact attention."""
@@ -268,15 +268,15 @@ class _Search:
 
 @dataclass(eq=False)
 class _FormMeter:
-    """An attention that runs every form of a site beside the exact one, and goes on with the exact output."""
+    """What runs every form of a site beside the exact one, and goes on with the exact output."""
 
     forms_of: Callable[[str], list[Form]]
     say: Callable[[str], None]
     forms: dict[str, list[Form]] = field(default_factory=dict)
     sums: dict[str, dict[Form, tuple[float, float]]] = field(default_factory=dict)
 
-    def __call__(self, call: AttentionCall) -> Tensor:
-        """Exact attention, the error of each form noted."""
+    def __call__(self, call: SiteCall) -> Tensor:
+        """The exact output, the error of each form noted."""
         output = call.exact()
         if call.site not in self.forms:
             self.forms[call.site] = self.forms_of(call.site)
@@ -296,12 +296,12 @@ class _FormMeter:
 
 @dataclass(frozen=True, eq=False)
 class _Assigned:
-    """An attention that gives each site its form; exact where it has none."""
+    """What gives each site its form; exact where it has none."""
 
     assignment: Assignment
 
-    def __call__(self, call: AttentionCall) -> Tensor:
-        """The attention of one call."""
+    def __call__(self, call: SiteCall) -> Tensor:
+        """The output of one call."""
         candidate = self.assignment.get(call.site)
         return call.exact() if candidate is None or candidate.form is None else call.monarch(**asdict(candidate.form))
 

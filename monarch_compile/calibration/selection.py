@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from monarch_compile.attention.form import Form
+from monarch_compile.family import Form
 
 LEVELS = 2000
 """Steps of the metric that a selection distinguishes."""

@@ -9,12 +9,13 @@ from typing import Any
 import networkx as nx
 from torch import Tensor
 
-from monarch_compile.calibration.instrument import AttentionCall, Probe, Switch, capture, monarch, size_hints
+from monarch_compile.calibration.instrument import Probe, Switch, capture, monarch, size_hints
 from monarch_compile.calibration.metrics import ratio, relative_error, squares_apart
 from monarch_compile.calibration.snapshot import Snapshot, kept
 from monarch_compile.calls import launcher_of
 from monarch_compile.config import parse_options
 from monarch_compile.decision import LOWERED
+from monarch_compile.family import SiteCall
 from monarch_compile.report.graphs import to_networkx
 from monarch_compile.report.report import GraphPair, Report, Site, site_of
 
@@ -57,19 +58,19 @@ def explain(
     with Snapshot(model, args, kwargs) as state:
         output = kept(run(*args, **kwargs))
         state.restore()
-        probe.switch.attention = monarch
+        probe.switch.behaviour = monarch
         output_error = relative_error(output, run(*args, **kwargs))
     return _report(probe, meter.errors(), output_error)
 
 
 @dataclass(eq=False)
 class Meter:
-    """An attention that runs both forms, keeps the sums of squares of each site, and goes on with the exact form."""
+    """What runs both forms, keeps the sums of squares of each site, and goes on with the exact form."""
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def __call__(self, call: AttentionCall) -> Tensor:
-        """Exact attention, its difference from the Monarch form noted."""
+    def __call__(self, call: SiteCall) -> Tensor:
+        """The exact output, its difference from the Monarch form noted."""
         output = call.exact()
         difference, norm = squares_apart(output, call.monarch())
         before = self.sums.get(call.site, (0.0, 0.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import multiprocessing
 import os
@@ -16,15 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monarch_compile.attention.form import Form
-from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.cost.ceilings import real_tensors
 from monarch_compile.errors import CodegenError
 from monarch_compile.tools.timing import cuda_graph_times
 
 if TYPE_CHECKING:
-    from monarch_compile.codegen.emitters import Schedule
+    from monarch_compile.codegen.emitters import IR, Schedule
     from monarch_compile.codegen.tuning.store import Tuned
 
 logger = logging.getLogger(__name__)
@@ -67,11 +63,10 @@ class Machine:
 Tune = Callable[..., "tuple[Tuned, dict[str, str]]"]
 
 
-def ensure(irs: Iterable[MonarchAttention], machine: Machine, tune: Tune | None = None) -> str:
+def ensure(irs: Iterable[IR], machine: Machine, tune: Tune | None = None) -> str:
     """Put a tuned schedule to use for each of `irs`; what the cache does not hold is tuned now, and kept.
 
-    A symbolic length keeps the shipped schedule, so do unequal ones and a bias of keys, and so does a problem whose
-    tuning fails, with a warning.
+    What its family does not tune keeps the shipped schedule, and so does a problem whose tuning fails, with a warning.
     The result is a digest of the schedules in use, for the keys of compile caches.
     """
     from monarch_compile.codegen.emitters import emitter
@@ -79,7 +74,7 @@ def ensure(irs: Iterable[MonarchAttention], machine: Machine, tune: Tune | None 
 
     used = []
     for ir in dict.fromkeys(irs):
-        if ir.is_cross or ir.mask is MaskKind.KEY_BIAS or not isinstance(ir.seq_len_k, int):
+        if not emitter(ir.family).tuning.applies(ir):
             logger.info("this is not tuned and runs the shipped schedule: %s", ir)
             continue
         schedule = _schedule(ir, machine, tune or default_tune())
@@ -89,27 +84,23 @@ def ensure(irs: Iterable[MonarchAttention], machine: Machine, tune: Tune | None 
     return hashlib.sha256("\n".join(used).encode()).hexdigest()[:16]
 
 
-def tuned_now(ir: MonarchAttention, machine: Machine, tune: Tune) -> tuple[Tuned, dict[str, str]]:
+def tuned_now(ir: IR, machine: Machine, tune: Tune) -> tuple[Tuned, dict[str, str]]:
     """Tune `ir` whatever the cache holds, and keep the result there."""
+    from monarch_compile.codegen.emitters import emitter
     from monarch_compile.codegen.tuning.store import write
 
+    sized = emitter(ir.family).tuning.sized(ir)
     with real_tensors(), torch.no_grad():  # a backend is called while Dynamo traces
-        result, rejected = tune(sized(ir), device=machine.device, capability=machine.capability, timer=graph_timer)
+        result, rejected = tune(sized, device=machine.device, capability=machine.capability, timer=graph_timer)
     write({key(ir, machine): result})
     return result, rejected
 
 
-def key(ir: MonarchAttention, machine: Machine) -> str:
-    """The cache's key for `ir`, a length of known size, on `machine`."""
+def key(ir: IR, machine: Machine) -> str:
+    """The cache's key for `ir`, which tuning applies to, on `machine`."""
     from monarch_compile.codegen.tuning.store import key_of
 
     return key_of(ir, machine.gpu, machine.triton)
-
-
-def sized(ir: MonarchAttention) -> MonarchAttention:
-    """`ir` as it is tuned: symbolic counts of heads and batch entries are taken to be 12 and 1."""
-    heads = _number(ir.num_kv_heads, 12)
-    return ir.changed(batch=_number(ir.batch, 1), num_heads=heads * ir.group, num_kv_heads=heads)
 
 
 def graph_timer(call: Callable[[], Any]) -> float:
@@ -125,7 +116,7 @@ def default_tune(seconds: float | None = None) -> Tune:
     return functools.partial(tune, seconds=LAZY_SECONDS if seconds is None else seconds)
 
 
-def _schedule(ir: MonarchAttention, machine: Machine, tune: Tune) -> Schedule | None:
+def _schedule(ir: IR, machine: Machine, tune: Tune) -> Schedule | None:
     from monarch_compile.codegen.tuning.store import is_legal, read
 
     held = read().get(key(ir, machine))
@@ -141,11 +132,7 @@ def _schedule(ir: MonarchAttention, machine: Machine, tune: Tune) -> Schedule | 
     return result.schedule
 
 
-def _number(size: int | str, otherwise: int) -> int:
-    return size if isinstance(size, int) else otherwise
-
-
-def tunable(irs: Iterable[MonarchAttention | None]) -> Iterator[MonarchAttention]:
+def tunable(irs: Iterable[IR | None]) -> Iterator[IR]:
     """Those that kernels exist for."""
     from monarch_compile.codegen.emitters import emitter
 
@@ -158,32 +145,8 @@ def tunable(irs: Iterable[MonarchAttention | None]) -> Iterator[MonarchAttention
             yield ir
 
 
-def problems(
-    lengths: Sequence[int],
-    windows: Sequence[int | None],
-    machine: Machine,
-    *,
-    batch: int,
-    num_heads: int,
-    head_dim: int,
-    dtype: str,
-    num_iters: int,
-    block_size: int | None,
-    masked: bool,
-) -> list[MonarchAttention]:
-    """The IRs of some lengths and windows; no `block_size` is what "auto" gives on this machine."""
-    kind, found = getattr(torch, dtype), []
-    for seq_len, window in itertools.product(lengths, windows):
-        block = block_size or auto_block_size(seq_len, machine.device.type, window)
-        shape = (batch, num_heads, num_heads, seq_len, seq_len, head_dim, head_dim)
-        mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
-        form = Form(block, num_iters, window=window)
-        found.append(MonarchAttention(*shape, kind, form, head_dim**-0.5, mask))
-    return found
-
-
 def run(
-    irs: Sequence[MonarchAttention],
+    irs: Sequence[IR],
     machine: Machine,
     *,
     seconds: float,
@@ -212,17 +175,19 @@ def run(
             continue
         print(f"    {result.shipped_ms:.4f} -> {result.ms:.4f} ms ({result.speedup:.2f}x), error {result.error:.1e};")
         print(f"    {result.tried} timed, {len(rejected)} rejected; {result.schedule}")
-        print(f"    to put into codegen/attention/schedule.py: {result.schedule!r}", flush=True)
+        print(f"    to put into codegen/{ir.family}/schedule.py: {result.schedule!r}", flush=True)
     print(f'{tuned_path()}: used by options={{"autotune": True}}')
 
 
-def _compile_ahead(irs: Sequence[MonarchAttention], machine: Machine, jobs: int) -> None:
+def _compile_ahead(irs: Sequence[IR], machine: Machine, jobs: int) -> None:
     """Fill Triton's disk cache from `jobs` processes; a search without it is only slower."""
+    from monarch_compile.codegen.emitters import emitter
     from monarch_compile.codegen.tuning.search import compile_ahead, tasks
 
     if jobs < 1 or not irs:
         return
-    found = [task for ir in tunable(irs) for task in tasks(sized(ir), machine.capability, str(machine.device))]
+    sized = [emitter(ir.family).tuning.sized(ir) for ir in tunable(irs)]
+    found = [task for ir in sized for task in tasks(ir, machine.capability, str(machine.device))]
     print(f"compiling {len(found)} schedules in {jobs} processes ", end="", flush=True)
     started = time.monotonic()
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monarch_compile.errors import InputError, MonarchError
+from monarch_compile.tools.commands import all_commands
 from monarch_compile.version import __version__
 
 
@@ -55,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="what Monarch attention gains, and what it loses")
     kinds = bench.add_subparsers(required=True, metavar="kind")
     cpu = kinds.add_parser("cpu", help="time exact against Monarch attention on one CPU thread")
-    add_benchmark_arguments(cpu)
+    for own in all_commands():
+        own.add_bench_arguments(cpu)
     cpu.set_defaults(run=_bench)
     quality = kinds.add_parser(
         "quality", help="judge trained models with their attention replaced (needs a checkout)", add_help=False
@@ -85,27 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the CPU benchmark, shared with benchmarks/cpu_attention.py."""
-    parser.add_argument("--long", action="store_true", help="also time N = 16384")
-    parser.add_argument("--seq-lens", type=int, nargs="+", metavar="N", help="sequence lengths instead of the usual")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on each row")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows and the machine as JSON")
-
-
 def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
-    def window(text: str) -> int | None:
-        return None if text == "none" else int(text)
-
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], metavar="N")
-    parser.add_argument("--windows", type=window, nargs="+", default=[None, 1], metavar="W", help="'none' or a number")
-    parser.add_argument("--block-size", type=int, metavar="B", help='default: what "auto" gives')
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--iters", type=int, default=1)
-    parser.add_argument("--masked", action="store_true", help="with key padding")
+    for own in all_commands():
+        own.add_tune_arguments(parser)
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each problem")
     parser.add_argument("--jobs", type=int, metavar="P", help="processes that compile ahead (default: cores - 2)")
     parser.add_argument("--fresh", action="store_true", help="also tune what the cache holds already")
@@ -203,20 +187,16 @@ def _run_in_checkout(module: str, *arguments: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from monarch_compile.tools.timing import run
-
-    run(seq_lens=args.seq_lens, long=args.long, seconds=args.seconds, json_path=args.json)
+    for own in all_commands():
+        own.bench(args)
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from monarch_compile.tools.autotune import Machine, problems, run
+    from monarch_compile.tools.autotune import Machine, run
 
     machine = Machine.here()
-    sizes = {"batch": args.batch, "num_heads": args.heads, "head_dim": args.head_dim, "num_iters": args.iters}
-    irs = problems(
-        args.lengths, args.windows, machine, dtype=args.dtype, block_size=args.block_size, masked=args.masked, **sizes
-    )
+    irs = [ir for own in all_commands() for ir in own.problems(args, machine.device.type)]
     run(irs, machine, seconds=args.seconds, fresh=args.fresh, jobs=args.jobs)
     return 0
 

@@ -5,25 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from monarch_compile.attention.op import kernel_refusal
-from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.cost.devices import installed
+from monarch_compile.family import Trial, families
+from monarch_compile.refusal import kernel_refusal
 from monarch_compile.tools.timing import environment
-
-SHAPE = (1, 2, 64, 16)
-"""(batch, num_heads, seq_len, head_dim) of the self-test."""
-FORM: dict[str, Any] = {"block_size": 16, "window": None}
-BOUNDS = {"cpu": (torch.float32, 1e-5), "cuda": (torch.float16, 5e-3)}
-"""For each type of device the dtype of the self-test and the largest relative error that passes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class CacheFacts:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """A small attention through the backend against the reference: its relative error (None: it did not run)."""
+    """A small problem through the backend against the reference: its relative error (None: it did not run)."""
 
     device: str
     error: float | None
@@ -109,41 +101,26 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine and compile a small attention on each type of device that can run it."""
+    """Look at this machine and compile a small problem of each family on each type of device that can run it."""
     places = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     tested = ["cpu", *(place for place in places[1:2] if kernel_refusal(torch.device(place)) is None)]
+    trials = [own.trial for own in families() if own.trial is not None]
     return Diagnosis(
         versions=_versions(),
         devices=tuple(_device(place) for place in places),
         cache=_cache(),
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith("MONARCH_")},
-        self_tests=tuple(self_test(place) for place in tested),
+        self_tests=tuple(self_test(trial, place) for trial in trials for place in tested),
     )
 
 
-def self_test(device: str) -> SelfTest:
-    """Compile one attention for `device` through the backend, and compare it with the float64 reference."""
-    dtype, bound = BOUNDS[torch.device(device).type]
+def self_test(trial: Trial, device: str) -> SelfTest:
+    """Run the trial of a family on `device`."""
+    bound = trial.bounds[torch.device(device).type]
     try:
-        return SelfTest(device, _error(device, dtype), bound)
+        return SelfTest(device, trial.error(device), bound)
     except Exception as error:  # whatever is broken here is what the caller wants to read
         return SelfTest(device, None, bound, f"{type(error).__name__}: {error}".strip())
-
-
-def _error(device: str, dtype: torch.dtype) -> float:
-    from monarch_compile.attention.reference import reference
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__)  # Dynamo caches by code object
-    options: dict[str, Any] = {"policy": "always", "strict": True, **FORM}
-    compiled = torch.compile(fresh, backend="monarch", options=options, dynamic=False)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(SHAPE, generator=generator).to(device, dtype) for _ in range(3))
-    expected = reference(q.double(), k.double(), v.double(), None, scale=SHAPE[-1] ** -0.5, **FORM)
-    with torch.no_grad():
-        return relative_error(expected, compiled(q, k, v))
 
 
 def _versions() -> dict[str, str]:

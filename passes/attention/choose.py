@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from monarch_compile.attention.form import ACROSS, Form
 from monarch_compile.attention.lengths import chosen_form, cost_refusal
-from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.attention.work import predict
 from monarch_compile.calibration.plan import SitePlan, site_shape
 from monarch_compile.config import MonarchConfig
@@ -25,7 +24,7 @@ from monarch_compile.passes.capture.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
 from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
 from monarch_compile.passes.surroundings import Surroundings
-from monarch_compile.refusal import Refusal
+from monarch_compile.refusal import Refusal, kernel_refusal
 
 
 def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import itertools
 import logging
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile import backend
+from monarch_compile.attention import commands
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.op import attention
@@ -383,8 +385,10 @@ def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -
             raise CodegenError("no such kernel")
         return Tuned(shipped(), 1.0, 2.0, 0.0, 3), {"a": "spills"}
 
-    sizes = {"batch": 1, "num_heads": 2, "head_dim": 16, "dtype": "float16", "num_iters": 1}
-    irs = autotune.problems([256, 1024], [None, 1], HERE, block_size=None, masked=True, **sizes)
+    asked = argparse.ArgumentParser()
+    commands.add_tune_arguments(asked)
+    sizes = "--lengths 256 1024 --windows none 1 --heads 2 --head-dim 16 --masked"
+    irs = commands.problems(asked.parse_args(sizes.split()), HERE.device.type)
     assert [(ir.seq_len_k, ir.form.window, ir.mask.value) for ir in irs] == [
         (n, window, "key_padding") for n in (256, 1024) for window in (None, 1)
     ]

@@ -9,7 +9,8 @@ from torch import nn
 
 import monarch_compile
 from monarch_compile.attention import candidates
-from monarch_compile.calibration.instrument import AttentionCall, with_attention
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
 from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.calibration.plan import Plan
 from monarch_compile.errors import InputError, PlanError

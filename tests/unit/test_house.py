@@ -90,18 +90,11 @@ def test_codegen_sees_no_graph() -> None:
 
 
 SPINE_KNOWS = {
-    "": "exports the function",
-    "tools.autotune": "lists the problems of the command",
-    "tools.timing": "measures attention",
-    "calibration.search": "searches attention's forms",
-    "config": "has attention's options",
-    "tools.doctor": "tests itself with attention",
-    "calibration.instrument": "runs attention's reference in the place of a site",
-    "integrations": "opens doors for eager attention",
-    "calibration.plan": "holds attention's forms",
-    "calibration.selection": "compares attention's forms",
+    "": "exports monarch_attention",
+    "config": "is the list of options that users give, attention's among them",
+    "integrations": "opens the doors for eager attention",
 }
-"""Modules of the spine that know attention, and why; no other may."""
+"""What users say to attention: modules of the spine that know it, and why; no other may."""
 
 
 def _names_a_family(name: Name) -> bool:

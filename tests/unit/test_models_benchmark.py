@@ -15,7 +15,8 @@ from benchmarks.models import measure
 from benchmarks.models.measure import Bench, Prepared, Subject
 from benchmarks.models.present import markdown, share
 from benchmarks.models.problems import FORMS, PRESETS, TINY_DIT, TINY_VIT, Preset, Problem
-from monarch_compile.calibration.instrument import AttentionCall, with_attention
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
 from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.cost.devices import DEVICES
 from monarch_compile.report.explainer import explain
