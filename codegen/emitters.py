@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -78,6 +79,7 @@ class Emitter:
     expected: the specialization of a launch of an IR on usual tensors, as far as its sizes are known.
     specialize: that of a launch on given tensors, with given sizes.
     run: launches a launcher on the family's tensors.
+    meaning: modules outside of codegen by which kernels are emitted and launched: tuned schedules are of these, too.
     """
 
     family: str
@@ -95,6 +97,7 @@ class Emitter:
     specialize: Callable[[IR, Any, Mapping[str, Tensor], Mapping[str, Any]], Specialization]
     run: Callable[..., Tensor]
     tuning: Tuning
+    meaning: tuple[ModuleType, ...] = ()
 
     def program_of(self, ir: IR, schedule: Any, specialization: Specialization) -> Program:
         """The program of any IR of the family; it depends on no size that kernels take at run time.

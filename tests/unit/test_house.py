@@ -9,6 +9,7 @@ from pathlib import Path
 import networkx
 import pytest
 
+from monarch_compile.codegen.tuning import store
 from monarch_compile.registry import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,25 @@ def test_the_spine_names_no_family() -> None:
     found = {name for name in spine if _names_a_family(name)}
     print("\n".join(f"{name}: {reason}" for name, reason in SPINE_KNOWS.items()))
     assert found == set(SPINE_KNOWS)
+
+
+NO_PART_OF_A_KERNEL = {
+    "attention.reference": "checks what is tuned",
+    "errors": "says what went wrong",
+    "registry": "finds emitters",
+    "sources": "makes the key",
+    "version": "is in the header of a kernel's file",
+}
+"""What codegen imports, and why a tuned schedule stays as good when it changes."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tuned_schedule_is_keyed_by_whatever_its_kernels_are_made_from(family: str) -> None:
+    used = {other for name, names in EVERYWHERE.items() if name.startswith("codegen") for other in names}
+    used = {name for name in used if not name.startswith("codegen") and _family_of(name) in (None, family)}
+    keyed = {path.relative_to(ROOT / "monarch_compile") for path in store.meaning_files(family)}
+    assert set(NO_PART_OF_A_KERNEL) <= used
+    assert {".".join(path.with_suffix("").parts) for path in keyed} == used - set(NO_PART_OF_A_KERNEL)
 
 
 def test_no_family_imports_another() -> None:
