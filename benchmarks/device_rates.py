@@ -6,8 +6,8 @@
 Device time of attention, exact and Monarch, and of training steps by CUDA-graph replays; time that calls take of the
 host, compiled and eager; the device's ceilings. Of a CPU: training steps, and attention through the door of
 `integrations`, on one thread. The rows of `monarch_compile/cost/devices.py` are fitted to these by hand, and
-tests/unit/test_calls.py holds them to it. With --warm I N, every N-th case is compiled and none is timed: several
-processes fill the compile caches for the one that times.
+tests/attention/unit/test_calls.py holds them to it. With --warm I N, every N-th case is compiled and none is timed:
+several processes fill the compile caches for the one that times.
 """
 
 from __future__ import annotations

@@ -147,6 +147,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert circles == []
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_tests_in_a_folder_of_its_own(family: str) -> None:
+    assert list((ROOT / "tests" / family).rglob("test_*.py"))
+
+
 @pytest.mark.parametrize("top", [*TOPS, "benchmarks", "examples"])
 def test_files_are_short(top: str) -> None:
     paths = [path for path in (ROOT / top).rglob("*.py") if not any(p.is_symlink() for p in path.parents)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernel.problems import Case, check, tensors
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from monarch_compile.attention.form import Form
@@ -28,6 +27,7 @@ from monarch_compile.codegen.attention.specialization import (
 from monarch_compile.codegen.launcher import Launcher, build
 from monarch_compile.codegen.tiling import ALL, Tiling
 from monarch_compile.errors import CodegenError
+from tests.attention.kernel.problems import Case, check, tensors
 from tests.support.kernels import emit
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")

@@ -15,7 +15,7 @@ from monarch_compile.attention.op import OPTIONS
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import ConfigError, InputError, IRError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = ("monarch_compile", "passes", "codegen")
 SIGNATURES = {
     ("form.py", "Form"): "the definition",

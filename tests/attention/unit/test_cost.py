@@ -20,7 +20,7 @@ from monarch_compile.attention.work import exact_cost, exact_cost_of_shapes, mon
 from monarch_compile.cost.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
 ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}

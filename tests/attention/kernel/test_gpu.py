@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel.problems import DTYPES, Case, check, run, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.attention.op import attention
 from monarch_compile.codegen.attention.rows import FEW_HEADS, exact_rows
+from tests.attention.kernel.problems import DTYPES, Case, check, run, tensors
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ from monarch_compile.attention.lengths import auto_block_size, exact_wins
 from monarch_compile.attention.work import predict
 from monarch_compile.cost.devices import Device, device_for
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 CLOSE = 1.1
 """A choice may lose this factor against the other form."""
 FORMS = {"monarch": Form(1), "window": Form(1, window=1), "prefix": Form(1, window=1, prefix=4)}

@@ -1,7 +1,7 @@
 """The families of kernels, small, for compute-sanitizer to watch:
 
     compute-sanitizer --tool memcheck --kernel-name kernel_substring=monarch --error-exitcode 9 \\
-        python tests/kernel/sanitize.py
+        python tests/attention/kernel/sanitize.py
 
 and again with `--tool racecheck`. Needs a CUDA device and PYTHONPATH at the root. Prints each case.
 """
@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from kernel.problems import Case, check
+sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from monarch_compile.codegen import launcher as launching
+from tests.attention.kernel.problems import Case, check
 
 CASES = (
     Case(2048, 64, 64, 64, batch=1),  # whole blocks; stage 2 in one step

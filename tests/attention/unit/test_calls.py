@@ -29,7 +29,7 @@ from monarch_compile.passes.attention import choose
 from monarch_compile.passes.pipeline import rewrite
 from monarch_compile.passes.surroundings import Surroundings, trained_nodes
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 CLOSE = 1.1
 H100 = DEVICES["h100"]
 FORMS = {"window": AutoForm(1, 1), "paper": AutoForm(1, None)}

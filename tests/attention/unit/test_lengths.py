@@ -65,7 +65,7 @@ def test_a_prefix_is_in_no_block(kind, windowed):
 
 
 def test_the_table_of_the_docs_is_the_one_in_force():
-    lines = (Path(__file__).parents[2] / "docs/dynamic_shapes.md").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[3] / "docs/dynamic_shapes.md").read_text(encoding="utf-8").splitlines()
     for (kind, windowed), steps in BLOCK_SIZES.items():
         starts = {size: str(start) for start, size in steps}
         title = f"{kind.upper()}, {'a window' if windowed else '`window=None`'}"

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel.problems import DTYPES, Case, check, tensors
 
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
@@ -15,6 +14,7 @@ from monarch_compile.codegen.attention.schedule import choose_schedule
 from monarch_compile.codegen.launcher import Launcher, build
 from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.errors import CodegenError
+from tests.attention.kernel.problems import DTYPES, Case, check, tensors
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
