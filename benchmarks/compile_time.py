@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for state in STATES:
         print(_verdict(state, result))
     if args.json:
-        from monarch_compile.benchmark import environment, one_thread
+        from monarch_compile.tools.timing import environment, one_thread
 
         with one_thread():
             model = {"name": "BERT-base, random weights", "layers": args.layers, "seq_len": args.seq_len}

@@ -8,11 +8,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from monarch_compile.benchmark import run
-from monarch_compile.cli import add_benchmark_arguments
+from monarch_compile.attention.commands import add_bench_arguments, bench
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_benchmark_arguments(parser)
-    arguments = parser.parse_args()
-    run(seq_lens=arguments.seq_lens, long=arguments.long, seconds=arguments.seconds, json_path=arguments.json)
+    add_bench_arguments(parser)
+    bench(parser.parse_args())

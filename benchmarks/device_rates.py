@@ -5,9 +5,9 @@
 
 Device time of attention, exact and Monarch, and of training steps by CUDA-graph replays; time that calls take of the
 host, compiled and eager; the device's ceilings. Of a CPU: training steps, and attention through the door of
-`integrations`, on one thread. The rows of `monarch_compile/devices.py` are fitted to these by hand, and
-tests/unit/test_calls.py holds them to it. With --warm I N, every N-th case is compiled and none is timed: several
-processes fill the compile caches for the one that times.
+`integrations`, on one thread. The rows of `monarch_compile/cost/devices.py` are fitted to these by hand, and
+tests/attention/unit/test_calls.py holds them to it. With --warm I N, every N-th case is compiled and none is timed:
+several processes fill the compile caches for the one that times.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from benchmarks.resumable import machine, write
 from benchmarks.speed.problems import PRESETS, AutoForm, Problem, inputs
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.backend import monarch as backend
-from monarch_compile.benchmark import cuda_graph_times, time_interleaved
-from monarch_compile.devices import device_for
+from monarch_compile.cost.devices import device_for
 from monarch_compile.integrations import replace_sdpa
+from monarch_compile.tools.timing import cuda_graph_times, time_interleaved
 
 Call = Callable[[], Any]
 EXACT = {

@@ -33,7 +33,7 @@ from benchmarks.models.architectures import Architecture
 from benchmarks.resumable import machine, opened, write
 from benchmarks.speed.problems import Problem, inputs
 from monarch_compile.backend import monarch as backend  # by name it would have to be installed
-from monarch_compile.benchmark import Timing, timing_of
+from monarch_compile.tools.timing import Timing, timing_of
 
 BOUND = 1.03
 ROUNDS = 30

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from monarch_compile.benchmark import environment
+from monarch_compile.tools.timing import environment
 
 
 def machine(place: str) -> dict[str, str]:

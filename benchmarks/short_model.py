@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from monarch_compile.benchmark import environment, one_thread, time_interleaved
-from monarch_compile.explainer import explain
+from monarch_compile.report.explainer import explain
+from monarch_compile.tools.timing import environment, one_thread, time_interleaved
 
 SEQ_LEN = 128
 LIMIT = 1.03

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -38,6 +39,8 @@ Specialization = Any
 class Tuning:
     """What the search for schedules needs to know of a family.
 
+    applies: whether there is a search for an IR, which has a kernel.
+    sized: an IR as it is tuned, all of its sizes known.
     stages: the fields of a schedule that matter to an IR, the costliest first.
     variants: schedules that differ from one in one stage, legal or not.
     shared_bytes: shared memory of one program under a tiling, an upper estimate.
@@ -47,6 +50,8 @@ class Tuning:
     bound: the largest relative Frobenius error that is right.
     """
 
+    applies: Callable[[IR], bool]
+    sized: Callable[[IR], IR]
     stages: Callable[[IR], tuple[str, ...]]
     variants: Callable[[Any, str, IR], Iterator[Any]]
     shared_bytes: Callable[[Tiling, IR], int]
@@ -74,6 +79,7 @@ class Emitter:
     expected: the specialization of a launch of an IR on usual tensors, as far as its sizes are known.
     specialize: that of a launch on given tensors, with given sizes.
     run: launches a launcher on the family's tensors.
+    meaning: modules outside of codegen by which kernels are emitted and launched: tuned schedules are of these, too.
     """
 
     family: str
@@ -91,6 +97,7 @@ class Emitter:
     specialize: Callable[[IR, Any, Mapping[str, Tensor], Mapping[str, Any]], Specialization]
     run: Callable[..., Tensor]
     tuning: Tuning
+    meaning: tuple[ModuleType, ...] = ()
 
     def program_of(self, ir: IR, schedule: Any, specialization: Specialization) -> Program:
         """The program of any IR of the family; it depends on no size that kernels take at run time.

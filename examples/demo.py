@@ -24,7 +24,7 @@ from examples.progress import median_seconds, step, table
 from examples.whisper.audio import log_mel, read_clips, read_wav
 from examples.whisper.load import PackagesMissing, Whisper, load_whisper
 from examples.whisper.transcribe import transcribe, word_error_rate
-from monarch_compile.explainer import explain
+from monarch_compile.report.explainer import explain
 
 REPEATS = 5
 NUM_HEADS, HEAD_DIM = 12, 64

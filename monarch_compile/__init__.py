@@ -23,11 +23,11 @@ from monarch_compile.errors import (
 from monarch_compile.version import __version__
 
 if TYPE_CHECKING:
-    from monarch_compile.calibration import calibrate
-    from monarch_compile.explainer import explain
+    from monarch_compile.calibration.plan import Plan
+    from monarch_compile.calibration.search import calibrate
     from monarch_compile.export import lower_exported
-    from monarch_compile.plan import Plan
-    from monarch_compile.report import Report
+    from monarch_compile.report.explainer import explain
+    from monarch_compile.report.report import Report
 
 __all__ = [
     "CodegenError",
@@ -48,10 +48,10 @@ __all__ = [
 ]
 
 _LATER = {
-    "Plan": "plan",
-    "Report": "report",
-    "calibrate": "calibration",
-    "explain": "explainer",
+    "Plan": "calibration.plan",
+    "Report": "report.report",
+    "calibrate": "calibration.search",
+    "explain": "report.explainer",
     "lower_exported": "export",
 }
 """Names that a compilation does without, and the modules they come from when they are asked for."""

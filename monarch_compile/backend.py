@@ -128,7 +128,7 @@ def _autotune(decisions: Sequence[Decision]) -> str:
     irs = [d.ir for d in decisions if d.status == LOWERED and d.device == "cuda"]
     if not irs:
         return ""
-    from monarch_compile.autotune import Machine, ensure, tunable
+    from monarch_compile.tools.autotune import Machine, ensure, tunable
 
     try:
         machine = Machine.here()
@@ -180,7 +180,7 @@ def _dump_kernels(result: Rewrite) -> None:
     """The kernels of every lowered site beside the dumped graphs, each once."""
     if result.dump.folder is None:
         return
-    from monarch_compile.report import kernels_of
+    from monarch_compile.report.report import kernels_of
 
     lowered = [d.ir for d in result.decisions if d.status == LOWERED and d.ir is not None]
     for kernel in dict.fromkeys(kernel for ir in lowered for kernel in kernels_of(ir)[0]):

@@ -8,20 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from monarch_compile.attention.form import (
-    FORM_OPTIONS,
-    FORM_RULES,
-    MAX_AXES,
-    Form,
-    OptionRule,
-    at_least,
-    broken_rule,
-    one_of,
-    or_else,
-    tuple_of,
-)
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form
+from monarch_compile.calibration.plan import Plan
 from monarch_compile.errors import ConfigError
-from monarch_compile.plan import Plan
+from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
 POLICIES = ("auto", "always", "never")
 

@@ -1,18 +1,83 @@
-"""What a family gives the report and the cost model: the numbers and words for one of its IR values."""
+"""What a family gives the report, the cost model, calibration and the doctor: numbers and words for its IR values."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from monarch_compile.calls import Calls
-from monarch_compile.cost import Cost, Prediction
+from torch import Tensor
+
+from monarch_compile.calls import DEVICE_ALONE, Calls
+from monarch_compile.cost.devices import Device
+from monarch_compile.cost.prediction import Cost, Prediction
 from monarch_compile.decision import Decision
-from monarch_compile.devices import Device
 from monarch_compile.registry import FAMILIES
+
+Form = Any
+"""How a lowered site approximates what it stands for: a frozen dataclass of options. `family` names its family."""
+
+
+class SiteCall(Protocol):
+    """One run of one lowered site."""
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+
+    def exact(self) -> Tensor:
+        """What the site computes where it is not lowered."""
+
+    def monarch(self, **changes: Any) -> Tensor:
+        """What it computes in the form that it was lowered to, or with other options."""
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A site in one captured graph: its IR, whose `form` may be changed, and the values of its symbolic sizes."""
+
+    ir: Any
+    hints: tuple[tuple[str, int], ...]
+
+    def seconds(self, device: Device, form: Form) -> tuple[float, float]:
+        """Predicted seconds of the exact form and of `form`."""
+        own = family(self.ir.family)
+        prediction = own.predict(replace(self.ir, form=form), device, dict(self.hints), DEVICE_ALONE)
+        return prediction.exact_s, prediction.monarch_s
+
+
+def total_seconds(occurrences: Sequence[Occurrence], device: Device, form: Form) -> tuple[float, float]:
+    """Predicted seconds of a site in all of its graphs: exact form, and `form`."""
+    exact_s, monarch_s = zip(*(o.seconds(device, form) for o in occurrences), strict=True)
+    return sum(exact_s), sum(monarch_s)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What a family whose lowered form is an approximation offers to calibration and to plans.
+
+    read: the form of some options. Raises IRError or TypeError where they are none.
+    that_pay: the forms to try at a site on a device, with the options that the caller has fixed.
+    call: a run of a site, by its name and the arguments of its operator.
+    """
+
+    read: Callable[..., Form]
+    that_pay: Callable[[Sequence[Occurrence], Device, Mapping[str, Any]], list[Form]]
+    call: Callable[[str, Sequence[Any]], SiteCall]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A small problem through the backend, which tells whether a machine is fit.
+
+    error: relative error against the float64 reference, on a device.
+    bounds: the largest that passes, by type of device.
+    """
+
+    error: Callable[[str], float]
+    bounds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -23,6 +88,7 @@ class Family:
     predict: times on a device, with a value for each symbolic size, as the site is called.
         Raises InputError where a size has no value.
     blocks: how the report says what blocks the lowered form has, e.g. "64x64". block_size: their size, None for none.
+    forms: None where the lowered form is exact up to rounding. trial: what the doctor runs; None for nothing.
     """
 
     name: str
@@ -31,6 +97,8 @@ class Family:
     predict: Callable[[Any, Device, Mapping[str, int] | None, Calls], Prediction]
     blocks: Callable[[Any], str]
     block_size: Callable[[Any], int | None]
+    forms: Forms | None = None
+    trial: Trial | None = None
 
 
 @functools.cache
@@ -42,3 +110,20 @@ def family(name: str) -> Family:
     """
     found: Family = importlib.import_module(FAMILIES[name].family).FAMILY
     return found
+
+
+def forms_of(name: str) -> Forms:
+    """The forms of a family.
+
+    Raises:
+        KeyError: no family of this name has any.
+    """
+    forms = family(name).forms
+    if forms is None:
+        raise KeyError(f"the family {name!r} has no forms")
+    return forms
+
+
+def families() -> tuple[Family, ...]:
+    """All of them."""
+    return tuple(family(name) for name in FAMILIES)

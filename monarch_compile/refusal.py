@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
+from monarch_compile.errors import CodegenError
+
 NOT_YET = "nothing in the model: this is not lowered yet"
 NEVER = "nothing: a Monarch matrix cannot hold it"
 
@@ -140,3 +144,20 @@ class Refused(Exception):
     def __init__(self, code: str, reason: str, node: Any) -> None:
         super().__init__(f"{code}: {reason} ({node.name})")
         self.refusal = Refusal(code, reason, node)
+
+
+def kernel_refusal(device: torch.device) -> str | None:
+    """Why no kernel can run on `device`; None where one can, or where the reference runs instead (CPU)."""
+    if device.type != "cuda":
+        return None
+    try:
+        import triton  # noqa: F401
+
+        from monarch_compile.codegen.launcher import capability_of
+
+        capability_of(device)
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it to run kernels on {device}"
+    except CodegenError as error:
+        return str(error)
+    return None

@@ -1,4 +1,4 @@
-"""The families of operators. A family is a line here and the three modules that it names."""
+"""The families of operators. A family is a line here and the modules that it names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ class Modules(NamedTuple):
     family: `FAMILY`, a `monarch_compile.family.Family`: what the report and the cost model ask.
     frontend: `FRONTEND`, a `monarch_compile.passes.frontends.Frontend`: from a graph to the IR and back.
     emitter: `EMITTER`, a `monarch_compile.codegen.emitters.Emitter`: from the IR to kernels.
+    commands: `COMMANDS`, a `monarch_compile.tools.commands.Commands`: what it adds to the command line; "" for nothing.
     """
 
     family: str
     frontend: str
     emitter: str
+    commands: str = ""
 
 
 FAMILIES: dict[str, Modules] = {
@@ -23,6 +25,7 @@ FAMILIES: dict[str, Modules] = {
         family="monarch_compile.attention.family",
         frontend="monarch_compile.passes.attention.frontend",
         emitter="monarch_compile.codegen.attention.emitter",
+        commands="monarch_compile.attention.commands",
     )
 }
 """By name. Of two families that claim one node with the same predicted gain, the first is lowered."""

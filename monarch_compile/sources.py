@@ -16,9 +16,12 @@ def source_files(root: Path) -> list[Path]:
     return sorted(Path(folder, name) for folder, _, names in walk for name in names if Path(name).suffix in SOURCES)
 
 
-def digest_of(root: Path) -> str:
-    """A hash of names and contents of every source and template under a folder: 16 hexadecimal digits."""
+def digest_of(root: Path, *others: Path) -> str:
+    """A hash of names and contents of every source and template under a folder, and of other files: 16 hexadecimal
+    digits."""
     digest = hashlib.sha256()
     for path in source_files(root):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in others:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -25,8 +25,8 @@ from benchmarks.models.present import markdown
 from benchmarks.models.problems import PRESETS, Preset
 from benchmarks.resumable import machine, opened, write
 from benchmarks.speed.measure import cpu_clocks, cuda_clocks
-from monarch_compile.benchmark import one_thread
-from monarch_compile.devices import installed
+from monarch_compile.cost.devices import installed
+from monarch_compile.tools.timing import one_thread
 
 
 def main(argv: Sequence[str] | None = None) -> int:

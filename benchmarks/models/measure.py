@@ -20,9 +20,9 @@ from benchmarks.speed.measure import Clock
 from benchmarks.speed.problems import Inputs, inputs
 from benchmarks.speed.subjects import EXACT, Call, monarch
 from monarch_compile.backend import monarch as backend  # by name it would have to be installed
-from monarch_compile.benchmark import Timing
-from monarch_compile.devices import Device
-from monarch_compile.metrics import relative_error
+from monarch_compile.calibration.metrics import relative_error
+from monarch_compile.cost.devices import Device
+from monarch_compile.tools.timing import Timing
 
 EXACT_WORD = "exact"
 

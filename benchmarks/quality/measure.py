@@ -13,8 +13,8 @@ import monarch_compile
 from benchmarks.quality.task import Model, Task
 from benchmarks.quality.variants import Built, Variant, exact
 from examples.progress import step
-from monarch_compile.benchmark import Timing, time_interleaved
-from monarch_compile.report import Report
+from monarch_compile.report.report import Report
+from monarch_compile.tools.timing import Timing, time_interleaved
 
 MIN_RUNS = 5
 

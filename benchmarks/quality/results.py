@@ -12,22 +12,23 @@ from typing import Any
 
 import monarch_compile
 from benchmarks.quality.task import TASKS, package_version
-from monarch_compile.benchmark import environment
+from monarch_compile.tools.timing import environment
 
 PRESENTATION = ("__main__.py", "present.py", "results.py")
 """Sources here on which no number depends."""
 PACKAGE = Path(monarch_compile.__file__).parent
-ATTENTION = ("attention/reference.py", "attention/groups.py", "attention/op.py")
+ATTENTION = ("attention/reference.py", "attention/groups.py", "attention/op.py", "attention/site_call.py")
 """Sources of the package that say what a lowered site computes. Which sites those are is in the row itself."""
 CALIBRATION = (
-    "calibration.py",
+    "calibration/search.py",
     "attention/candidates.py",
-    "selection.py",
+    "calibration/selection.py",
+    "family.py",
     "attention/work.py",
-    "cost.py",
-    "devices.py",
-    "instrument.py",
-    "snapshot.py",
+    "cost/prediction.py",
+    "cost/devices.py",
+    "calibration/instrument.py",
+    "calibration/snapshot.py",
 )
 """And those that say what a plan chooses."""
 

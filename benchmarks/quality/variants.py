@@ -13,7 +13,8 @@ from torch import Tensor
 import monarch_compile
 from benchmarks.quality import controls
 from benchmarks.quality.task import Model, Task
-from monarch_compile.instrument import AttentionCall, with_attention
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ from benchmarks.speed.measure import Bench, Row, cpu_clocks, cuda_clocks, rows, 
 from benchmarks.speed.present import draw, markdown
 from benchmarks.speed.problems import PRESETS, Preset, Problem
 from benchmarks.speed.subjects import Peer, peers
-from monarch_compile.benchmark import one_thread
-from monarch_compile.devices import installed
+from monarch_compile.cost.devices import installed
+from monarch_compile.tools.timing import one_thread
 
 
 def main(argv: Sequence[str] | None = None) -> int:

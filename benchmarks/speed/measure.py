@@ -13,8 +13,8 @@ import torch
 from benchmarks.speed.problems import AutoForm, Inputs, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Call, Subject, monarch
 from monarch_compile.attention.work import exact_cost, monarch_cost, predict
-from monarch_compile.benchmark import Timing, cuda_graph_times, time_interleaved, timing_of
-from monarch_compile.devices import Device
+from monarch_compile.cost.devices import Device
+from monarch_compile.tools.timing import Timing, cuda_graph_times, time_interleaved, timing_of
 
 MONARCH = "monarch"
 CLOSE = 1.1

@@ -12,7 +12,7 @@ from torch import Tensor
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
-from monarch_compile.devices import Device
+from monarch_compile.cost.devices import Device
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.speed.problems import Inputs
+from monarch_compile.attention.benchmark import compiled_attention
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.benchmark import compiled_attention
 
 FLEX_BLOCK = 128
 

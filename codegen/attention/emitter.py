@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from monarch_compile.attention import form, groups, ir
 from monarch_compile.codegen.attention import kernels, launch, schedule, search, specialization
 from monarch_compile.codegen.emitters import Emitter, Tuning
 
@@ -23,6 +24,8 @@ EMITTER = Emitter(
     specialize=specialization.specialize,
     run=launch.run,
     tuning=Tuning(
+        applies=search.applies,
+        sized=search.sized,
         stages=search.stages,
         variants=search.variants,
         shared_bytes=schedule.shared_bytes,
@@ -31,4 +34,5 @@ EMITTER = Emitter(
         expected=search.expected,
         bound=search.bound,
     ),
+    meaning=(form, groups, ir),
 )

@@ -27,6 +27,18 @@ ERROR_BOUNDS = {torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8, torch.
 """Relative Frobenius error against the float64 reference that a kernel may have, for each iteration."""
 
 
+def applies(ir: MonarchAttention) -> bool:
+    """Whether `ir` is tuned: neither symbolic nor unequal lengths are, nor is a bias of keys."""
+    return not ir.is_cross and ir.mask is not MaskKind.KEY_BIAS and isinstance(ir.seq_len_k, int)
+
+
+def sized(ir: MonarchAttention) -> MonarchAttention:
+    """`ir` as it is tuned: symbolic counts of heads and batch entries are taken to be 12 and 1."""
+    batch = ir.batch if isinstance(ir.batch, int) else 1
+    heads = ir.num_kv_heads if isinstance(ir.num_kv_heads, int) else 12
+    return ir.changed(batch=batch, num_heads=heads * ir.group, num_kv_heads=heads)
+
+
 def stages(ir: MonarchAttention) -> tuple[str, ...]:
     """The fields of a schedule that matter to `ir`, the costliest first."""
     between = ("represent",) if ir.form.num_iters > 1 or ir.form.init != "identity" else ()

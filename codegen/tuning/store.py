@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from monarch_compile import ir as common
 from monarch_compile.codegen.emitters import IR, Schedule, emitter
 from monarch_compile.codegen.source import cache_dir, replace_file
 from monarch_compile.codegen.tiling import Capability, shared_limit
@@ -64,13 +65,18 @@ class Tuned:
 def key_of(ir: IR, gpu: str, triton_version: str) -> str:
     """The readable key of a result: what shares a bucket with `ir` shares it."""
     described = emitter(ir.family).describe(ir)
-    return " | ".join((gpu, f"triton {triton_version}", described, f"emitters {emitter_digest()}"))
+    return " | ".join((gpu, f"triton {triton_version}", described, f"emitters {emitter_digest(ir.family)}"))
 
 
 @functools.cache
-def emitter_digest() -> str:
-    """A hash of all that kernels are emitted and launched by."""
-    return digest_of(Path(__file__).parents[1])
+def emitter_digest(family: str) -> str:
+    """A hash of all that a family's kernels are emitted and launched by."""
+    return digest_of(Path(__file__).parents[1], *meaning_files(family))
+
+
+def meaning_files(family: str) -> list[Path]:
+    """Those that are not of codegen."""
+    return [Path(str(module.__file__)) for module in (common, *emitter(family).meaning)]
 
 
 def is_legal(schedule: Schedule, ir: IR, capability: Capability | None) -> bool:

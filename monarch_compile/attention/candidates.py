@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
-from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
-from monarch_compile.attention.work import predict
-from monarch_compile.cost import MARGIN
-from monarch_compile.devices import Device
+from monarch_compile.cost.devices import Device
+from monarch_compile.cost.prediction import MARGIN
+from monarch_compile.family import Occurrence, total_seconds
 
 SEARCH: dict[str, tuple[Any, ...]] = {
     "block_size": (0.5, 1, 2, 4),  # times what "auto" is
@@ -23,25 +22,6 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "prefix": (0, 4),
 }
 """What is tried for each option that the caller has not fixed."""
-
-
-@dataclass(frozen=True)
-class Occurrence:
-    """A site in one captured graph: its IR, and the values of its symbolic sizes."""
-
-    ir: MonarchAttention
-    hints: tuple[tuple[str, int], ...]
-
-    def seconds(self, device: Device, form: Form) -> tuple[float, float]:
-        """Predicted seconds of the exact form and of `form`."""
-        prediction = predict(replace(self.ir, form=form), device, dict(self.hints))
-        return prediction.exact_s, prediction.monarch_s
-
-
-def total_seconds(occurrences: Sequence[Occurrence], device: Device, form: Form) -> tuple[float, float]:
-    """Predicted seconds of a site in all of its graphs: exact form, and `form`."""
-    exact_s, monarch_s = zip(*(o.seconds(device, form) for o in occurrences), strict=True)
-    return sum(exact_s), sum(monarch_s)
 
 
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:

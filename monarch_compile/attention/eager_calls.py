@@ -22,12 +22,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from monarch_compile.attention.form import ACROSS, Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.lengths import chosen_form, cost_refusal, grid_by_hand
-from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.attention.signature import Signature, first_broken
 from monarch_compile.calls import EAGER, Calls, active_transform
 from monarch_compile.config import MonarchConfig
-from monarch_compile.devices import installed
-from monarch_compile.refusal import Refusal
+from monarch_compile.cost.devices import installed
+from monarch_compile.refusal import Refusal, kernel_refusal
 
 T = TypeVar("T")
 Triple = tuple[T, T, T]

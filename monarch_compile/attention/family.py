@@ -1,12 +1,16 @@
-"""Attention, as the report sees it."""
+"""Attention, as the report, calibration and the doctor see it."""
 
 from __future__ import annotations
 
+from monarch_compile.attention import trial
+from monarch_compile.attention.candidates import forms_that_pay
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.site_call import AttentionCall
 from monarch_compile.attention.work import exact_cost_of_shapes, monarch_cost, predict
-from monarch_compile.cost import Cost
+from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import Decision
-from monarch_compile.family import Family
+from monarch_compile.family import Family, Forms, Trial
 
 
 def _exact_cost(decision: Decision) -> Cost | None:
@@ -27,4 +31,6 @@ FAMILY = Family(
     predict=predict,
     blocks=_blocks,
     block_size=lambda ir: ir.form.block_size,
+    forms=Forms(read=Form, that_pay=forms_that_pay, call=AttentionCall.of),
+    trial=Trial(trial.error, trial.BOUNDS),
 )

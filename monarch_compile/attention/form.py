@@ -6,60 +6,18 @@ Notation follows arXiv 2505.18698: keys are cut into blocks of `block_size`, que
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
+from typing import Any, ClassVar
 
 from monarch_compile.attention.blocking import steps_to_neighbours
 from monarch_compile.errors import IRError
+from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
 INITS = ("identity", "mean")
 PADS = ("post", "pre")
 WINDOW_SHAPES = ("box", "plus")
 MAX_AXES = 3
 """The most axes of a token grid: time, height and width."""
-
-
-class OptionRule(NamedTuple):
-    """What an option may be: a predicate and its wording."""
-
-    allows: Callable[[Any], bool]
-    wording: str
-
-
-def at_least(least: int) -> OptionRule:
-    """An int, or a symbolic one, of at least `least`."""
-    kinds = (int, np.integer, torch.SymInt)
-    return OptionRule(
-        lambda value: isinstance(value, kinds) and not isinstance(value, bool) and bool(value >= least),
-        f"an int of at least {least}",
-    )
-
-
-def one_of(allowed: tuple[str, ...]) -> OptionRule:
-    """One of some strings."""
-    return OptionRule(
-        lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}"
-    )
-
-
-def or_else(value: Any, rule: OptionRule) -> OptionRule:
-    """`value` itself, or what a rule allows."""
-    return OptionRule(
-        lambda x: (x is None if value is None else x == value) or rule.allows(x), f"{value!r} or {rule.wording}"
-    )
-
-
-def tuple_of(least: int, lengths: range) -> OptionRule:
-    """A tuple or list of ints of at least `least`, as long as one of `lengths`."""
-    each = at_least(least)
-    return OptionRule(
-        lambda value: isinstance(value, (tuple, list)) and len(value) in lengths and all(map(each.allows, value)),
-        f"{lengths[0]} to {lengths[-1]} ints of at least {least}",
-    )
 
 
 FORM_RULES: dict[str, OptionRule] = {
@@ -72,14 +30,6 @@ FORM_RULES: dict[str, OptionRule] = {
     "tile": or_else(None, tuple_of(1, range(1, MAX_AXES + 1))),
     "window_shape": one_of(WINDOW_SHAPES),
 }
-
-
-def broken_rule(options: Mapping[str, Any], rules: Mapping[str, OptionRule] = FORM_RULES) -> str | None:
-    """What is wrong with the first of `options` that breaks its rule; None where all are allowed."""
-    for name, rule in rules.items():
-        if name in options and not rule.allows(options[name]):
-            return f"{name!r} must be {rule.wording}; found {options[name]!r}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -102,6 +52,8 @@ class Form:
         IRError: an option is not allowed.
     """
 
+    family: ClassVar[str] = "attention"
+
     block_size: int
     num_iters: int = 1
     init: str = "identity"
@@ -112,7 +64,7 @@ class Form:
     window_shape: str = "box"
 
     def __post_init__(self) -> None:
-        wrong = broken_rule(vars(self)) or self._wrong_tile()
+        wrong = broken_rule(vars(self), FORM_RULES) or self._wrong_tile()
         if wrong is not None:
             raise IRError(wrong)
         if self.tile is not None:

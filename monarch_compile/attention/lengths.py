@@ -18,7 +18,7 @@ from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.work import predict
 from monarch_compile.calls import DEVICE_ALONE, REPLAYED, Calls
-from monarch_compile.devices import Device
+from monarch_compile.cost.devices import Device
 from monarch_compile.errors import ConfigError, InputError
 from monarch_compile.ir import Dim
 from monarch_compile.refusal import Refusal

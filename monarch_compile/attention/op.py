@@ -11,7 +11,6 @@ from torch import Tensor
 from monarch_compile import autocast as autocasting
 from monarch_compile.attention import reference as meaning
 from monarch_compile.attention.form import FORM_OPTIONS
-from monarch_compile.errors import CodegenError
 
 OPTIONS = ("scale", *FORM_OPTIONS, "grid")
 """The operator's parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
@@ -63,23 +62,6 @@ def attention_under_transforms(
     named: dict[str, Any] = dict(zip(OPTIONS, options, strict=True))
     with autocasting.switched_off(q.device.type):
         return meaning.reference(q, k, v, key_mask, **named)
-
-
-def kernel_refusal(device: torch.device) -> str | None:
-    """Why no kernel can run on `device`; None where one can, or where the reference runs instead (CPU)."""
-    if device.type != "cuda":
-        return None
-    try:
-        import triton  # noqa: F401
-
-        from monarch_compile.codegen.launcher import capability_of
-
-        capability_of(device)
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it to run kernels on {device}"
-    except CodegenError as error:
-        return str(error)
-    return None
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,8 +18,8 @@ import torch
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.calls import DEVICE_ALONE, Calls
-from monarch_compile.cost import Cost, Prediction, Quantity
-from monarch_compile.devices import WIDE, Device, Host
+from monarch_compile.cost.devices import WIDE, Device, Host
+from monarch_compile.cost.prediction import Cost, Prediction, Quantity
 from monarch_compile.errors import InputError
 from monarch_compile.ir import Dim
 

@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 
 from monarch_compile.attention.form import ACROSS, Form
 from monarch_compile.attention.lengths import chosen_form, cost_refusal
-from monarch_compile.attention.op import kernel_refusal
 from monarch_compile.attention.work import predict
+from monarch_compile.calibration.plan import SitePlan, site_shape
 from monarch_compile.config import MonarchConfig
+from monarch_compile.cost.devices import installed
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.devices import installed
 from monarch_compile.errors import PlanError
 from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
 from monarch_compile.passes.attention.grids import site_grid
@@ -26,8 +26,7 @@ from monarch_compile.passes.capture.enclosed import name_of
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
 from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
 from monarch_compile.passes.surroundings import Surroundings
-from monarch_compile.plan import SitePlan, site_shape
-from monarch_compile.refusal import Refusal
+from monarch_compile.refusal import Refusal, kernel_refusal
 
 
 def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -> Choice:

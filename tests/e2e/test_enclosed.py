@@ -17,7 +17,8 @@ from torch._higher_order_ops.while_loop import while_loop
 import monarch_compile
 from monarch_compile import monarch_attention
 from monarch_compile.attention.op import ATTENTION_OP
-from monarch_compile.instrument import AttentionCall, with_attention
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of q, k, v and a key mask (batch, seq_len)."""

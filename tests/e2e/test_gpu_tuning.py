@@ -13,12 +13,15 @@ from benchmarks.speed import __main__ as driver
 from benchmarks.speed.measure import Bench, cuda_clocks
 from benchmarks.speed.problems import AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, peers
-from monarch_compile import autotune, backend
+from monarch_compile import backend
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
-from monarch_compile.autotune import Machine
+from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.tuning.store import is_legal, read
-from monarch_compile.devices import installed
+from monarch_compile.cost.devices import installed
+from monarch_compile.tools import autotune
+from monarch_compile.tools.autotune import Machine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,8 +41,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.parametrize("window", [None, 1])
 def test_what_tuning_finds_is_legal_and_no_slower(window: int | None) -> None:
     machine = Machine.here()
-    sizes = {"batch": 1, "num_heads": 4, "head_dim": 64, "dtype": "float16", "num_iters": 1}
-    (ir,) = autotune.problems([2048], [window], machine, block_size=64, masked=False, **sizes)
+    form = Form(64, window=window)
+    ir = MonarchAttention(1, 4, 4, 2048, 2048, 64, 64, torch.float16, form, 0.125)
     result, rejected = autotune.tuned_now(ir, machine, autotune.default_tune(20.0))
     assert result.ms <= result.shipped_ms
     assert result.tried > 3, rejected

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from monarch_compile import explain
+from monarch_compile import PlanError, calibrate, explain
+from monarch_compile.attention.form import Form
 from monarch_compile.backend import monarch
+from monarch_compile.calibration.plan import Plan, SitePlan
 from monarch_compile.family import family
 from monarch_compile.passes.pipeline import pipeline
-from monarch_compile.plan import Plan, SitePlan
 from monarch_compile.refusal import CODES
 from monarch_compile.registry import FAMILIES, Modules
 from tests.support.capture import run_passes
@@ -83,6 +85,23 @@ def test_the_report_shows_it() -> None:
     (kernel,) = site.kernels
     assert "tl.sigmoid" in kernel.text
     assert "2.00x" in str(report)
+
+
+def test_what_has_no_forms_is_measured_and_planned_as_it_is() -> None:
+    model, inputs = Model(), given()
+    report = explain(model, *inputs, options={"policy": "always", "block_size": 1}, measure=True)
+    assert [(site.family, site.error is None) for site in report.sites] == [("attention", False), ("toy", True)]
+    assert report.output_error == pytest.approx(0.0, abs=1e-6)
+    plan = calibrate(model, [inputs], budget=1.0, progress=False)
+    assert [site.form for site in plan.sites][1:] == [None]
+
+
+def test_a_plan_gives_no_form_to_a_family_without(tmp_path: Path) -> None:
+    plan = Plan((SitePlan("a", (), Form(4)),), (("a",),), 0.1, 0.0, 1, 1, "cpu")
+    path = plan.save(tmp_path / "plan.json")
+    path.write_text(path.read_text().replace('"family": "attention"', '"family": "toy"'))
+    with pytest.raises(PlanError, match="the family 'toy' has no forms"):
+        Plan.load(path)
 
 
 def test_a_plan_keeps_it_exact() -> None:

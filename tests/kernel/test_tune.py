@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import itertools
 import logging
@@ -12,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from monarch_compile import autotune, backend
+from monarch_compile import backend
+from monarch_compile.attention import commands
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.op import attention
 from monarch_compile.attention.reference import reference
-from monarch_compile.autotune import Machine, ensure, tuned_now
 from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.attention import search as space
 from monarch_compile.codegen.attention.emitter import EMITTER
@@ -33,7 +34,9 @@ from monarch_compile.codegen.tuning.search import candidates, tune
 from monarch_compile.codegen.tuning.store import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
-from monarch_compile.report import kernels_of
+from monarch_compile.report.report import kernels_of
+from monarch_compile.tools import autotune
+from monarch_compile.tools.autotune import Machine, ensure, tuned_now
 
 pytestmark = pytest.mark.usefixtures("interpreted", "own_cache")
 
@@ -382,8 +385,10 @@ def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -
             raise CodegenError("no such kernel")
         return Tuned(shipped(), 1.0, 2.0, 0.0, 3), {"a": "spills"}
 
-    sizes = {"batch": 1, "num_heads": 2, "head_dim": 16, "dtype": "float16", "num_iters": 1}
-    irs = autotune.problems([256, 1024], [None, 1], HERE, block_size=None, masked=True, **sizes)
+    asked = argparse.ArgumentParser()
+    commands.add_tune_arguments(asked)
+    sizes = "--lengths 256 1024 --windows none 1 --heads 2 --head-dim 16 --masked"
+    irs = commands.problems(asked.parse_args(sizes.split()), HERE.device.type)
     assert [(ir.seq_len_k, ir.form.window, ir.mask.value) for ir in irs] == [
         (n, window, "key_padding") for n in (256, 1024) for window in (None, 1)
     ]

@@ -91,6 +91,8 @@ EMITTER = Emitter(
     specialize=specialize,
     run=run,
     tuning=Tuning(
+        applies=lambda ir: True,
+        sized=lambda ir: ir,
         stages=lambda ir: ("gate",),
         variants=lambda start, stage, ir: (GateSchedule(replace(start.gate, step=step)) for step in (16, 64, 128)),
         shared_bytes=lambda tiling, ir: 0,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from monarch_compile.calls import Calls
-from monarch_compile.cost import Cost, Prediction
-from monarch_compile.devices import Device
+from monarch_compile.cost.devices import Device
+from monarch_compile.cost.prediction import Cost, Prediction
 from monarch_compile.family import Family
 
 

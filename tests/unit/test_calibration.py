@@ -9,11 +9,12 @@ from torch import nn
 
 import monarch_compile
 from monarch_compile.attention import candidates
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
+from monarch_compile.calibration.metrics import relative_error
+from monarch_compile.calibration.plan import Plan
 from monarch_compile.errors import InputError, PlanError
-from monarch_compile.explainer import explain
-from monarch_compile.instrument import AttentionCall, with_attention
-from monarch_compile.metrics import relative_error
-from monarch_compile.plan import Plan
+from monarch_compile.report.explainer import explain
 
 SEQ_LEN, DIM, HEADS = 400, 16, 2
 BUDGET = 0.06

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from monarch_compile import autotune, cli
+from monarch_compile.tools import autotune, cli
 from monarch_compile.version import __version__
 
 MODEL = """
@@ -69,7 +69,7 @@ def test_bad_options_are_explained(module, capsys):
 
 @pytest.mark.parametrize("command", [["demo"], ["bench", "quality", "--fresh"]])
 def test_what_needs_a_checkout_says_so(command, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "monarch_compile" / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "monarch_compile" / "tools" / "cli.py"))
     assert cli.main(command) == 2
     assert "lives in a checkout" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ def test_the_quality_benchmark_gets_its_own_arguments(monkeypatch):
 
     monkeypatch.setattr(cli.subprocess, "run", run)
     assert cli.main(["bench", "quality", "--tasks", "whisper", "--fresh"]) == 3
-    assert commands == [(["-m", "benchmarks.quality", "--tasks", "whisper", "--fresh"], Path(cli.__file__).parents[1])]
+    assert commands == [(["-m", "benchmarks.quality", "--tasks", "whisper", "--fresh"], Path(cli.__file__).parents[2])]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import compile_time
 from benchmarks.compile_time import Compilation
-from monarch_compile import cli
+from monarch_compile.tools import cli
 
 RUNS = {
     ("inductor", "cold"): (20.0, 10.0, 0.0),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from monarch_compile.calibration.plan import Plan
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.errors import ConfigError
-from monarch_compile.plan import Plan
 
 BAD = {
     "block_size": [0, -1, 1.5, "big", True, None],

@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
-from monarch_compile import cli, doctor, monarch_attention
+from monarch_compile import monarch_attention
+from monarch_compile.attention import trial
+from monarch_compile.attention.family import FAMILY
+from monarch_compile.tools import cli, doctor
 from monarch_compile.version import __version__
 
 
@@ -54,10 +57,10 @@ def test_json_and_a_failing_self_test(monkeypatch, capsys):
 def test_wrong_numbers_fail(monkeypatch, fault, passes):
     def with_fault(_, *, backend, options, dynamic):
         assert backend == "monarch"
-        return lambda q, k, v: monarch_attention(q, k, v, **doctor.FORM) + fault
+        return lambda q, k, v: monarch_attention(q, k, v, **trial.FORM) + fault
 
     monkeypatch.setattr(torch, "compile", with_fault)
-    test = doctor.self_test("cpu")
+    test = doctor.self_test(FAMILY.trial, "cpu")
     assert test.passed is passes
     assert str(test).startswith(f"cpu: {'pass' if passes else 'FAIL'}, relative error ")
 

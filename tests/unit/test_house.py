@@ -9,6 +9,7 @@ from pathlib import Path
 import networkx
 import pytest
 
+from monarch_compile.codegen.tuning import store
 from monarch_compile.registry import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -90,18 +91,11 @@ def test_codegen_sees_no_graph() -> None:
 
 
 SPINE_KNOWS = {
-    "": "exports the function",
-    "autotune": "lists the problems of the command",
-    "benchmark": "measures attention",
-    "calibration": "searches attention's forms",
-    "config": "has attention's options",
-    "doctor": "tests itself with attention",
-    "instrument": "runs attention's reference in the place of a site",
-    "integrations": "opens doors for eager attention",
-    "plan": "holds attention's forms",
-    "selection": "compares attention's forms",
+    "": "exports monarch_attention",
+    "config": "is the list of options that users give, attention's among them",
+    "integrations": "opens the doors for eager attention",
 }
-"""Modules of the spine that know attention, and why; no other may."""
+"""What users say to attention: modules of the spine that know it, and why; no other may."""
 
 
 def _names_a_family(name: Name) -> bool:
@@ -118,6 +112,25 @@ def test_the_spine_names_no_family() -> None:
     assert found == set(SPINE_KNOWS)
 
 
+NO_PART_OF_A_KERNEL = {
+    "attention.reference": "checks what is tuned",
+    "errors": "says what went wrong",
+    "registry": "finds emitters",
+    "sources": "makes the key",
+    "version": "is in the header of a kernel's file",
+}
+"""What codegen imports, and why a tuned schedule stays as good when it changes."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tuned_schedule_is_keyed_by_whatever_its_kernels_are_made_from(family: str) -> None:
+    used = {other for name, names in EVERYWHERE.items() if name.startswith("codegen") for other in names}
+    used = {name for name in used if not name.startswith("codegen") and _family_of(name) in (None, family)}
+    keyed = {path.relative_to(ROOT / "monarch_compile") for path in store.meaning_files(family)}
+    assert set(NO_PART_OF_A_KERNEL) <= used
+    assert {".".join(path.with_suffix("").parts) for path in keyed} == used - set(NO_PART_OF_A_KERNEL)
+
+
 def test_no_family_imports_another() -> None:
     for name, names in EVERYWHERE.items():
         own = _family_of(name)
@@ -132,6 +145,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = networkx.DiGraph([(name, other) for name, names in AT_IMPORT.items() for other in names])
     circles = sorted(sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1)
     assert circles == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_tests_in_a_folder_of_its_own(family: str) -> None:
+    assert list((ROOT / "tests" / family).rglob("test_*.py"))
 
 
 @pytest.mark.parametrize("top", [*TOPS, "benchmarks", "examples"])

@@ -15,12 +15,13 @@ from benchmarks.models import measure
 from benchmarks.models.measure import Bench, Prepared, Subject
 from benchmarks.models.present import markdown, share
 from benchmarks.models.problems import FORMS, PRESETS, TINY_DIT, TINY_VIT, Preset, Problem
-from monarch_compile import cli
-from monarch_compile.benchmark import Timing
-from monarch_compile.devices import DEVICES
-from monarch_compile.explainer import explain
-from monarch_compile.instrument import AttentionCall, with_attention
-from monarch_compile.metrics import relative_error
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
+from monarch_compile.calibration.metrics import relative_error
+from monarch_compile.cost.devices import DEVICES
+from monarch_compile.report.explainer import explain
+from monarch_compile.tools import cli
+from monarch_compile.tools.timing import Timing
 
 VIT = Problem(TINY_VIT, 1, 48, "float32")
 TINY = Preset("cpu", (VIT, Problem(TINY_DIT, 1, 48, "float32")), policy="always")

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monarch_compile.attention.form import Form
+from monarch_compile.calibration.plan import Plan, SitePlan
 from monarch_compile.config import parse_options
 from monarch_compile.errors import ConfigError, PlanError
-from monarch_compile.plan import Plan, SitePlan
 
 forms = st.builds(
     Form,
@@ -76,11 +76,19 @@ def vars_of(plan):
     return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
 
 
+def with_form(content, **options):
+    site, *others = content["sites"]
+    return content | {"sites": [site | {"form": site["form"] | options}, *others]}
+
+
 BROKEN = {
     "version 7": lambda content: content | {"version": 7},
     "version None": lambda content: [],
     "fingerprint": lambda content: content | {"graphs": [["other"]]},
     "is not a plan": lambda content: content | {"sites": [{"name": "x"}]},
+    "is not a plan: 'nobody'": lambda content: with_form(content, family="nobody"),
+    "is not a plan: 'num_iters' must be": lambda content: with_form(content, num_iters=0),
+    "is not a plan: Form": lambda content: with_form(content, surprise=1),
     "is not a plan: Plan": lambda content: content | {"surprise": 1},
 }
 

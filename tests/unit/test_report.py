@@ -14,9 +14,9 @@ from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.decision import Decision
 from monarch_compile.errors import ConfigError
-from monarch_compile.explainer import explain
-from monarch_compile.graphs import MAX_NODES, site_windows, to_svg
-from monarch_compile.report import site_of
+from monarch_compile.report.explainer import explain
+from monarch_compile.report.graphs import MAX_NODES, site_windows, to_svg
+from monarch_compile.report.report import site_of
 
 ALWAYS = {"policy": "always"}
 

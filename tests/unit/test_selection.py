@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monarch_compile.attention.form import Form
-from monarch_compile.selection import LEVELS, Candidate, Growth, fitted_power, pareto, select
+from monarch_compile.calibration.selection import LEVELS, Candidate, Growth, fitted_power, pareto, select
 
 FORM = Form(8)
 errors = st.floats(0.01, 1.0)

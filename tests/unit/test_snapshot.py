@@ -15,8 +15,8 @@ from torch import nn
 
 import monarch_compile
 from monarch_compile.attention import candidates
-from monarch_compile.explainer import explain
-from monarch_compile.snapshot import Snapshot, kept
+from monarch_compile.calibration.snapshot import Snapshot, kept
+from monarch_compile.report.explainer import explain
 
 SEQ_LEN, DIM = 24, 16
 EXACT = {"policy": "always", "block_size": SEQ_LEN}
@@ -309,7 +309,7 @@ def test_tensors_that_a_backward_pass_waits_for_are_not_disturbed():
 
 def test_a_parameter_that_is_written_to_is_warned_of_once(caplog):
     model = nn.Linear(2, 3, bias=False)
-    with caplog.at_level(logging.WARNING, "monarch_compile.snapshot"), Snapshot(model) as state:
+    with caplog.at_level(logging.WARNING, "monarch_compile.calibration.snapshot"), Snapshot(model) as state:
         state.restore()
         assert not caplog.records
         with torch.no_grad():

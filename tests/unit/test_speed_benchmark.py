@@ -16,9 +16,9 @@ from benchmarks.speed.measure import Bench, Row, Verdict, cpu_clocks
 from benchmarks.speed.present import draw, markdown
 from benchmarks.speed.problems import PRESETS, AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Unsupported, key_padding_blocks, peers
-from monarch_compile import cli
-from monarch_compile.benchmark import Timing
-from monarch_compile.devices import DEVICES
+from monarch_compile.cost.devices import DEVICES
+from monarch_compile.tools import cli
+from monarch_compile.tools.timing import Timing
 
 SMALL = Problem(2, 24, num_heads=1, head_dim=16, dtype="float32")
 TINY = Preset("cpu", (SMALL, replace(SMALL, seq_len=32)), (AutoForm(1, None), AutoForm(1, 1)))

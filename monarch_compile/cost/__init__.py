@@ -1,0 +1,1 @@
+"""The cost model: work, predicted times, and the devices that it knows."""

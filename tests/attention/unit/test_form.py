@@ -1,0 +1,102 @@
+"""The form of a Monarch attention: its options are listed in one place, and every door refuses the same values."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, Form
+from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.op import OPTIONS
+from monarch_compile.config import MonarchConfig
+from monarch_compile.errors import ConfigError, InputError, IRError
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDERS = ("monarch_compile", "passes", "codegen")
+SIGNATURES = {
+    ("form.py", "Form"): "the definition",
+    ("form.py", "FORM_RULES"): "the rules",
+    ("config.py", "MonarchConfig"): "options of torch.compile, with their defaults",
+    ("functional.py", "monarch_attention"): "the public function",
+    ("op.py", "attention"): "the operator's schema",
+    ("reference.py", "reference"): "the meaning",
+    ("candidates.py", "SEARCH"): "values that calibrate tries",
+    ("work.py", "_group_sizes"): "counts the work that each causes",
+    ("ir.py", "__str__"): "prints them",
+}
+"""Where the options are spelled out: a signature, or values for each."""
+
+
+def _words(node: ast.AST) -> Iterator[str]:
+    for found in ast.walk(node):
+        if isinstance(found, ast.Constant) and isinstance(found.value, str):
+            yield found.value
+        elif isinstance(found, (ast.arg, ast.keyword)) and found.arg:
+            yield found.arg
+        elif isinstance(found, ast.AnnAssign) and isinstance(found.target, ast.Name):
+            yield found.target.id
+        elif isinstance(found, ast.Attribute):
+            yield found.attr
+
+
+def _name(node: ast.stmt) -> str:
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return node.name
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return ", ".join(target.id for target in targets if isinstance(target, ast.Name))
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements of a module; of a class, each of its methods and the rest as a whole."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            methods = [x for x in node.body if isinstance(x, ast.FunctionDef)]
+            yield from methods
+            fields = [x for x in node.body if x not in methods]
+            yield ast.ClassDef(node.name, node.bases, node.keywords, fields, node.decorator_list)
+        else:
+            yield node
+
+
+def test_the_options_are_spelled_out_in_one_place() -> None:
+    found = set()
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
+            if len(set(FORM_OPTIONS) & set(_words(node))) > len(FORM_OPTIONS) - 2:
+                found.add((path.name, _name(node)))
+    assert found == set(SIGNATURES)
+
+
+def test_the_operator_and_the_config_have_the_options_of_the_form() -> None:
+    schema = torch.ops.monarch_compile.attention.default._schema
+    assert tuple(argument.name for argument in schema.arguments)[4:] == OPTIONS == ("scale", *FORM_OPTIONS)
+    config = MonarchConfig(num_iters=2, init="mean", pad="pre", window=3, prefix=4)
+    assert config.form(5) == Form(5, 2, "mean", "pre", 3, 4)
+    assert tuple(FORM_RULES) == FORM_OPTIONS
+
+
+BAD = {"block_size": 0, "num_iters": True, "init": "zeros", "pad": "both", "window": -1, "prefix": 1.5}
+
+
+@pytest.mark.parametrize("name", FORM_OPTIONS)
+def test_every_door_refuses_the_same_values_in_the_same_words(name: str) -> None:
+    wrong, q = {"block_size": 4, name: BAD[name]}, torch.zeros(1, 1, 4, 2)
+    message = f"'{name}' must be .*; found {BAD[name]!r}"
+    with pytest.raises(IRError, match=message):
+        Form(**wrong)
+    with pytest.raises(ConfigError, match=message):
+        MonarchConfig(**wrong)
+    with pytest.raises(InputError, match=message):
+        monarch_attention(q, q, q, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("form", "exact"),
+    [(Form(4), False), (Form(4, window=0), True), (Form(4, prefix=1), True), (Form(4, window=1).across(), False)],
+)
+def test_which_forms_have_exact_keys(form: Form, exact: bool) -> None:
+    assert form.has_exact_keys is exact
