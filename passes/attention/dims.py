@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from monarch_compile.passes.attention.products import einsum_letters
+from monarch_compile.passes.einsum import einsum_letters
 from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
 from monarch_compile.passes.views import TRANSPOSES, source_dims
 

@@ -1,0 +1,471 @@
+"""What dims are made of after an op that moves, takes or joins elements: a rule an op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+from monarch_compile.passes.elements.axes import (
+    ONE,
+    Axis,
+    Factor,
+    Kind,
+    Layout,
+    axis_of,
+    cut_evenly,
+    free,
+    grid_of,
+    is_one,
+    is_placed,
+    joined,
+    other,
+    regrouped,
+    same_size,
+    spatial,
+    total,
+    whole_number,
+    with_patches,
+)
+from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of, value_of
+from monarch_compile.passes.views import TRANSPOSES, source_dims
+
+if TYPE_CHECKING:
+    from monarch_compile.passes.elements.layouts import Layouts
+
+Rule = Callable[["Layouts", Node], Layout | None]
+"""The dims of an op's output, or None where the op is used in a way that is not understood."""
+PartRule = Callable[["Layouts", Node, int, Node], Layout | None]
+"""The same for one of an op's several outputs: given the op, which output, and the node that takes it."""
+
+
+def moved(node: Node, dim: int, axis: Axis, why: str) -> Axis:
+    """A dim after an op that moves along it: a spatial one is an axis of another image, any other is lost."""
+    factor, size = axis.single, shape_of(node)[dim]
+    if factor is not None and factor.kind in (Kind.SPATIAL, Kind.IMAGE):
+        return axis_of(Factor((node, dim), factor.kind, size, factor.along))
+    return other(node, dim, size, why)
+
+
+# ---- reshapes and transposes -----------------------------------------------------------------------------------------
+
+
+def _of_reshape(seen: Layouts, node: Node) -> Layout:
+    source = inputs(node)[0]
+    before, sizes = seen.layout(source), shape_of(node)
+    if not isinstance(source, Node) or any(isinstance(s, int) and s == 0 for s in sizes):
+        return seen.unknown(node, "it is empty")
+    known = {axis.factors: axis for axis in before if len(axis.factors) > 1}
+    found = []
+    for dim, group in enumerate(regrouped([f for axis in before for f in axis.factors], sizes)):
+        if group is None:
+            why = "a reshape cuts and joins dims in a way that mixes their places"
+            found.append(other(node, dim, sizes[dim], why))
+        else:
+            found.append(known.get(group) or Axis(group, node if len(group) > 1 else None))
+    return with_patches(tuple(found))
+
+
+def _of_transpose(seen: Layouts, node: Node) -> Layout:
+    before = seen.layout(inputs(node)[0])
+    return tuple(before[dim] for dim in source_dims(node))
+
+
+def _of_expand(seen: Layouts, node: Node) -> Layout | None:
+    source = inputs(node)[0]
+    before, sizes = shape_of(source), shape_of(node)
+    new = len(sizes) - len(before)
+    found = []
+    for dim, size in enumerate(sizes):
+        if dim < new or (is_one(before[dim - new]) and not is_one(size)):
+            found.append(free(node, dim, size, "one element is repeated along it"))
+        elif same_size(before[dim - new], size):
+            found.append(seen.layout(source)[dim - new])
+        else:
+            found.append(other(node, dim, size, "it is expanded from a size that may be 1"))
+    return tuple(found)
+
+
+def _of_repeat(seen: Layouts, node: Node) -> Layout:
+    source, times = inputs(node)[:2]
+    before, sizes = shape_of(source), shape_of(node)
+    new, found = len(sizes) - len(before), []
+    for dim, size in enumerate(sizes):
+        if dim >= new and is_one(times[dim]):
+            found.append(seen.layout(source)[dim - new])
+        elif dim < new or is_one(before[dim - new]):
+            found.append(free(node, dim, size, "one element is repeated along it"))
+        else:
+            found.append(other(node, dim, size, "it is repeated, one copy after another"))
+    return tuple(found)
+
+
+def _of_complex(seen: Layouts, node: Node) -> Layout:
+    return seen.layout(inputs(node)[0])[:-1]
+
+
+def _of_real(seen: Layouts, node: Node) -> Layout:
+    rank = len(shape_of(node))
+    return (*seen.layout(inputs(node)[0]), other(node, rank - 1, 2, "it holds parts of complex numbers"))
+
+
+def _of_windows(seen: Layouts, node: Node) -> Layout | None:
+    """Tensor.unfold: windows of a dim, their places in a new last dim; side by side they cut it in two."""
+    source, given, size, step = inputs(node)[:4]
+    before = list(seen.layout(source))
+    dim, rank = normal_dim(given, len(before)), len(before)
+    count = shape_of(node)[dim]
+    factor, width = before[dim].single, shape_of(source)[dim]
+    halves = cut_evenly(factor, size) if factor is not None and size == step and size > 1 else None
+    if halves is not None and same_size(count * size, width):
+        before[dim], last = axis_of(halves[0]), axis_of(halves[1])
+    else:
+        before[dim] = moved(node, dim, before[dim], "windows are taken along it")
+        last = other(node, rank, size, "it holds places of windows")
+    return with_patches((*before, last))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _taken(node: Node, dim: int, axis: Axis, before: Any, start: int | None) -> Axis:
+    """What is left of a dim of size `before`, taken without gaps from `start`, None if that is unknown."""
+    size = shape_of(node)[dim]
+    factor = axis.single
+    if same_size(size, before):
+        return axis
+    if factor is not None and factor.kind in (Kind.SPATIAL, Kind.IMAGE):
+        return moved(node, dim, axis, "")
+    if axis.is_free:
+        return free(node, dim, size)
+    if factor is not None and factor.kind is Kind.JOINED and start is not None:
+        if same_size(size + start, before) and start <= factor.prefix:
+            return _behind(factor.prefix - start, factor, node, dim)
+        if isinstance(size, int) and start + size <= factor.prefix:
+            return other(node, dim, size, "it holds no more than the tokens before a grid")
+    where = "a grid" if is_placed(axis) else "the token axis"
+    return other(node, dim, size, f"a part of {where} is taken")
+
+
+def _behind(prefix: int, factor: Factor, node: Node, dim: int) -> Axis:
+    """A grid with `prefix` of the tokens that were before it."""
+    if prefix == 0:
+        return Axis(factor.inner, factor.node)
+    return _with_prefix(node, dim, prefix, factor.inner, factor.node)
+
+
+def _with_prefix(node: Node, dim: int, prefix: int, grid: Sequence[Factor], source: Node | None) -> Axis:
+    return Axis(
+        (Factor((node, dim), Kind.JOINED, prefix + total(grid), prefix=prefix, inner=tuple(grid), node=source),)
+    )
+
+
+def _of_slice(seen: Layouts, node: Node) -> Layout:
+    source, rank = inputs(node)[0], len(shape_of(node))
+    dim = normal_dim(arg(node, 1, "dim", 0), rank)
+    start, stop, step = arg(node, 2, "start"), arg(node, 3, "end"), arg(node, 4, "step", 1)
+    found, before, after = [*seen.layout(source)], shape_of(source)[dim], shape_of(node)[dim]
+    if step != 1:
+        found[dim] = moved(node, dim, found[dim], "every other token is taken")
+        return tuple(found)
+    found[dim] = _taken(node, dim, found[dim], before, _start_of(start, stop, before, after))
+    return tuple(found)
+
+
+def _start_of(start: Any, stop: Any, before: Any, after: Any) -> int | None:
+    """How many are left out at the front, as a number."""
+    if start is None or (isinstance(start, int) and start >= 0):
+        return start or 0
+    is_to_the_end = stop is None or (isinstance(stop, int) and stop >= 2**62)
+    return whole_number(before - after) if is_to_the_end else None
+
+
+def _of_narrow(seen: Layouts, node: Node) -> Layout:
+    source, given, start = inputs(node)[:3]
+    dim = normal_dim(given, len(shape_of(node)))
+    found = [*seen.layout(source)]
+    known = start if isinstance(start, int) and start >= 0 else None
+    found[dim] = _taken(node, dim, found[dim], shape_of(source)[dim], known)
+    return tuple(found)
+
+
+def _of_select(seen: Layouts, node: Node) -> Layout:
+    before = seen.layout(inputs(node)[0])
+    dim = normal_dim(inputs(node)[1], len(before))
+    return (*before[:dim], *before[dim + 1 :])
+
+
+def _part_of_split(seen: Layouts, op: Node, place: int, node: Node) -> Layout:
+    source, dim = inputs(op)[0], normal_dim(arg(op, 2, "dim", 0), len(shape_of(node)))
+    sizes = [value.shape[dim] for value in value_of(op)]
+    found = [*seen.layout(source)]
+    start = whole_number(sum(sizes[:place]))
+    found[dim] = _taken(node, dim, found[dim], shape_of(source)[dim], start)
+    return tuple(found)
+
+
+def _part_of_unbind(seen: Layouts, op: Node, place: int, node: Node) -> Layout:
+    before = seen.layout(inputs(op)[0])
+    dim = normal_dim(arg(op, 1, "dim", 0), len(before))
+    return (*before[:dim], *before[dim + 1 :])
+
+
+def _of_index(seen: Layouts, node: Node) -> Layout | None:
+    """x[:, index]: dims that are not indexed stay; places of those that are depend on numbers."""
+    source, indices = inputs(node)[0], inputs(node)[1]
+    given = [place for place, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or value_of(indices[given[0]]).dtype.is_floating_point:
+        return None
+    (dim,), before = given, seen.layout(source)
+    new = len(shape_of(node)) - len(before) + 1
+    if new < 1:  # a mask of several dims
+        return None
+    why = "tokens are taken by index, in an order that is not known"
+    made = [other(node, dim + i, shape_of(node)[dim + i], why) for i in range(new)]
+    return (*before[:dim], *made, *before[dim + 1 :])
+
+
+def _of_index_select(seen: Layouts, node: Node) -> Layout:
+    found, why = [*seen.layout(inputs(node)[0])], "tokens are taken by index, in an order that is not known"
+    dim = normal_dim(inputs(node)[1], len(found))
+    found[dim] = other(node, dim, shape_of(node)[dim], why)
+    return tuple(found)
+
+
+def _of_gather(seen: Layouts, node: Node) -> Layout:
+    source, given = inputs(node)[:2]
+    before, rank = seen.layout(source), len(shape_of(node))
+    dim, why = normal_dim(given, rank), "tokens are gathered by index, in an order that is not known"
+    kept = [d != dim and same_size(shape_of(source)[d], shape_of(node)[d]) for d in range(rank)]
+    return tuple(before[d] if kept[d] else other(node, d, shape_of(node)[d], why) for d in range(rank))
+
+
+# ---- joins -----------------------------------------------------------------------------------------------------------
+
+
+def _of_cat(seen: Layouts, node: Node) -> Layout | None:
+    rank, sizes = len(shape_of(node)), shape_of(node)
+    parts = [x for x in inputs(node)[0] if len(shape_of(x)) == rank]
+    if len(parts) != len(inputs(node)[0]):
+        return None
+    at = normal_dim(arg(node, 1, "dim", 0), rank)
+    layouts = [seen.layout(x) for x in parts]
+    found = [joined([x[dim] for x in layouts], node, dim, sizes[dim]) if dim != at else ONE for dim in range(rank)]
+    found[at] = _one_after_another(node, at, [x[at] for x in layouts], [shape_of(x)[at] for x in parts])
+    return tuple(found)
+
+
+def _one_after_another(node: Node, dim: int, axes: Sequence[Axis], sizes: Sequence[Any]) -> Axis:
+    """Tokens, then a grid: proven where only the last part has places in an image, and the others known numbers."""
+    size = shape_of(node)[dim]
+    if len(axes) == 1:
+        return axes[0]
+    grid, numbers = grid_of(axes[-1]), [whole_number(s) for s in sizes[:-1]]
+    before = [is_placed(axis) for axis in axes[:-1]]
+    if any(before):
+        after = grid is not None or is_placed(axes[-1])
+        why = "two grids are joined one after the other" if after or sum(before) > 1 else "tokens come after a grid"
+        return other(node, dim, size, why)
+    if grid is None:
+        blamed = next((f for f in axes[-1].factors if f.why), None)
+        why = blamed.why if blamed and blamed.kind is Kind.OTHER else "tokens are joined without a grid among them"
+        return other(node, dim, size, why, blamed.node if blamed and blamed.kind is Kind.OTHER else None)
+    if None in numbers:
+        return other(node, dim, size, "the number of tokens before a grid is not known until it runs")
+    prefix, factors = grid
+    single = axes[-1].single
+    source = single.node if single is not None and single.kind is Kind.JOINED else axes[-1].source
+    return _with_prefix(node, dim, prefix + sum(n for n in numbers if n is not None), factors, source)
+
+
+def _of_stack(seen: Layouts, node: Node) -> Layout:
+    sizes = shape_of(node)
+    at, layouts = normal_dim(arg(node, 1, "dim", 0), len(sizes)), [seen.layout(x) for x in inputs(node)[0]]
+    found = []
+    for dim, size in enumerate(sizes):
+        own = dim - (dim > at)
+        stacked = other(node, dim, size, "tensors are stacked along it")
+        found.append(stacked if dim == at else joined([x[own] for x in layouts], node, dim, size))
+    return tuple(found)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def _of_pad(seen: Layouts, node: Node) -> Layout:
+    """Padding, and cropping by a negative number."""
+    source, pads = inputs(node)[:2]
+    before = seen.layout(source)
+    padded = {len(before) - 1 - i // 2 for i, pad in enumerate(pads) if not (isinstance(pad, int) and pad == 0)}
+    why = "tokens are padded"
+    return tuple(moved(node, dim, axis, why) if dim in padded else axis for dim, axis in enumerate(before))
+
+
+def _of_roll(seen: Layouts, node: Node) -> Layout:
+    """A roll of a spatial axis moves the image; one of the flattened tokens is another order."""
+    source, dims = inputs(node)[0], arg(node, 2, "dims", [])
+    before = seen.layout(source)
+    rolled = {normal_dim(d, len(before)) for d in dims} if dims else {*range(len(before))}
+    found = []
+    for dim, axis in enumerate(before):
+        factor = axis.single
+        stays = dim not in rolled or (factor is not None and factor.kind is Kind.SPATIAL)
+        found.append(axis if stays else other(node, dim, shape_of(node)[dim], "tokens are rolled"))
+    return tuple(found)
+
+
+def _of_resized(seen: Layouts, node: Node) -> Layout:
+    """Pooling and interpolation: all dims after the first two."""
+    before, rank = seen.layout(inputs(node)[0]), len(shape_of(node))
+    first = rank - int(RESIZES[node.target])
+    why = "tokens are pooled or interpolated"
+    return tuple(moved(node, dim, axis, why) if dim >= first else axis for dim, axis in enumerate(before))
+
+
+def _part_of_pool(seen: Layouts, op: Node, place: int, node: Node) -> Layout:
+    before, rank = seen.layout(inputs(op)[0]), len(shape_of(node))
+    why = "tokens are pooled"
+    return tuple(moved(node, dim, axis, why) if dim >= rank - 2 else axis for dim, axis in enumerate(before))
+
+
+def _of_pixel_shuffle(seen: Layouts, node: Node) -> Layout:
+    before, sizes = seen.layout(inputs(node)[0]), shape_of(node)
+    rank = len(sizes)
+    along = alongs(before[-2:])
+    made = [_new_spatial(node, dim, before[dim], a) for dim, a in ((rank - 2, along[0]), (rank - 1, along[1]))]
+    return (*before[:-3], other(node, rank - 3, sizes[-3], "it holds features of pixels"), *made)
+
+
+def _new_spatial(node: Node, dim: int, axis: Axis, along: int) -> Axis:
+    size = shape_of(node)[dim]
+    if is_whole(axis):
+        return spatial(node, dim, size, along)
+    return other(node, dim, size, "an op on images is applied to flattened tokens")
+
+
+def is_whole(axis: Axis) -> bool:
+    """Whether a dim may be an axis of an image: it is not known to be several, or tokens and then several."""
+    factor = axis.single
+    return not axis.factors or (factor is not None and factor.kind is not Kind.JOINED)
+
+
+def alongs(axes: Sequence[Axis]) -> list[int]:
+    """Which spatial axes some dims are: those that they were before, else as they stand."""
+    singles = [axis.single for axis in axes]
+    known = [f.along for f in singles if f is not None and f.kind in (Kind.SPATIAL, Kind.IMAGE)]
+    if len(known) != len(axes) or len({*known}) != len(known):
+        return [*range(len(axes))]
+    if all(f is not None and f.kind is Kind.SPATIAL for f in singles):
+        return known
+    order = sorted(known)
+    return [order.index(along) for along in known]
+
+
+def _of_im2col(seen: Layouts, node: Node) -> Layout | None:
+    """F.unfold: (b, c, h, w) becomes (b, c * kernel, places), the places row by row."""
+    source, kernel, dilation, padding, stride = inputs(node)[:5]
+    before, sizes = seen.layout(source), shape_of(node)
+    if len(sizes) != 3 or not all(is_whole(axis) for axis in before[-2:]) or not all(k > 1 for k in kernel):
+        return None
+    factors = []
+    for i, along in enumerate(alongs(before[-2:])):
+        count = (shape_of(source)[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        factors.append(Factor((node, 2), Kind.SPATIAL, count, along, ((True, f"window {i}"),)))
+    grid = tuple(f for f in factors if not is_one(f.size))
+    places = Axis(grid, node) if same_size(math.prod(f.size for f in grid), sizes[2]) else None
+    lost = other(node, 2, sizes[2], "the number of its windows is not understood")
+    return (before[0], other(node, 1, sizes[1], "it holds features of pixels"), places or lost)
+
+
+RESIZES: dict[object, int] = {
+    aten.max_pool2d.default: 2,
+    aten.avg_pool2d.default: 2,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten._adaptive_avg_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool3d.default: 3,
+    aten.adaptive_avg_pool3d.default: 3,
+    aten.avg_pool1d.default: 1,
+    aten.max_pool1d.default: 1,
+    aten.adaptive_avg_pool1d.default: 1,
+    **{
+        getattr(aten, name).vec: 3 if "3d" in name or "trilinear" in name else 2
+        for name in (
+            "upsample_nearest2d",
+            "_upsample_nearest_exact2d",
+            "upsample_bilinear2d",
+            "upsample_bicubic2d",
+            "_upsample_bilinear2d_aa",
+            "_upsample_bicubic2d_aa",
+            "upsample_nearest3d",
+            "_upsample_nearest_exact3d",
+            "upsample_trilinear3d",
+        )
+    },
+}
+"""Ops that change the sizes of an image, and how many spatial dims they have, the last."""
+
+RESHAPES = (
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.ravel.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+
+MOVES: dict[object, Rule] = {
+    **dict.fromkeys(RESHAPES, _of_reshape),
+    **dict.fromkeys(TRANSPOSES, _of_transpose),
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _of_expand),
+    aten.repeat.default: _of_repeat,
+    aten.view_as_complex.default: _of_complex,
+    aten.view_as_real.default: _of_real,
+    aten.unfold.default: _of_windows,
+    aten.slice.Tensor: _of_slice,
+    aten.narrow.default: _of_narrow,
+    aten.select.int: _of_select,
+    aten.index.Tensor: _of_index,
+    aten.index_select.default: _of_index_select,
+    aten.gather.default: _of_gather,
+    **dict.fromkeys((aten.cat.default, aten.concat.default, aten.concatenate.default), _of_cat),
+    aten.stack.default: _of_stack,
+    **dict.fromkeys(
+        (
+            aten.constant_pad_nd.default,
+            aten.pad.default,
+            aten.reflection_pad2d.default,
+            aten.replication_pad2d.default,
+            aten.reflection_pad3d.default,
+            aten.replication_pad3d.default,
+        ),
+        _of_pad,
+    ),
+    aten.roll.default: _of_roll,
+    **dict.fromkeys(RESIZES, _of_resized),
+    **dict.fromkeys((aten.pixel_unshuffle.default, aten.pixel_shuffle.default), _of_pixel_shuffle),
+    aten.im2col.default: _of_im2col,
+}
+
+PARTS: dict[object, PartRule] = {
+    **dict.fromkeys(
+        (
+            aten.split.Tensor,
+            aten.split.sizes,
+            aten.split_with_sizes.default,
+            aten.chunk.default,
+            aten.tensor_split.sections,
+        ),
+        _part_of_split,
+    ),
+    aten.unbind.int: _part_of_unbind,
+    aten.max_pool2d_with_indices.default: _part_of_pool,
+}

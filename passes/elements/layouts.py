@@ -1,0 +1,170 @@
+"""The layouts of a graph's tensors: what each of their dims is made of, found from the arguments down."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from monarch_compile.passes.elements.axes import Factor, Kind, Layout, axis_of, free, joined, other
+from monarch_compile.passes.elements.axis_moves import MOVES, PARTS, Rule
+from monarch_compile.passes.elements.axis_sums import SUM_PARTS, SUMS, of_elementwise
+from monarch_compile.passes.graph import FLOATS, aten, dtype_of, inputs, shape_of
+from monarch_compile.passes.memory import Write, storages_of, writes_of
+from monarch_compile.passes.weights import is_computed
+
+RULES: dict[object, Rule] = {**MOVES, **SUMS}
+PART_RULES = {**PARTS, **SUM_PARTS}
+
+MADE_BY_SHAPE = frozenset(
+    {
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.rand_like.default,
+        aten.randn_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_empty.default,
+        aten.new_full.default,
+    }
+)
+"""Ops that read nothing of a tensor but its shape."""
+IMAGE_RANKS = (4, 5)
+
+
+class Layouts:
+    """Layouts of the nodes of graphs, each found once. Holds for as long as the graphs do not change."""
+
+    def __init__(self) -> None:
+        self._known: dict[Node, Layout] = {}
+        self._computed: dict[Node, bool] = {}
+        self._places: dict[Factor, tuple[Node, int]] = {}
+        self._writes: dict[Graph, tuple[Write, ...]] = {}
+        self._checked: set[Node] = set()
+
+    def layout(self, node: Node) -> Layout:
+        """What each dim of a tensor is made of."""
+        for found in self._in_order(node):
+            if found not in self._known:
+                self._known[found] = self._find(found)
+                self._note_places(found)
+        return self._known[node]
+
+    def place(self, factor: Factor) -> tuple[Node, int] | None:
+        """A dim, of a node whose layout was found, that is this factor alone: where its size can be read."""
+        return self._places.get(factor)
+
+    def unknown(self, node: Node, why: str) -> Layout:
+        """The layout of a tensor of which nothing is known but why."""
+        return tuple(other(node, dim, size, why) for dim, size in enumerate(shape_of(node)))
+
+    def _in_order(self, node: Node) -> Iterable[Node]:
+        """What a layout follows from and is not known yet, each after what it follows from itself; `node` last."""
+        order, pending = dict[Node, None](), [(node, False)]
+        entered: set[Node] = set()
+        while pending:
+            current, is_done = pending.pop()
+            if is_done:
+                order[current] = None
+            elif current not in entered and current not in self._known:
+                entered.add(current)
+                pending.append((current, True))
+                pending += [(x, False) for x in current.all_input_nodes]
+        return order
+
+    def _find(self, node: Node) -> Layout:
+        if not self._is_computed(node):
+            return tuple(free(node, dim, size) for dim, size in enumerate(shape_of(node)))
+        if not shape_of(node):
+            return ()
+        if node.op == "placeholder":
+            return _of_argument(node)
+        found = self._by_rule(node)
+        name = getattr(node.target, "_overloadpacket", node.target)
+        return found if found is not None else self.unknown(node, f"{name} is not followed")
+
+    def _by_rule(self, node: Node) -> Layout | None:
+        rule = RULES.get(node.target)
+        if rule is not None:
+            return rule(self, node)
+        if node.target is operator.getitem:
+            op, place = inputs(node)[:2]
+            part = PART_RULES.get(op.target)
+            return part(self, op, place, node) if part is not None else None
+        return of_elementwise(self, node) if is_pointwise(node) else None
+
+    def _is_computed(self, node: Node) -> bool:
+        """Whether a node's elements follow from the arguments of a call; sizes alone are no elements."""
+        if node not in self._computed:
+            if node.op == "placeholder":
+                self._computed[node] = is_computed(node)
+            else:
+                above = [] if node.target in MADE_BY_SHAPE else node.all_input_nodes
+                self._computed[node] = any(self._computed[x] for x in above)
+        return self._computed[node]
+
+    def _note_places(self, node: Node) -> None:
+        for dim, axis in enumerate(self._known[node]):
+            if axis.single is not None and axis.single.kind is Kind.SPATIAL:
+                self._places.setdefault(axis.single, (node, dim))
+
+    # ---- writes ------------------------------------------------------------------------------------------------------
+
+    def harmful_write(self, node: Node) -> Node | None:
+        """A write, to memory that a node is computed from, that may put elements elsewhere than layouts say."""
+        if node.graph not in self._writes:
+            self._writes[node.graph] = writes_of(node.graph)
+        writes = self._writes[node.graph]
+        pending = [node] if writes else []
+        while pending:
+            current = pending.pop()
+            if current in self._checked:
+                continue
+            own = storages_of(current)
+            for write in (w for w in writes if w.storages & own):
+                if not self._keeps_places(write):
+                    return write.node
+                pending += write.node.all_input_nodes
+            self._checked.add(current)
+            pending += current.all_input_nodes
+        return None
+
+    def _keeps_places(self, write: Write) -> bool:
+        """Whether what is written, element by element, lies as what is written to does."""
+        node, base = write.node, write.base
+        if not any(self._computed_by(x) for x in node.all_input_nodes if x is not base) and is_pointwise(node):
+            return True
+        if not is_pointwise(node) or shape_of(node) != shape_of(base):
+            return False
+        before = self.layout(base)
+        after = [
+            joined([before[dim], axis], node, dim, shape_of(node)[dim])
+            for dim, axis in enumerate(of_elementwise(self, node))
+        ]
+        return not any(x.is_free and not y.is_free for x, y in zip(before, after, strict=True)) and [*before] == after
+
+    def _computed_by(self, node: Node) -> bool:
+        self.layout(node)
+        return self._is_computed(node)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether each element of the output follows from those at its place in the inputs."""
+    return isinstance(node.target, OpOverload) and (
+        torch.Tag.pointwise in node.target.tags or node.target is aten.copy_.default
+    )
+
+
+def _of_argument(node: Node) -> Layout:
+    """An argument of the graph: perhaps an image; a mask, or other whole numbers, says nothing of order."""
+    sizes = shape_of(node)
+    if len(sizes) in IMAGE_RANKS:
+        return tuple(axis_of(Factor((node, dim), Kind.IMAGE, size, dim)) for dim, size in enumerate(sizes))
+    if dtype_of(node) not in FLOATS:
+        return tuple(free(node, dim, size, "it comes from an argument of the graph") for dim, size in enumerate(sizes))
+    return tuple(other(node, dim, size, "it comes from an argument of the graph") for dim, size in enumerate(sizes))

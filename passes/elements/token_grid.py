@@ -1,0 +1,93 @@
+"""Is a token axis some tokens and then a grid: the rows of an image or a video, flattened one after another?
+
+Proven by where the axis comes from. A grid begins where two or three spatial dims become one; from there the axis is
+followed through the ops that keep it. What is not known to be a grid is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from monarch_compile.passes.elements.axes import Axis, Factor, Kind, grid_of
+from monarch_compile.passes.elements.layouts import Layouts
+from monarch_compile.passes.graph import normal_dim, shape_of
+
+
+@dataclass(frozen=True, eq=False)
+class GridAxis:
+    """An axis of a grid, and where its size is read: `dim` of the output of `node`.
+
+    node is None where no tensor has such a dim, as after F.unfold: the size is an int then.
+    """
+
+    node: Node | None
+    dim: int
+    size: Any
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGrid:
+    """`prefix` tokens, then a grid in row-major order: the token at (y, x) stands at prefix + y * width + x.
+
+    source: the node that flattened the axes.
+    """
+
+    prefix: int
+    axes: tuple[GridAxis, ...]
+    source: Node
+
+
+@dataclass(frozen=True, eq=False)
+class NoGrid:
+    """Why a token axis is not known to be a grid, in a sentence, and the node that is in the way."""
+
+    reason: str
+    node: Node | None
+
+
+def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGrid | NoGrid:
+    """The grid that a dim of a node's output is.
+
+    layouts: where to keep what is found, for whoever asks of several nodes of a graph that does not change.
+    """
+    known = Layouts() if layouts is None else layouts
+    if not shape_of(node):
+        return NoGrid("this is no tensor with a token axis", node)
+    axis = known.layout(node)[normal_dim(dim, len(shape_of(node)))]
+    found = grid_of(axis)
+    if found is None:
+        return _why_not(axis, node)
+    write = known.harmful_write(node)
+    if write is not None:
+        return NoGrid("memory that the token axis comes from is written in place", write)
+    prefix, factors = found
+    axes = tuple(_axis(factor, known) for factor in factors)
+    single = axis.single
+    source = single.node if single is not None and single.kind is Kind.JOINED else axis.source
+    if source is None or any(a.node is None and not isinstance(a.size, int) for a in axes):
+        return NoGrid("the size of an axis of the grid cannot be read", source or node)
+    return TokenGrid(prefix, axes, source)
+
+
+def _axis(factor: Factor, layouts: Layouts) -> GridAxis:
+    place = layouts.place(factor)
+    return GridAxis(None, 0, factor.size) if place is None else GridAxis(*place, factor.size)
+
+
+def _why_not(axis: Axis, node: Node) -> NoGrid:
+    factors = axis.factors
+    blamed = next((f for f in factors if f.why), None)
+    if not factors:
+        return NoGrid("there is one token", node)
+    if blamed is not None and (len(factors) == 1 or not any(f.kind is Kind.SPATIAL for f in factors)):
+        return NoGrid(f"the token axis is no known grid: {blamed.why}", blamed.node)
+    if any(f.kind is Kind.IMAGE for f in factors):
+        return NoGrid("the token axis is made of an argument's dims, which no convolution shows to be spatial", node)
+    if len(factors) == 1:
+        return NoGrid("the token axis is one spatial axis, not two or three", factors[0].origin[0])
+    if blamed is not None or any(f.kind is not Kind.SPATIAL for f in factors):
+        return NoGrid("spatial axes are flattened together with another dim, such as the batch", axis.source)
+    return NoGrid("parts of spatial axes are flattened in an order that is no grid", axis.source)
