@@ -19,7 +19,7 @@ from monarch_compile.passes.attention.hidden import hidden_attention
 from monarch_compile.passes.attention.products import MIXED
 from monarch_compile.passes.attention.region import AttentionRegion, MaskTerm, Operand, Site, frame_of
 from monarch_compile.passes.attention.scores import Walk, keeps_matrix, peel_up
-from monarch_compile.passes.attention.softmaxes import Softmax, softmaxes_of
+from monarch_compile.passes.attention.softmaxes import Softmax, softmax_over, softmaxes_of
 from monarch_compile.passes.canonical import DROPOUTS
 from monarch_compile.passes.capture.bodies import WHY, bodies_of
 from monarch_compile.passes.capture.enclosed import CLOSED, is_opened
@@ -68,7 +68,7 @@ def find_sites(gm: GraphModule) -> list[Site]:
                 sites.append(_from_sdpa(node))
             elif softmax is not None and is_attention(softmax):
                 sites.append(_from_softmax(softmax))
-            elif node.target is OWN_MASK and is_attention(Softmax(node, inputs(node)[0], arg(node, 2, "dim"))):
+            elif node.target is OWN_MASK and is_attention(softmax_over(node, arg(node, 2, "dim"))):
                 raise Refused("normalisation", f"{node.target} applies a mask of its own", node)
         except Refused as refused:
             refusal = refused.refusal if softmax is None else _without_mixer(softmax, refused.refusal)

@@ -73,6 +73,11 @@ class Softmax:
 Softmaxes = Mapping[Node, Softmax]
 
 
+def softmax_over(node: Node, dim: int | None) -> Softmax:
+    """One op, as the softmax of its first input; None: over the last dim."""
+    return Softmax(node, inputs(node)[0], normal_dim(-1 if dim is None else dim, len(shape_of(node))))
+
+
 def softmaxes_of(graph: Graph) -> dict[Node, Softmax]:
     """The softmaxes of a graph by their nodes, in its order, and its other exponentials; no part of another is one.
 
@@ -188,7 +193,7 @@ def _sum_over(node: Any, *, keepdim: bool) -> tuple[Node, int] | None:
 
 
 def _softmax(node: Node, known: Softmaxes) -> Softmax:
-    return Softmax(node, inputs(node)[0], normal_dim(arg(node, 1, "dim"), len(shape_of(node))))
+    return softmax_over(node, arg(node, 1, "dim"))
 
 
 def _quotient(node: Node, known: Softmaxes) -> Softmax | None:
