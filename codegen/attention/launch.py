@@ -14,6 +14,7 @@ from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import centred
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
+from monarch_compile.codegen.attention.kernels import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
@@ -96,7 +97,7 @@ def run(
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
-    if form.prefix:
+    if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
         tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
     (output,) = launcher(tensors, sizes)
