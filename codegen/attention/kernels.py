@@ -67,7 +67,7 @@ class Role:
 
 
 _QKV, _SUMMARIES, _GROUPS = ("q", "k", "v"), ("a", "y", "c"), ("near", "z")
-LEAD = ("lead_sum", "lead_total", "lead_top")
+PREFIX_SHARES = ("prefix_sum", "prefix_total", "prefix_top")
 """What each block of keys says to the rows of a prefix: values, total weights and their exponents."""
 
 MEAN = Role("monarch_mean_query", "mean_query", "represent", ("q",), ("qhat",))
@@ -152,9 +152,9 @@ def _buffers(ir: MonarchAttention) -> dict[str, Buffer]:
             _strides("rows_batch", "rows_head", "rows_row", "rows_dim"),
         ),
         Buffer("z", dtype, ("batch", "seq_len_q", "num_heads", value)),
-        Buffer("lead_sum", f32, ("heads", ir.form.prefix, "num_blocks", pitch(value))),
-        Buffer("lead_total", f32, ("heads", ir.form.prefix, "num_blocks")),
-        Buffer("lead_top", f32, ("heads", ir.form.prefix, "num_blocks")),
+        Buffer("prefix_sum", f32, ("heads", ir.form.prefix, "num_blocks", pitch(value))),
+        Buffer("prefix_total", f32, ("heads", ir.form.prefix, "num_blocks")),
+        Buffer("prefix_top", f32, ("heads", ir.form.prefix, "num_blocks")),
         Buffer("a", dtype, (*per_block, pitch(head))),
         Buffer("y", dtype, (*per_block, pitch(value))),
         Buffer("c", f32, per_block),
@@ -184,7 +184,7 @@ def _kernel(
     updates = ("z",) if role.far and role.values and ir.form.has_exact_keys else ()
     shared = shares_prefix(ir, schedule)
     reads = tuple(buffers[name] for name in _reads(role, ir, shared))
-    written = (*role.writes, *(LEAD if shared and role is FUSED else ()))
+    written = (*role.writes, *(PREFIX_SHARES if shared and role is FUSED else ()))
     aligned = [name for x in reads if x.name in STRIDED_ROWS for name, dim in x.strides if dim < len(x.dims) - 1]
     variables = {
         **_choices(role, ir, schedule, tiling, specialization),
@@ -211,7 +211,7 @@ def _kernel(
 def _reads(role: Role, ir: MonarchAttention, shared: bool) -> tuple[str, ...]:
     mask = ("key_mask",) if role.reads_keys and ir.mask is not MaskKind.NONE else ()
     near = ("near",) if role.far and ir.form.has_exact_keys else ()
-    rows = (LEAD if shared else ("rows",)) if near and role.values and ir.form.prefix else ()
+    rows = (PREFIX_SHARES if shared else ("rows",)) if near and role.values and ir.form.prefix else ()
     return (*role.reads, *mask, *near, *rows)
 
 
@@ -255,7 +255,7 @@ def _choices(
         "ragged_near": _keys_of_neighbours(role, ir) % steps_of_near != 0,
         **_axes(ir),
         "shares_prefix": shares_prefix(ir, schedule),
-        "writes_lead": shares_prefix(ir, schedule) and role is FUSED,
+        "writes_prefix": shares_prefix(ir, schedule) and role is FUSED,
         "several_tiles": tiling.turns != ALL and ir.form.block_size > tiling.rows,
         "resident": tiling.turns == ALL,
         "walks": tiling.turns > 1,
