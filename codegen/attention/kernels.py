@@ -11,18 +11,15 @@ import torch
 from monarch_compile.attention.blocking import steps_to_neighbours
 from monarch_compile.attention.form import MAX_AXES
 from monarch_compile.attention.groups import HIDDEN
-from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
 from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
 from monarch_compile.version import __version__
 
-COPIED_ROWS = 16
-"""Rows of the prefix that a program copies at once: enough that each thread loads several numbers side by side."""
-SHARED_PREFIX = COPIED_ROWS
-"""The most rows of a prefix to which stage 1 lets each block of keys speak, one tile of queries; more rows are computed
-apart."""
+COPIED_ROWS = SHARED_PREFIX
+"""Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 LEAST_SCALE = 2.0**-126

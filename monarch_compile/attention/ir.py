@@ -23,6 +23,10 @@ MAX_HEAD_DIM = 256
 """The most features of a head that the kernels hold; the reference has no limit."""
 
 
+SHARED_PREFIX = 16
+"""The most rows of a prefix that the kernels compute beside the blocks, one tile of queries; more are computed apart."""
+
+
 class MaskKind(Enum):
     """What is known of the keys: which ones every row may see, or a number that is added to every row's scores."""
 
