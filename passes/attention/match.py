@@ -146,14 +146,7 @@ def _group_of(node: Node, q: Node, k: Node, v: Node) -> int:
 
 
 def _from_softmax(softmax: Softmax) -> AttentionRegion:
-    anchor, rank, dim = softmax.node, softmax.rank, softmax.dim
-    if dim is None:
-        why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
-        raise Refused("normalisation", why, anchor)
-    swapped = rank >= 2 and dim == rank - 2
-    if not swapped and (rank < 2 or dim != rank - 1):
-        why = f"softmax runs over dim {dim}, not over the keys (one of the last two dims)"
-        raise Refused("softmax_dim", why, anchor)
+    anchor, swapped = softmax.node, _is_swapped(softmax)
     walk = Walk(swapped, softmax.factor, _masks_of(softmax, swapped))
     scores_node, scores = peel_up(softmax.scores, walk)
     if softmax.late is None:
@@ -165,7 +158,7 @@ def _from_softmax(softmax: Softmax) -> AttentionRegion:
     below = down.chain
     mixed = MIXED[product.target](product, below[-1], down.swapped)
     if mixed is None and swapped:
-        why = f"softmax runs over dim {dim}, the product with the values sums over another"
+        why = f"softmax runs over dim {softmax.dim}, the product with the values sums over another"
         raise Refused("softmax_dim", why, anchor)
     if mixed is None:
         raise Refused("values_layout", "the product with the values has a layout that is not understood", product)
@@ -191,8 +184,20 @@ def _from_softmax(softmax: Softmax) -> AttentionRegion:
     )
 
 
+def _is_swapped(softmax: Softmax) -> bool:
+    """Whether its scores are (*lead, keys, queries)."""
+    rank, dim = softmax.rank, softmax.dim
+    if dim is None:
+        why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
+        raise Refused("normalisation", why, softmax.node)
+    if rank < 2 or dim < rank - 2:
+        why = f"softmax runs over dim {dim}, not over the keys (one of the last two dims)"
+        raise Refused("softmax_dim", why, softmax.node)
+    return dim == rank - 2
+
+
 def _masks_of(softmax: Softmax, swapped: bool) -> list[MaskTerm]:
-    """What makes weights 0 hides scores."""
+    """What makes weights 0 hides their scores."""
     lead = shape_of(softmax.scores)[:-2]
     roles = [(mask, "keep" if is_kept else "drop") for mask, is_kept in reversed(softmax.drops)]
     return [MaskTerm(mask, role, lead, swapped=swapped) for mask, role in roles]
