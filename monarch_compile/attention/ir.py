@@ -24,7 +24,7 @@ MAX_HEAD_DIM = 256
 
 
 SHARED_PREFIX = 16
-"""The most rows of a prefix that the kernels compute beside the blocks, one tile of queries; more are computed apart."""
+"""The most rows of a prefix that the kernels compute beside the blocks, one tile of queries; more have their own."""
 
 
 class MaskKind(Enum):

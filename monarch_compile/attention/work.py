@@ -324,8 +324,10 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
 
 
 def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
-    """Whether a prefix's exact rows take no kernel of their own, and next to no time: on CUDA the blocks' kernels, which
-    read every key anyway, have them beside."""
+    """Whether a prefix's exact rows take no kernel of their own, and next to no time.
+
+    On CUDA the blocks' kernels, which read every key anyway, compute those of a short prefix.
+    """
     form = ir.form
     small = 0 < form.prefix <= SHARED_PREFIX and form.block_size <= WHOLE_TILE // 2
     return device.kind == "cuda" and small and form.num_iters == 1 and form.init == "identity"
