@@ -90,10 +90,11 @@ def same_size(x: Any, y: Any) -> bool:
     """Whether two sizes are provably equal, without a guard."""
     if isinstance(x, int) and isinstance(y, int):
         return x == y
-    if str(x) == str(y):
-        return True
     hints = [size if isinstance(size, int) else size.node.hint for size in (x, y)]
-    return (None in hints or hints[0] == hints[1]) and bool(statically_known_true(x == y))
+    if None not in hints and hints[0] != hints[1]:  # they differ already, for the sizes that the graph was traced with
+        return False
+    expressions = [size if isinstance(size, int) else size.node.expr for size in (x, y)]
+    return bool(expressions[0] == expressions[1]) or bool(statically_known_true(x == y))
 
 
 def whole_number(size: Any) -> int | None:
