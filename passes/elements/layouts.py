@@ -10,7 +10,6 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from monarch_compile.passes.elements.axes import (
-    Axis,
     Factor,
     Kind,
     Layout,
@@ -25,7 +24,7 @@ from monarch_compile.passes.elements.axis_images import IMAGE_PARTS, IMAGES
 from monarch_compile.passes.elements.axis_moves import MOVES, PARTS, Rule
 from monarch_compile.passes.elements.axis_sums import SUM_PARTS, SUMS, of_elementwise
 from monarch_compile.passes.graph import FLOATS, ancestors_of, aten, dtype_of, inputs, shape_of
-from monarch_compile.passes.memory import Write, storages_of, writes_of
+from monarch_compile.passes.memory import Write, is_mutating, storages_of, writes_of
 from monarch_compile.passes.weights import is_computed
 
 RULES: dict[object, Rule] = {**MOVES, **SUMS, **IMAGES}
@@ -102,7 +101,8 @@ class Layouts:
         if fillings:
             return _of_filled(self, node, fillings)
         found = self._by_rule(node)
-        name = getattr(node.target, "_overloadpacket", node.target)
+        op = inputs(node)[0] if node.target is operator.getitem else node
+        name = getattr(op.target, "_overloadpacket", op.target)
         return found if found is not None else self.unknown(node, f"{name} is not followed")
 
     def _by_rule(self, node: Node) -> Layout | None:
@@ -166,18 +166,23 @@ class Layouts:
         return None
 
     def _keeps_places(self, write: Write) -> bool:
-        """Whether what is written, element by element, lies as what is written to does."""
+        """Whether what is written, element by element, lies as what is written to does.
+
+        Where nothing is known of a dim, nothing is lost, unless it is seen through a view: more may be known of what
+        lies below.
+        """
         node, base = write.node, write.base
         if not is_pointwise(node) or str(shape_of(node)) != str(shape_of(base)):
             return False
-        before = self.layout(base)
+        whole = base
+        while whole.target is aten.slice.Tensor or (is_mutating(whole) and is_pointwise(whole)):
+            whole = inputs(whole)[0]
+        is_view = any(storages_of(x) & storages_of(whole) for x in whole.all_input_nodes)
+        before, below = self.layout(base), self.layout(whole)
         self.layout(node)
-        return all(map(_is_kept, before, of_elementwise(self, node)))
-
-
-def _is_kept(before: Axis, after: Axis) -> bool:
-    """Whether what was said of a dim still holds; where nothing is known, nothing is lost."""
-    return before == after or (bool(before.factors) and all(f.kind is Kind.OTHER for f in before.factors))
+        after = of_elementwise(self, node)
+        nothing = [not is_view and bool(x.factors) and all(f.kind is Kind.OTHER for f in x.factors) for x in below]
+        return all(x == y or none for x, y, none in zip(before, after, nothing, strict=True))
 
 
 def is_pointwise(node: Node) -> bool:

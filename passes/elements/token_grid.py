@@ -82,12 +82,13 @@ def _why_not(axis: Axis, node: Node) -> NoGrid:
     blamed = next((f for f in factors if f.why), None)
     if not factors:
         return NoGrid("there is one token", node)
-    if blamed is not None and (len(factors) == 1 or not any(f.kind is Kind.SPATIAL for f in factors)):
+    if blamed is not None and (len(factors) == 1 or all(f.kind is not Kind.SPATIAL for f in factors)):
         return NoGrid(f"the token axis is no known grid: {blamed.why}", blamed.node)
-    if any(f.kind is Kind.IMAGE for f in factors):
+    kinds = {f.kind for f in factors}
+    if Kind.SPATIAL not in kinds:
         return NoGrid("the token axis is made of an argument's dims, which no convolution shows to be spatial", node)
     if len(factors) == 1:
         return NoGrid("the token axis is one spatial axis, not two or three", factors[0].origin[0])
-    if blamed is not None or any(f.kind is not Kind.SPATIAL for f in factors):
+    if kinds != {Kind.SPATIAL}:
         return NoGrid("spatial axes are flattened together with another dim, such as the batch", axis.source)
     return NoGrid("parts of spatial axes are flattened in an order that is no grid", axis.source)

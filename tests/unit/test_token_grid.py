@@ -214,3 +214,39 @@ def test_windows_without_a_dim_of_their_own_have_no_node() -> None:
     (found,) = grids_of(Net(STEPS["unfold"][0]), image(*IMAGE))
     assert [axis.node for axis in found.axes] == [None, None]
     assert isinstance(grids_of(Net(STEPS["unfold"][0]), image(*IMAGE), dynamic=True)[0], NoGrid)
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 48, "patch_size": 8}
+TRANSFORMERS: dict[str, tuple[Grid, dict[str, Any]]] = {
+    "ViT": ((1, 6, 6), {}),
+    "DeiT": ((2, 6, 6), {}),
+    "Dinov2": ((1, 6, 6), {}),
+    "Dinov2WithRegisters": ((5, 6, 6), {}),
+    "SiglipVision": ((0, 6, 6), {}),
+    "CLIPVision": ((1, 6, 6), {}),
+    "Beit": ((1, 6, 6), {}),
+    "VideoMAE": ((0, 2, 6, 6), {"num_frames": 4, "tubelet_size": 2}),
+}
+
+
+def _from_transformers(name: str) -> Callable[[Tensor], Any]:
+    transformers = pytest.importorskip("transformers")
+    options = {**TINY, **TRANSFORMERS[name][1]}
+    if not name.startswith("Dino"):
+        options["intermediate_size"] = 48
+    config = getattr(transformers, f"{name}Config")(**options, attn_implementation="sdpa")
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    return lambda x: model(pixel_values=x)[0]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_models_of_transformers(name: str) -> None:
+    pixels = image(2, 4, 3, 48, 48) if name == "VideoMAE" else image(*SQUARE)
+    assert [told(found) for found in grids_of(_from_transformers(name), pixels)] == [TRANSFORMERS[name][0]] * 2
+
+
+@pytest.mark.parametrize("name", ["Dinov2WithRegisters", "SiglipVision"])
+def test_models_of_transformers_of_symbolic_sizes(name: str) -> None:
+    found = grids_of(_from_transformers(name), image(2, 3, 48, 48), dynamic=True)
+    assert [x.prefix for x in found] == [TRANSFORMERS[name][0][0]] * 2
+    assert all(isinstance(axis.size, torch.SymInt) for x in found for axis in x.axes)
