@@ -37,15 +37,15 @@ def _of_pad(seen: Layouts, node: Node) -> Layout:
 
 
 def _of_roll(seen: Layouts, node: Node) -> Layout:
-    """A roll of a spatial axis moves the image; one of the flattened tokens is another order."""
+    """A roll of a spatial axis moves the image; one of a part of an axis, or of flattened tokens, is another order."""
     source, dims = inputs(node)[0], arg(node, 2, "dims", [])
     before = seen.layout(source)
     rolled = {normal_dim(d, len(before)) for d in dims} if dims else {*range(len(before))}
     found = []
     for dim, axis in enumerate(before):
         factor = axis.single
-        stays = dim not in rolled or (factor is not None and factor.kind is Kind.SPATIAL)
-        found.append(axis if stays else other(node, dim, shape_of(node)[dim], "tokens are rolled"))
+        stays = dim not in rolled or (factor is not None and factor.kind is Kind.SPATIAL and not factor.cuts)
+        found.append(axis if stays else moved(node, dim, axis, "tokens are rolled"))
     return tuple(found)
 
 

@@ -233,11 +233,16 @@ def _of_index_select(seen: Layouts, node: Node) -> Layout:
 
 
 def _of_gather(seen: Layouts, node: Node) -> Layout:
-    source, given = inputs(node)[:2]
+    """The index has a place for each element: along other dims it is an operand like the source."""
+    source, given, index = inputs(node)[:3]
     before, rank = seen.layout(source), len(shape_of(node))
-    dim, why = normal_dim(given, rank), "tokens are gathered by index, in an order that is not known"
-    kept = [d != dim and same_size(shape_of(source)[d], shape_of(node)[d]) for d in range(rank)]
-    return tuple(before[d] if kept[d] else other(node, d, shape_of(node)[d], why) for d in range(rank))
+    at, why = normal_dim(given, rank), "tokens are gathered by index, in an order that is not known"
+    found = []
+    for dim, size in enumerate(shape_of(node)):
+        stays = dim != at and same_size(shape_of(source)[dim], size)
+        axes = [before[dim], seen.layout(index)[dim]]
+        found.append(joined(axes, node, dim, size) if stays else other(node, dim, size, why))
+    return tuple(found)
 
 
 # ---- joins -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from monarch_compile.passes.capture.enclosed import place_of
 from monarch_compile.passes.elements.axes import (
     Factor,
     Kind,
@@ -194,12 +195,12 @@ def is_pointwise(node: Node) -> bool:
 
 def _of_argument(node: Node) -> Layout:
     """An argument of the graph: perhaps an image; a mask, or other whole numbers, says nothing of order."""
-    sizes = shape_of(node)
-    if len(sizes) in IMAGE_RANKS:
-        return tuple(axis_of(Factor((node, dim), Kind.IMAGE, size, dim)) for dim, size in enumerate(sizes))
-    if dtype_of(node) not in FLOATS:
-        return tuple(free(node, dim, size, "it comes from an argument of the graph") for dim, size in enumerate(sizes))
-    return tuple(other(node, dim, size, "it comes from an argument of the graph") for dim, size in enumerate(sizes))
+    sizes = [*enumerate(shape_of(node))]
+    why = f"it comes from an argument of the graph{place_of(node.graph)}"
+    if len(sizes) in IMAGE_RANKS and dtype_of(node) is not torch.bool:
+        return tuple(axis_of(Factor((node, dim), Kind.IMAGE, size, dim)) for dim, size in sizes)
+    says = other if dtype_of(node) in FLOATS else free
+    return tuple(says(node, dim, size, why) for dim, size in sizes)
 
 
 def _is_filling(write: Write, made: Node) -> bool:

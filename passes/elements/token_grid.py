@@ -64,7 +64,7 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
     if write is not None:
         return NoGrid("memory that the token axis comes from is written in place", write)
     prefix, factors = found
-    axes = tuple(_axis(factor, known) for factor in factors)
+    axes = tuple(_axis(factor, known, node) for factor in factors)
     single = axis.single
     source = single.node if single is not None and single.kind is Kind.JOINED else axis.source
     if source is None or any(a.node is None and not isinstance(a.size, int) for a in axes):
@@ -72,9 +72,10 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
     return TokenGrid(prefix, axes, source)
 
 
-def _axis(factor: Factor, layouts: Layouts) -> GridAxis:
+def _axis(factor: Factor, layouts: Layouts, reader: Node) -> GridAxis:
+    """The axis, its size read from a tensor that is there before `reader` is."""
     place = layouts.place(factor)
-    return GridAxis(None, 0, factor.size) if place is None else GridAxis(*place, factor.size)
+    return GridAxis(None, 0, factor.size) if place is None or reader < place[0] else GridAxis(*place, factor.size)
 
 
 def _why_not(axis: Axis, node: Node) -> NoGrid:

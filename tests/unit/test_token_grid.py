@@ -28,6 +28,7 @@ from support.grids import (
 )
 from torch import Tensor, nn
 
+from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
 from monarch_compile.passes.graph import inputs, source_of
 
@@ -87,6 +88,27 @@ def test_a_video_has_three_axes_and_a_text_has_none() -> None:
     assert told(text) == "the token axis is no known grid: it comes from an argument of the graph"
     own, text, last = grids_of(Video().eval(), *args, dynamic=True)
     assert [len(own.axes), len(last.axes), type(text)] == [3, 3, NoGrid]
+
+
+def test_an_axis_of_one_is_none() -> None:
+    own, _, last = grids_of(Video().eval(), torch.randn(1, 3, 1, 8, 12), torch.randn(1, 7, DIM))
+    assert told(own) == told(last) == (0, 4, 6)
+
+
+def test_a_size_is_read_before_it_is_needed() -> None:
+    """Whichever attention is asked first."""
+    graph, layouts = graph_of(Windows(), image(*IMAGE)), Layouts()
+    sites = [node for node in graph.nodes if node.target is SDPA]
+    for site in sites[::-1]:
+        found = token_grid(inputs(site)[1], -2, layouts)
+        assert isinstance(found, TokenGrid)
+        assert all(axis.node < site for axis in found.axes if axis.node is not None)
+
+
+def test_a_mask_that_is_given_says_nothing() -> None:
+    step = lambda n, i: n.patches(i[0]).masked_fill(i[1][..., None], 0)  # noqa: E731
+    (found,) = grids_of(Net(step), (image(*IMAGE), torch.rand(2, 48) > 0.5))
+    assert told(found) == (0, 6, 8)
 
 
 def test_queries_and_keys_may_have_different_grids() -> None:
@@ -149,6 +171,12 @@ def _filled(n: Net, i: Tensor) -> Tensor:
     return x
 
 
+def _part_added(n: Net, i: Tensor) -> Tensor:
+    x = n.patches(i)
+    x[:, ::2].add_(n.cls)
+    return x
+
+
 def _even_and_odd(n: Net, i: Tensor) -> Tensor:
     """Rotary embedding as diffusers writes it for Wan."""
     x = n.patches(i)
@@ -197,6 +225,10 @@ STEPS: dict[str, tuple[Callable[[Net, Tensor], Tensor], Grid]] = {
     "unfold": (lambda n, i: F.unfold(i, 8, stride=8).mT, (0, 6, 8)),
     "unfold of a dim": (lambda n, i: i.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(2, 48, -1),
                         (0, 6, 8)),
+    "rolled as windows are": (lambda n, i: n.patches.conv(i).view(2, DIM, 6, 4, 2).roll(1, 2).permute(0, 3, 2, 4, 1)
+                              .reshape(8, 12, DIM), (0, 6, 2)),
+    "a mask of tokens": (lambda n, i: n.patches(i) * (torch.rand(2, 48, 1) > 0.5), (0, 6, 8)),
+    "added in place, a part": (_part_added, (0, 6, 8)),
     "bands": (lambda n, i: n.patches(i).reshape(6, 16, DIM), (0, 2, 8)),
     "every other row and column": (lambda n, i: n.patches.conv(i).view(2, DIM, 3, 2, 4, 2).permute(0, 3, 5, 2, 4, 1)
                                    .reshape(8, 12, DIM), (0, 3, 4)),

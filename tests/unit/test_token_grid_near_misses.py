@@ -57,6 +57,12 @@ def _added_in_place(n: Net, x: Tensor) -> Tensor:
     return y
 
 
+def _view_written(n: Net, x: Tensor) -> Tensor:
+    y = x.contiguous()
+    y.view(2, 4, 9, DIM).copy_(x.reshape(2, 9, 4, DIM).transpose(1, 2))
+    return y
+
+
 def _filled(x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     y[:, :18], y[:, 18:] = x[:, 18:], x[:, :18]
@@ -151,6 +157,9 @@ NEAR_MISSES: dict[str, Step] = {
         n.patches.conv(i).permute(0, 2, 3, 1), 2).reshape(2, 36, DIM),
     "windows put back wrong": lambda n, x, i: from_windows(
         into_windows(n.patches.conv(i).permute(0, 2, 3, 1), 2).roll(1, 0), 2, 6, 6).flatten(1, 2),
+    "rows rolled in their windows": lambda n, x, i: n.patches.conv(i).view(2, DIM, 3, 2, 6).roll(1, 3).flatten(2).mT,
+    "features taken by other tokens": lambda n, x, i: x.gather(2, (x[:, n.order] > 0).long()),
+    "rolled twice": lambda n, x, i: x.view(2, 6, 6, DIM).roll(1, 1).flatten(1, 2).roll(1, 1),
     "windows of other sizes put back": lambda n, x, i: from_windows(
         into_windows(n.patches.conv(i).permute(0, 2, 3, 1), 2).reshape(8, 9, DIM), 3, 6, 6).flatten(1, 2),
     "rows of windows and columns in them": lambda n, x, i: n.patches.conv(i).view(2, DIM, 3, 2, 3, 2).permute(
@@ -180,6 +189,7 @@ NEAR_MISSES: dict[str, Step] = {
     "parameters alone": lambda n, x, i: n.latents,
     "written by rows": lambda n, x, i: _written(n, x),
     "added in place": lambda n, x, i: _added_in_place(n, x),
+    "a view written": lambda n, x, i: _view_written(n, x),
     "filled by halves": lambda n, x, i: _filled(x),
     "filled by index": lambda n, x, i: _filled_by_index(n, x),
     "filled from two orders": lambda n, x, i: _filled_twice(x),
