@@ -217,6 +217,7 @@ STEPS: dict[str, tuple[Callable[[Net, Tensor], Tensor], Grid]] = {
     "flat rows": (lambda n, i: torch.mm(n.patches(i).reshape(96, DIM), n.table[:DIM]).view(2, 48, DIM), (0, 6, 8)),
     "addmm": (lambda n, i: torch.addmm(n.cls[0, 0], n.patches(i).reshape(96, DIM), n.table[:8]).view(2, -1, DIM),
               (0, 6, 8)),
+    "activations": (lambda n, i: F.hardswish(F.logsigmoid(F.silu(n.patches(i)))), (0, 6, 8)),
     "in place": (_filled, (0, 6, 8)),
     "rotary into memory": (_even_and_odd, (0, 6, 8)),
     "patchify": (lambda n, i: _patchify(i), (0, 6, 8)),
