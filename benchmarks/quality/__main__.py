@@ -27,7 +27,8 @@ from benchmarks.quality.variants import VARIANTS, Variant
 from examples.progress import step
 
 RESULTS = Path(__file__).parents[1] / "results"
-ON_GPU = ("whisper",)
+ON_GPU = tuple(name for name, entry in TASKS.items() if entry.on_gpu)
+CHECKPOINTS = "whisper"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_task(name: str, variants: Sequence[Variant], results: Results, args: argparse.Namespace) -> bool:
     """Make the task's missing rows; whether all are there."""
+    variants = [variant for variant in variants if TASKS[name].on_grid or not variant.on_grid]
     wanted = [variant for variant in variants if not results.finished(name, variant.name, dict(variant.options))]
     for variant in variants:
         if variant not in wanted:
@@ -76,7 +78,9 @@ def _run_variant(task: Task, variant: Variant, results: Results, args: argparse.
 def _load(name: str, args: argparse.Namespace) -> Task:
     arguments: dict[str, Any] = {}
     if name in ON_GPU:
-        arguments = {"device": args.device, "dtype": getattr(torch, args.dtype), "weights": args.weights}
+        arguments = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    if name == CHECKPOINTS:
+        arguments["weights"] = args.weights
     missing = () if arguments.get("weights") else TASKS[name].missing()
     if missing:
         raise TaskUnavailable(f"{', '.join(missing)} not installed: {HOW_TO_INSTALL}")
@@ -124,7 +128,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     special = (args.device, args.dtype) != ("cpu", "float32")
-    args.tasks = args.tasks or list(ON_GPU if special else TASKS)
+    args.tasks = args.tasks or [name for name in (ON_GPU if special else TASKS) if TASKS[name].default]
     if special and not set(args.tasks) <= set(ON_GPU):
         parser.error(f"--device and --dtype are for the tasks {', '.join(ON_GPU)}")
     return args

@@ -16,8 +16,6 @@ from examples.progress import step
 from monarch_compile.report.report import Report
 from monarch_compile.tools.timing import Timing, time_interleaved
 
-MIN_RUNS = 5
-
 
 def measure(task: Task, variant: Variant, seconds: float) -> dict[str, Any]:
     """Metrics, sites and times of a variant, as a row of the results; prints what it is doing.
@@ -59,7 +57,7 @@ def times(task: Task, built: Built, seconds: float) -> dict[str, Any]:
     calls = {"exact": _caller(exact(task, {}).model, args, kwargs)}
     if built.options is not None:
         calls["variant"] = _caller(built.model, args, kwargs)
-    found: dict[str, Timing] = time_interleaved(calls, seconds, MIN_RUNS)
+    found: dict[str, Timing] = time_interleaved(calls, seconds, task.min_runs)
     timings = {name: asdict(timing) for name, timing in found.items()}
     return {"measured": {"variant": timings.get("variant", timings["exact"]), "exact": timings["exact"]}}
 
