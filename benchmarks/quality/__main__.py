@@ -66,7 +66,7 @@ def _run_task(name: str, variants: Sequence[Variant], results: Results, args: ar
 def _run_variant(task: Task, variant: Variant, results: Results, args: argparse.Namespace) -> bool:
     """Make and keep one row; whether it could be made."""
     try:
-        row = measure(task, variant, args.seconds)
+        row = measure(task, variant, None if args.untimed else args.seconds)
     except Exception:  # one that fails must not take the others with it
         traceback.print_exc()
         return False
@@ -120,6 +120,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="PATH", help="results file (JSON)")
     parser.add_argument("--fresh", action="store_true", help="forget the results that the file holds")
     parser.add_argument("--seconds", type=float, default=10.0, help="time to spend on timing each row")
+    parser.add_argument("--untimed", action="store_true", help="judge alone: a busy machine has no times to tell")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

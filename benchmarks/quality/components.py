@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.dinov2 import PATCH, TRAINED_GRID, Features, normalized, read_dinov2
-from benchmarks.quality.photographs import EVALUATION, read_photograph
+from benchmarks.quality.photographs import SCENES, read_photograph
 from benchmarks.quality.variants import VARIANTS
 from examples.progress import step
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args = _arguments(argv)
     model = Features(read_dinov2()).eval()
-    photographs = [read_photograph(*EVALUATION[index], args.grid * PATCH) for index in args.photographs]
+    photographs = [read_photograph(SCENES[index], args.grid * PATCH) for index in args.photographs]
     rows: list[list[Tensor]] = [[photograph] for photograph in photographs]
     with step("exact"):
         references = features(model, photographs)
@@ -99,7 +99,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.components", description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--grid", type=int, default=TRAINED_GRID)
-    parser.add_argument("--photographs", type=int, nargs="+", default=[1, 2], help="places in photographs.EVALUATION")
+    parser.add_argument("--photographs", type=int, nargs="+", default=[1, 2], help="places in photographs.SCENES")
     parser.add_argument("--variants", nargs="+", default=list(SHOWN))
     return parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
 """DINOv2 ViT-S/14 on photographs: are the features of patches and of the class token still those of the exact model,
 and is a patch still found in a warped copy of the photograph?
 
-Resized photographs give grids of 37 x 37 patches, the one of training, to 128 x 128. There are no labels: no PyPI
-package ships labelled photographs of this size.
+Resized photographs give grids of 37 x 37 patches, the one of training, to 128 x 128. There are no labels: no package
+was found that ships labelled photographs of this size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.quality.metrics import cosine_distance, relative_error
 from benchmarks.quality.onnx_weights import OnnxWeights, read_onnx
-from benchmarks.quality.photographs import CALIBRATION, EVALUATION, read_photograph
+from benchmarks.quality.photographs import CALIBRATION, SCENES, WALLPAPERS, read_photograph
 from benchmarks.quality.task import Model, Task, package_file
 from benchmarks.quality.warps import inner_homography, project, warped
 
@@ -37,7 +37,7 @@ PRODUCTS = {
 """What the ONNX file calls the layers' linear maps: its weights of them are anonymous, its products are not."""
 TRAINED_GRID, PATCH, WIDTH, HEADS, LAYERS = 37, 14, 384, 6, 12
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLOSE = 1.5
+CLOSE = 1 / 16
 BLOCK_SIZE = 64
 BUDGET = 0.1
 
@@ -79,19 +79,22 @@ class View:
     truth: Tensor
 
 
-def load(grid: int = TRAINED_GRID, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
+def load(
+    grid: int = TRAINED_GRID, wallpapers: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Task:
     """The task with `grid` x `grid` patches."""
-    effort = EFFORTS[grid]
-    count = effort.photographs if device == "cpu" else len(EVALUATION)
+    effort, photographs = EFFORTS[grid], WALLPAPERS if wallpapers else SCENES
     views = [
-        make_view(read_photograph(*name, grid * PATCH), seed, device, dtype)
-        for seed, name in enumerate(EVALUATION[:count])
+        make_view(read_photograph(photograph, grid * PATCH), seed, device, dtype)
+        for seed, photograph in enumerate(photographs[: effort.photographs if device == "cpu" else None])
     ]
-    calibration = [normalized(read_photograph(*name, grid * PATCH))[None].to(device, dtype) for name in CALIBRATION]
+    calibration = [
+        normalized(read_photograph(photograph, grid * PATCH))[None].to(device, dtype) for photograph in CALIBRATION
+    ]
     judge = Judge(Features(read_dinov2().to(device, dtype)).eval(), views)
     return Task(
-        name=f"dinov2_{grid**2 + 1}",
-        title=f"DINOv2 ViT-S/14, photographs, N = {grid} x {grid} + 1",
+        name=f"dinov2_{grid**2 + 1}" + "_wallpapers" * wallpapers,
+        title=f"DINOv2 ViT-S/14, {'wallpapers' if wallpapers else 'photographs'}, N = {grid} x {grid} + 1",
         sites=LAYERS,
         model=judge.exact,
         calibration_inputs=tuple(((image,), {}) for image in calibration),
@@ -113,36 +116,30 @@ class Judge:
         self.exact, self.views = exact, views
 
     @functools.cached_property
-    def reference(self) -> list[tuple[Tensor, Tensor]]:
-        """The exact model's features of each view."""
+    def reference(self) -> list[Tensor]:
+        """The exact model's features of each view's photograph and copy."""
         return self._features(self.exact)
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Relative error and cosine of the patches' features, the class token's relative error, and the share of the
         copies' patches that are found in the photographs: means over images."""
         found = self._features(model)
-        pairs = [
-            pair for one, other in zip(self.reference, found, strict=True) for pair in zip(one, other, strict=True)
-        ]
+        pairs = list(zip(self.reference, found, strict=True))
+        views = zip(found[0::2], found[1::2], self.views, strict=True)
         return {
             "patch_error": _mean([relative_error(x[1:], y[1:]) for x, y in pairs]),
             "cosine": 1 - _mean([cosine_distance(x[1:], y[1:]) for x, y in pairs]),
             "class_error": _mean([relative_error(x[0], y[0]) for x, y in pairs]),
-            "matched": _mean(
-                [
-                    matched(copy[1:], photograph[1:], view.truth)
-                    for (photograph, copy), view in zip(found, self.views, strict=True)
-                ]
-            ),
+            "matched": _mean([matched(copy[1:], photograph[1:], view.truth) for photograph, copy, view in views]),
         }
 
     @torch.no_grad()
-    def _features(self, model: Model) -> list[tuple[Tensor, Tensor]]:
-        return [(model(view.photograph)[0], model(view.copy)[0]) for view in self.views]
+    def _features(self, model: Model) -> list[Tensor]:
+        return [model(image)[0] for view in self.views for image in (view.photograph, view.copy)]
 
 
 def matched(copy: Tensor, photograph: Tensor, truth: Tensor) -> float:
-    """Share of the copy's patches whose most similar patch of the photograph is at most `CLOSE` patches from `truth`.
+    """Share of the copy's patches whose most similar patch of the photograph is within `CLOSE` sides of `truth`.
 
     copy, photograph: features (patches, dim) of square grids. truth: as in `View`.
     """
@@ -150,7 +147,7 @@ def matched(copy: Tensor, photograph: Tensor, truth: Tensor) -> float:
     first, second = (nn.functional.normalize(x.float(), dim=-1) for x in (copy, photograph))
     nearest = torch.cat([(rows @ second.T).argmax(-1) for rows in first.split(4096)]).cpu()
     places = torch.stack([nearest % side, nearest // side], -1)
-    return ((places - truth).norm(dim=-1) <= CLOSE).double().mean().item()
+    return ((places - truth).norm(dim=-1) <= CLOSE * side).double().mean().item()
 
 
 def make_view(image: Tensor, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> View:

