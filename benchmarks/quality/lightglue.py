@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from benchmarks.quality.stubs import stubbed
 from benchmarks.quality.task import Model, Task, package_file
+from benchmarks.quality.warps import project, random_homography, warped
 
 EVALUATION = ("astronaut", "chelsea", "coffee")
 CALIBRATION = ("motorcycle_left", "coins", "ihc")
 NUM_KEYPOINTS = 2048
 SIZE = 640
 PIXELS = 3.0
-NOISE, GAIN, TILT = 0.02, 0.8, 0.15
+NOISE, GAIN = 0.02, 0.8
 BLOCK_SIZE = 64
 BUDGET = 0.01
 STUBS = ("kornia_rs", "cv2", "torchvision", "torchvision.models", "torchvision.models.resnet")
@@ -141,31 +142,6 @@ def read_image(name: str) -> Tensor:
     scale = SIZE / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
-
-
-def random_homography(height: int, width: int, seed: int) -> Tensor:
-    """A (3, 3) float64 map of pixels (x, y, 1): each corner of an image moves by up to `TILT` of its sides."""
-    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float64)
-    moved = corners + np.random.default_rng(seed).uniform(-TILT, TILT, (4, 2)) * (width, height)
-    rows = []
-    for (x, y), (u, v) in zip(corners, moved, strict=True):
-        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
-    return torch.from_numpy(np.append(np.linalg.solve(np.array(rows), moved.ravel()), 1).reshape(3, 3))
-
-
-def project(points: Tensor, homography: Tensor) -> Tensor:
-    """(n, 2) points (x, y) through a homography."""
-    mapped = torch.cat([points.double(), torch.ones(len(points), 1)], -1) @ homography.T
-    return mapped[:, :2] / mapped[:, 2:]
-
-
-def warped(image: Tensor, homography: Tensor) -> Tensor:
-    """The image (channels, height, width) whose pixel homography(p) is pixel p of `image`; black outside."""
-    height, width = image.shape[-2:]
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    points = project(torch.stack([columns.flatten(), rows.flatten()], -1), homography.inverse())
-    grid = (2 * points / torch.tensor([width - 1, height - 1]) - 1).reshape(1, height, width, 2)
-    return nn.functional.grid_sample(image[None], grid.to(image.dtype), align_corners=True)[0]
 
 
 def true_matches(first: Tensor, second: Tensor, homography: Tensor) -> Tensor:

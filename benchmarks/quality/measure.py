@@ -16,13 +16,12 @@ from examples.progress import step
 from monarch_compile.report.report import Report
 from monarch_compile.tools.timing import Timing, time_interleaved
 
-MIN_RUNS = 5
 
-
-def measure(task: Task, variant: Variant, seconds: float) -> dict[str, Any]:
+def measure(task: Task, variant: Variant, seconds: float | None) -> dict[str, Any]:
     """Metrics, sites and times of a variant, as a row of the results; prints what it is doing.
 
-    seconds: how long to time, the exact model's turns included. Times are of one call, the first to calibrate on.
+    seconds: how long to time, the exact model's turns included; None: not at all. Times are of one
+        call, the first to calibrate on.
     """
     torch._dynamo.reset()
     gc.collect()
@@ -35,7 +34,7 @@ def measure(task: Task, variant: Variant, seconds: float) -> dict[str, Any]:
     with step(f"{task.name}, {variant.name}: evaluating"):
         row["metrics"] = task.evaluate(built.model)
     with step(f"{task.name}, {variant.name}: sites and times"):
-        row |= sites(task, built) | (times(task, built, seconds) if built.timed else {"measured": None})
+        row |= sites(task, built) | _times(task, built, seconds)
         row["predicted_s"] = predicted_seconds(row)
     return row
 
@@ -53,13 +52,17 @@ def sites(task: Task, built: Built) -> dict[str, Any]:
     return {"lowered": len(lowered), "sites": task.sites, "saved_s": saved}
 
 
+def _times(task: Task, built: Built, seconds: float | None) -> dict[str, Any]:
+    return {"measured": None} if seconds is None or not built.timed else times(task, built, seconds)
+
+
 def times(task: Task, built: Built, seconds: float) -> dict[str, Any]:
     """Timings in ms of one call, in turns with the exact model, which is compiled by stock Inductor."""
     args, kwargs = task.calibration_inputs[0]
     calls = {"exact": _caller(exact(task, {}).model, args, kwargs)}
     if built.options is not None:
         calls["variant"] = _caller(built.model, args, kwargs)
-    found: dict[str, Timing] = time_interleaved(calls, seconds, MIN_RUNS)
+    found: dict[str, Timing] = time_interleaved(calls, seconds, task.min_runs)
     timings = {name: asdict(timing) for name, timing in found.items()}
     return {"measured": {"variant": timings.get("variant", timings["exact"]), "exact": timings["exact"]}}
 

@@ -11,6 +11,7 @@ from typing import Any
 DIGITS = 4
 STALE = " (*)"
 LINEAR_PART = 300
+TEN = 10
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -67,7 +68,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 
     groups = [list(rows) for _, rows in groupby(content["rows"], key=lambda row: row["task"])]
     titles = dict.fromkeys(row["title"] for row in content["rows"])
-    colours = dict(zip(titles, mpl.color_sequences["tab10"], strict=False))
+    palette = mpl.color_sequences["tab10" if len(titles) <= TEN else "tab20"]
+    colours = dict(zip(titles, itertools.cycle(palette), strict=False))
     figure, all_axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.8), squeeze=False)
     for axes, rows in zip(all_axes[0], groups, strict=True):
         _draw_task(axes, rows, colours)

