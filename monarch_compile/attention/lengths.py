@@ -138,8 +138,7 @@ def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | No
         pieces = config if config.tile is None else replace(config, tile=None)
         window, prefix = (auto[x] if getattr(config, x) == "auto" else getattr(config, x) for x in ("window", "prefix"))
         return pieces.form(**auto, block_size=_auto_size(config, seq_len, kind, window, prefix))
-    rows = TILES[kind, len(grid.sizes)]
-    row = next((row for row in reversed(rows[1:]) if seq_len >= row.start + grid.prefix), rows[0])
+    row = tiling_at(kind, len(grid.sizes), seq_len - grid.prefix)
     tile = config.tile if isinstance(config.tile, tuple) else row.tile
     shape = row.window_shape if config.window == "auto" else "box"
     auto = {"window": row.window, "prefix": grid.prefix, "tile": tile, "window_shape": shape}
@@ -149,6 +148,12 @@ def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | No
 def _auto_size(config: MonarchConfig, seq_len: Size, kind: str, window: int | None, prefix: int) -> int:
     size = config.block_size
     return size if isinstance(size, int) else auto_block_size(seq_len, kind, window, prefix)
+
+
+def tiling_at(kind: str, num_axes: int, num_tokens: Size) -> Tiling:
+    """What "auto" stands for where `num_tokens` lie on a grid of `num_axes`: a row of `TILES`."""
+    rows = TILES[kind, num_axes]
+    return next((row for row in reversed(rows[1:]) if num_tokens >= row.start), rows[0])
 
 
 def exact_wins(
