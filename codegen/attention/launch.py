@@ -111,7 +111,8 @@ def bucketed(ir: MonarchAttention) -> MonarchAttention:
     """
     blocks = None if ir.num_blocks is None else _bucket(ir.num_blocks)
     rows = _bucket_of_rows(ir.block_size_q) if ir.is_cross else None
-    return _bucket_ir(ir.head_dim, ir.value_dim, ir.dtype, ir.form, ir.scale, ir.mask, ir.group, blocks, rows)
+    form = ir.form.simplest()
+    return _bucket_ir(ir.head_dim, ir.value_dim, ir.dtype, form, ir.scale, ir.mask, ir.group, blocks, rows)
 
 
 def describe(ir: MonarchAttention) -> str:
@@ -120,8 +121,10 @@ def describe(ir: MonarchAttention) -> str:
     return f"attention {dims} | {ir.form} mask {ir.mask.value}, at most {bucketed(ir).num_blocks} blocks"
 
 
-_form = functools.lru_cache(maxsize=1024)(Form)
-"""Checked once: a call of eager code waits for it."""
+@functools.lru_cache(maxsize=1024)
+def _form(**options: Any) -> Form:
+    """Checked once: a call of eager code waits for it."""
+    return Form(**options).simplest()
 
 
 @functools.lru_cache(maxsize=1024)

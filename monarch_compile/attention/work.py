@@ -216,7 +216,7 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
     block_rows = _ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters)
-    groups = _group_sizes(ir.form.one_axis(), rows, keys)
+    groups = _group_sizes(ir.form.simplest().one_axis(), rows, keys)
     return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 
