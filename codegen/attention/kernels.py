@@ -105,8 +105,8 @@ def canonical(ir: MonarchAttention) -> MonarchAttention:
     heads = "H" if ir.group == 1 else f"{ir.group}*H"
     rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
     grid = None if ir.form.tile is None else tuple(f"N_{axis}" for axis in range(len(ir.form.tile)))
-    sizes = {"batch": "B", "num_heads": heads, "num_kv_heads": "H", "seq_len_q": rows, "seq_len_k": keys}
-    return replace(ir, **sizes, grid=grid, form=ir.form.simplest())
+    named = replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys, grid=grid)
+    return replace(named, form=ir.form.simplest())
 
 
 def program(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
