@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,24 +44,38 @@ class Problem:
 
 @dataclass(frozen=True)
 class AutoForm:
-    """A Monarch form; its block size is what "auto" gives."""
+    """A Monarch form; its block size is what "auto" gives, or what a tile holds.
+
+    With a tile, the tokens lie on the largest square grid that they fill, and those that are left over before it.
+    """
 
     num_iters: int = 1
     window: int | None = None
     prefix: int = 0
+    tile: tuple[int, ...] | None = None
+    window_shape: str = "box"
 
     def __str__(self) -> str:
         prefix = f" prefix={self.prefix}" if self.prefix else ""
-        return f"T={self.num_iters} window={self.window}{prefix}"
+        tile = "" if self.tile is None else f" {'x'.join(map(str, self.tile))} tiles {self.window_shape}"
+        return f"T={self.num_iters} window={self.window}{prefix}{tile}"
 
     def ir(self, problem: Problem, device: Device) -> MonarchAttention:
         """The IR of `problem` in this form on `device`."""
         dim, dtype = problem.head_dim, problem.torch_dtype
         block = auto_block_size(problem.seq_len, device.kind, self.window, self.prefix)
+        form, grid = Form(block, self.num_iters, window=self.window, prefix=self.prefix), None
+        if self.tile is not None:
+            side = math.isqrt(problem.seq_len)
+            grid, prefix = (side, side), problem.seq_len - side**2
+            form = replace(
+                form, block_size=math.prod(self.tile), prefix=prefix, tile=self.tile, window_shape=self.window_shape
+            )
         return MonarchAttention(
             *(problem.batch, problem.num_heads, problem.num_heads, problem.seq_len, problem.seq_len, dim, dim),
             dtype=dtype,
-            form=Form(block, self.num_iters, window=self.window, prefix=self.prefix),
+            form=form,
+            grid=grid,
             scale=dim**-0.5,
             mask=MaskKind.KEY_PADDING if problem.masked else MaskKind.NONE,
         )
@@ -130,6 +145,14 @@ def _odd() -> Iterator[Problem]:
         yield Problem(batch, seq_len, num_heads, dtype="bfloat16")
 
 
+_GRIDS = ((4, 4096, 16), (4, 4097, 16), (16, 4096, 12), (1, 16384, 16), (1, 16385, 16))
+_TILED = (
+    AutoForm(1, 1, tile=(8, 8), window_shape="plus"),
+    AutoForm(1, 1, tile=(8, 8)),
+    AutoForm(1, None, tile=(8, 8)),
+    AutoForm(1, 1, tile=(4, 8), window_shape="plus"),
+    AutoForm(1, None, tile=(4, 8)),
+)
 _ONE_ITERATION = tuple(AutoForm(1, window) for window in WINDOWS)
 PRESETS: dict[str, Preset] = {
     "h200": Preset(
@@ -139,6 +162,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "h200-heads": Preset("cuda", tuple(_heads()), _ONE_ITERATION),
     "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, *(AutoForm(1, 1, prefix=prefix) for prefix in (1, 4)))),
+    "grids": Preset("cuda", tuple(Problem(*shape, dtype="bfloat16") for shape in _GRIDS), (AutoForm(1, 1), *_TILED)),
     "full": Preset("cuda", tuple(_full()), tuple(AutoForm(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }
