@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tolerances import assert_close
@@ -34,13 +36,26 @@ class Case:
     prefix: int = 0
     group: int = 1  # query heads that share a key head
     queries: int | None = None  # how many, where not as many as keys (seq_len)
+    grid: tuple[int, ...] | None = None  # what the tokens after the prefix lie on
+    tile: tuple[int, ...] | None = None
+    window_shape: str = "box"
+
+    @staticmethod
+    def tiled(grid: tuple[int, ...], tile: tuple[int, ...], head_dim: int, value_dim: int, **more: Any) -> Case:
+        """One whose blocks are tiles of a grid."""
+        seq_len = more.get("prefix", 0) + math.prod(grid)
+        return Case(seq_len, math.prod(tile), head_dim, value_dim, grid=grid, tile=tile, **more)
 
     def __str__(self) -> str:
         rows = "" if self.queries is None else f"q{self.queries}"
         size = f"{rows}n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
         groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
         shared = "" if self.group == 1 else f"-g{self.group}"
-        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}"
+        tiles = ""
+        if self.grid is not None and self.tile is not None:
+            grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, self.tile))
+            tiles = f"-{grid}by{tile}{self.window_shape}"
+        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}{tiles}"
 
     @property
     def options(self) -> dict[str, object]:
@@ -53,6 +68,9 @@ class Case:
             "pad": self.pad,
             "window": self.window,
             "prefix": self.prefix,
+            "tile": self.tile,
+            "window_shape": self.window_shape,
+            "grid": self.grid,
         }
 
 

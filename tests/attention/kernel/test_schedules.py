@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from monarch_compile.attention.form import Form
+from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.reference import reference
 from monarch_compile.codegen.attention import launch, specialization
@@ -51,16 +51,16 @@ TURNED = {
 
 
 def ir_of(case: Case) -> MonarchAttention:
-    form = Form(case.block_size, case.num_iters, case.init, case.pad, case.window, case.prefix)
+    form = Form(**{name: case.options[name] for name in FORM_OPTIONS})
     mask = {"none": MaskKind.NONE, "bias": MaskKind.KEY_BIAS}.get(case.mask, MaskKind.KEY_PADDING)
     heads, lengths = (case.num_heads, case.num_heads // case.group), (case.queries or case.seq_len, case.seq_len)
     dims, scale = (case.head_dim, case.value_dim), case.head_dim**-0.5
-    return MonarchAttention(case.batch, *heads, *lengths, *dims, torch.float32, form, scale, mask)
+    return MonarchAttention(case.batch, *heads, *lengths, *dims, torch.float32, form, scale, mask, grid=case.grid)
 
 
 def run(case: Case, schedule: Schedule) -> torch.Tensor:
     q, k, v, mask = tensors(case, torch.float32, "cpu")
-    return launch.run(Launcher(ir_of(case), schedule), q, k, v, mask)
+    return launch.run(Launcher(ir_of(case), schedule), q, k, v, mask, case.grid)
 
 
 def shipped(case: Case) -> Schedule:
