@@ -20,6 +20,8 @@ from monarch_compile.version import __version__
 
 COPIED_ROWS = SHARED_PREFIX
 """Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
+LEAST_SHARED_BLOCK, MOST_SHARED_WIDTH = 32, 128
+"""Smaller blocks speak to the rows of a prefix at greater cost than a kernel of their own; wider heads take registers."""
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 LEAST_SCALE = 2.0**-126
@@ -96,8 +98,9 @@ def roles(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
 
 def shares_prefix(ir: MonarchAttention, schedule: Schedule) -> bool:
     """Whether the exact rows of a prefix are computed by the kernels, share by share, and not apart."""
-    fused = schedule.fused and can_fuse(ir) and ir.form.block_size <= schedule.summarize.step
-    return fused and 0 < ir.form.prefix <= SHARED_PREFIX
+    block, width = ir.form.block_size, max(padded(ir.head_dim), padded(ir.value_dim))
+    fused = schedule.fused and can_fuse(ir) and LEAST_SHARED_BLOCK < block <= schedule.summarize.step
+    return fused and 0 < ir.form.prefix <= SHARED_PREFIX and width <= MOST_SHARED_WIDTH
 
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:

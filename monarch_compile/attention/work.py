@@ -317,20 +317,16 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
 
     padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
     work_s = device.seconds(device.monarch, counts.tiled_flops, counts.bytes, counts.exps, ir.dtype) * padding
-    apart = exact_rows and not _shares_prefix(device, ir)
-    rows_s = exactly(counts.rows_flops, counts.rows_bytes) if apart else 0.0
+    rows_s = exactly(counts.rows_flops, counts.rows_bytes) if exact_rows else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)
     return exactly(counts.exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
 
 
 def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
-    """Whether a prefix's exact rows take no kernel of their own, and next to no time.
-
-    On CUDA the blocks' kernels, which read every key anyway, compute those of a short prefix.
-    """
+    """Whether a prefix's exact rows take no launch of their own: on CUDA, where the blocks' kernels compute them."""
     form = ir.form
-    small = 0 < form.prefix <= SHARED_PREFIX and form.block_size <= WHOLE_TILE // 2
-    return device.kind == "cuda" and small and form.num_iters == 1 and form.init == "identity"
+    fits = 0 < form.prefix <= SHARED_PREFIX and WHOLE_TILE // 4 < form.block_size <= WHOLE_TILE // 2
+    return device.kind == "cuda" and fits and form.num_iters == 1 and form.init == "identity"
 
 
 def _kernels(device: Device, ir: MonarchAttention) -> int:
