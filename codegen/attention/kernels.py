@@ -21,7 +21,7 @@ from monarch_compile.version import __version__
 COPIED_ROWS = SHARED_PREFIX
 """Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
 LEAST_SHARED_BLOCK, MOST_SHARED_WIDTH = 32, 128
-"""Smaller blocks speak to the rows of a prefix at greater cost than a kernel of their own; wider heads take registers."""
+"""Smaller blocks have the rows of a prefix at a greater cost than a kernel of their own; wider heads take registers."""
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 LEAST_SCALE = 2.0**-126
