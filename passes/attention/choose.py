@@ -45,7 +45,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _undecided(name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
-    grid, blocking = site_grid(site, config)
+    grid, blocking = site_grid(site, config, around.layouts)
     site, base = replace(site, grid=grid), replace(base, blocking=blocking)
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:

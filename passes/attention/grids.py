@@ -5,11 +5,12 @@ from __future__ import annotations
 from monarch_compile.attention.lengths import Grid, grid_by_hand
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.attention.region import AttentionRegion
+from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
 from monarch_compile.passes.graph import source_of
 
 
-def site_grid(site: AttentionRegion, config: MonarchConfig) -> tuple[Grid | None, str]:
+def site_grid(site: AttentionRegion, config: MonarchConfig, layouts: Layouts) -> tuple[Grid | None, str]:
     """The grid of a site's tokens and a line about it; no grid, and why, where none is known.
 
     Raises:
@@ -20,11 +21,8 @@ def site_grid(site: AttentionRegion, config: MonarchConfig) -> tuple[Grid | None
     grid = grid_by_hand(config, site.k_shape[2])
     if grid is not None:
         return grid, f"{described(grid)}, given by option grid"
-    found = [
-        token_grid(operand.node, operand.dims[-2])
-        for operand in (site.q, site.k, site.v)
-        if operand.dims[-2] is not None
-    ]
+    axes = [(operand.node, operand.dims[-2]) for operand in (site.q, site.k, site.v)]
+    found = [token_grid(node, dim, layouts) for node, dim in axes if dim is not None]
     for one in found:
         if isinstance(one, NoGrid):
             return None, f"no token grid: {one.reason}"
@@ -34,9 +32,8 @@ def site_grid(site: AttentionRegion, config: MonarchConfig) -> tuple[Grid | None
     if str(grids[0].num_tokens) != str(site.k_shape[2]):
         return None, f"no token grid: {described(grids[0])} has not the {site.k_shape[2]} tokens of the site"
     source = next(one.source for one in found if isinstance(one, TokenGrid))
-    return grids[
-        0
-    ], f"{described(grids[0])}, flattened by {source.name}{f' ({line})' if (line := source_of(source)) else ''}"
+    line = source_of(source)
+    return grids[0], f"{described(grids[0])}, flattened by {source.name}" + (f" ({line})" if line else "")
 
 
 def described(grid: Grid) -> str:
