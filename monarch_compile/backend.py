@@ -146,7 +146,10 @@ def rewritten(
 
     try:
         result = rewrite(gm, example_inputs, config, launcher)
-    except (ConfigError, PlanError):  # a wrong plan or grid is the caller's to mend: going on without it would hide that
+    except (
+        ConfigError,
+        PlanError,
+    ):  # the caller's to mend: going on without the plan or grid would hide it
         raise
     except Exception as error:
         counters["monarch"]["fallback"] += 1

@@ -302,6 +302,8 @@ class Tiles:
     def _near(self, x: Tensor) -> Tensor:
         """From (E, H, b, i, D) to (E, H, b, keys, D): the keys of each tile's window, zeros beyond the edges."""
         axes, window = len(self.grid), self.window
+        if not window:
+            return x
         x = F.pad(torch.unflatten(x, 2, self.counts), (0, 0, 0, 0, *[window] * (2 * axes)))
         near = []
         for step in self.steps:
@@ -312,17 +314,14 @@ class Tiles:
         return torch.cat(near, 2 + axes).flatten(2, 1 + axes)
 
     def is_far(self, device: torch.device) -> Tensor:
-        axes = len(self.grid)
-        apart = []  # along each axis, (*counts of b, *counts of l) with one size each but 1
-        for axis, count in enumerate(self.counts):
-            place = torch.arange(count, device=device)
-            shape: list[Any] = [1] * (2 * axes)
-            shape[axis], shape[axes + axis] = count, count
-            apart.append((place[:, None] - place[None, :]).abs().view(shape))
+        apart, rest = [], torch.arange(self.num_blocks, device=device)
+        for count in reversed(self.counts):
+            place, rest = rest % count, rest // count
+            apart.append((place[:, None] - place[None, :]).abs())
         near = functools.reduce(torch.logical_and, [x <= self.window for x in apart])
         if self.window_shape == "plus":
             near = near & (functools.reduce(torch.add, [(x > 0).to(torch.int32) for x in apart]) <= 1)
-        far: Tensor = ~near.expand(*self.counts, *self.counts).reshape(self.num_blocks, self.num_blocks)
+        far: Tensor = ~near
         return far
 
 

@@ -136,7 +136,8 @@ def test_options_that_ask_for_pieces(options: dict[str, Any]) -> None:
     assert (site.ir.form.tile, site.ir.form.window, site.ir.form.prefix) == (None, 1, 0)
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_images_of_several_sizes(num_layers: int, poisoned: Any) -> None:
     """With two symbolic sizes, whose product alone is a dim of the sites' tensors."""
     model = ViT(num_layers=num_layers).eval()
