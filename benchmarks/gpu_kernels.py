@@ -43,6 +43,17 @@ CHECKS = (
     (1, 2, 700, 256, 100, 1, "mean", "post", False, 1, 0),
     (1, 2, 16384, 64, 128, 1, "identity", "post", False, 1, 0),
 )
+TILED = (
+    # batch, num_heads, grid, head_dim, tile, num_iters, init, masked, window, window_shape, prefix
+    (2, 3, (37, 37), 64, (4, 8), 1, "identity", False, 0, "box", 1),
+    (2, 3, (37, 37), 64, (4, 8), 1, "identity", True, 1, "plus", 5),
+    (1, 2, (37, 37), 80, (8, 8), 2, "mean", True, 1, "box", 1),
+    (1, 2, (128, 128), 64, (8, 8), 1, "identity", False, 0, "box", 0),
+    (1, 2, (128, 128), 64, (8, 8), 2, "identity", False, None, "box", 0),
+    (1, 2, (61, 67), 25, (8, 16), 1, "identity", True, 2, "box", 0),
+    (1, 2, (9, 30, 31), 128, (4, 4, 4), 1, "identity", True, 1, "plus", 5),
+    (1, 2, (16, 32, 32), 64, (2, 4, 4), 1, "identity", False, 0, "box", 0),
+)
 TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5}
 
 
@@ -65,7 +76,7 @@ def check() -> list[dict[str, Any]]:
     rows, allocate = [], launching._allocate
     launching._allocate = lambda like, shape, kind: allocate(like, shape, kind).fill_(float("nan"))
     try:
-        for case, dtype in itertools.product(CHECKS, TOLERANCES):
+        for case, dtype in itertools.product((*CHECKS, *TILED), TOLERANCES):
             error = _error(case, dtype)
             fine = error <= TOLERANCES[dtype]
             rows.append({"case": case, "dtype": str(dtype), "error": error, "fine": fine})
@@ -76,18 +87,30 @@ def check() -> list[dict[str, Any]]:
 
 
 def _error(case: tuple[Any, ...], dtype: torch.dtype) -> float:
-    batch, num_heads, seq_len, head_dim, block_size, num_iters, init, pad, masked, window, prefix = case
+    batch, num_heads, head_dim, seq_len, masked, options = _problem(case)
     q, k, v = random_inputs(batch, num_heads, seq_len, head_dim, dtype)
     mask = None
     if masked:
         mask = torch.rand(batch, seq_len, device="cuda") > 0.3
-        mask[0, -2 * block_size :] = False
-    options = {"block_size": block_size, "num_iters": num_iters, "init": init, "pad": pad, "scale": head_dim**-0.5}
-    options |= {"window": window, "prefix": prefix}
+        mask[0, -2 * options["block_size"] :] = False
     found = attention(q, k, v, mask, **options)
     expected = reference(q.double(), k.double(), v.double(), mask, **options)
     error = ((found - expected).norm() / expected.norm()).item()
     return math.inf if math.isnan(error) else error
+
+
+def _problem(case: tuple[Any, ...]) -> tuple[int, int, int, int, bool, dict[str, Any]]:
+    """batch, num_heads, head_dim, N and masked of a row of `CHECKS` or `TILED`, and the operator's options."""
+    tile = grid = None
+    if case in TILED:
+        batch, num_heads, grid, head_dim, tile, num_iters, init, masked, window, shape, prefix = case
+        seq_len, block_size, pad = prefix + math.prod(grid), math.prod(tile), "post"
+    else:
+        batch, num_heads, seq_len, head_dim, block_size, num_iters, init, pad, masked, window, prefix = case
+        shape = "box"
+    options = {"block_size": block_size, "num_iters": num_iters, "init": init, "pad": pad, "scale": head_dim**-0.5}
+    options |= {"window": window, "prefix": prefix, "tile": tile, "window_shape": shape, "grid": grid}
+    return batch, num_heads, head_dim, seq_len, masked, options
 
 
 def random_inputs(

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.errors import CodegenError, LoweringError, PlanError
+from monarch_compile.errors import CodegenError, ConfigError, LoweringError, PlanError
 from monarch_compile.refusal import CODES
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def monarch(
     Options are those of `MonarchConfig`; other keys go to Inductor's config.
 
     Raises:
-        ConfigError: an option is unknown or has a value that is not allowed.
+        ConfigError: an option is unknown or has a value that is not allowed, or the grid does not fit the model.
         PlanError: the plan cannot be read or does not fit the model.
         LoweringError: strict mode, and a site stayed exact for lack of support or a pass failed.
     """
@@ -146,7 +146,10 @@ def rewritten(
 
     try:
         result = rewrite(gm, example_inputs, config, launcher)
-    except PlanError:  # a wrong plan is the caller's to mend: going on without it would hide that
+    except (
+        ConfigError,
+        PlanError,
+    ):  # the caller's to mend: going on without the plan or grid would hide it
         raise
     except Exception as error:
         counters["monarch"]["fallback"] += 1

@@ -216,8 +216,41 @@ class Tiles:
     def may_pad(self) -> bool:
         return any(map(may_pad, self._missing))
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether tokens are moved by their numbers: Inductor simplifies indices of symbolic views for minutes."""
+        return not all(isinstance(size, int) for size in self.grid)
+
+    def _tokens(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(b * i) each: the token at a place of a tile, clipped to the grid, and whether it is on the grid."""
+        place = torch.arange(self.num_blocks * self.size, device=device)
+        tile, inside = place // self.size, place % self.size
+        token, is_token = torch.zeros_like(place), torch.ones_like(place, dtype=torch.bool)
+        step = 1
+        for count, extent, size in reversed(list(zip(self.counts, self.tile, self.grid, strict=True))):
+            along = tile % count * extent + inside % extent
+            tile, inside = tile // count, inside // extent
+            token, step = token + along.clamp(max=size - 1) * step, step * size
+            is_token = is_token & (along < size)
+        return token, is_token
+
+    def _places(self, device: torch.device) -> Tensor:
+        """(N): the place of each token among those of all tiles."""
+        rest = torch.arange(math.prod(self.grid), device=device)
+        tile, inside = torch.zeros_like(rest), torch.zeros_like(rest)
+        tiles, places = 1, 1
+        for count, extent, size in reversed(list(zip(self.counts, self.tile, self.grid, strict=True))):
+            along, rest = rest % size, rest // size
+            tile, inside = tile + along // extent * tiles, inside + along % extent * places
+            tiles, places = tiles * count, places * extent
+        return tile * self.size + inside
+
     def split(self, x: Tensor) -> Tensor:
         axes = len(self.grid)
+        if self._gathers and not x.requires_grad:
+            token, is_token = self._tokens(x.device)
+            moved = torch.where(is_token[:, None], x.index_select(2, token), x.new_zeros(()))
+            return torch.unflatten(moved, 2, (self.num_blocks, self.size))
         x = torch.unflatten(x, 2, self.grid)  # (E, H, *grid, D)
         if self.may_pad():
             x = padded(x, (0, 0, *(n for missing in reversed(self._missing) for n in (0, missing))))
@@ -228,6 +261,8 @@ class Tiles:
 
     def joined(self, x: Tensor) -> Tensor:
         axes = len(self.grid)
+        if self._gathers and not x.requires_grad:
+            return x.index_select(1, self._places(x.device))
         x = x.reshape(x.shape[0], *self.counts, *self.tile, *x.shape[2:])
         order = (0, *(place for axis in range(axes) for place in (1 + axis, 1 + axes + axis)))
         x = x.permute(*order, 1 + 2 * axes, 2 + 2 * axes)
@@ -239,6 +274,8 @@ class Tiles:
         return tokens
 
     def is_token(self, device: torch.device) -> Tensor:
+        if self._gathers:
+            return self._tokens(device)[1].view(self.num_blocks, self.size)
         axes, inside = len(self.grid), []
         for axis, (count, extent, size) in enumerate(zip(self.counts, self.tile, self.grid, strict=True)):
             shape: list[Any] = [1] * (2 * axes)
@@ -265,6 +302,8 @@ class Tiles:
     def _near(self, x: Tensor) -> Tensor:
         """From (E, H, b, i, D) to (E, H, b, keys, D): the keys of each tile's window, zeros beyond the edges."""
         axes, window = len(self.grid), self.window
+        if not window:
+            return x
         x = F.pad(torch.unflatten(x, 2, self.counts), (0, 0, 0, 0, *[window] * (2 * axes)))
         near = []
         for step in self.steps:
@@ -275,17 +314,14 @@ class Tiles:
         return torch.cat(near, 2 + axes).flatten(2, 1 + axes)
 
     def is_far(self, device: torch.device) -> Tensor:
-        axes = len(self.grid)
-        apart = []  # along each axis, (*counts of b, *counts of l) with one size each but 1
-        for axis, count in enumerate(self.counts):
-            place = torch.arange(count, device=device)
-            shape: list[Any] = [1] * (2 * axes)
-            shape[axis], shape[axes + axis] = count, count
-            apart.append((place[:, None] - place[None, :]).abs().view(shape))
+        apart, rest = [], torch.arange(self.num_blocks, device=device)
+        for count in reversed(self.counts):
+            place, rest = rest % count, rest // count
+            apart.append((place[:, None] - place[None, :]).abs())
         near = functools.reduce(torch.logical_and, [x <= self.window for x in apart])
         if self.window_shape == "plus":
             near = near & (functools.reduce(torch.add, [(x > 0).to(torch.int32) for x in apart]) <= 1)
-        far: Tensor = ~near.expand(*self.counts, *self.counts).reshape(self.num_blocks, self.num_blocks)
+        far: Tensor = ~near
         return far
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from monarch_compile.calls import Launcher
 from monarch_compile.config import MonarchConfig, parse_options
-from monarch_compile.errors import MonarchError, PlanError
+from monarch_compile.errors import ConfigError, MonarchError, PlanError
 from monarch_compile.family import SiteCall, family
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Probe:
         unchanged: Callable[..., Any] = gm.forward
         try:
             result = rewrite(gm, example_inputs, self.config, self.launcher)
-        except PlanError:
+        except (ConfigError, PlanError):
             raise
         except Exception as error:  # the backend falls back on the same error, and so does this
             self.failures.append(f"graph {len(self.rewrites) + len(self.failures)}: {error!r}")

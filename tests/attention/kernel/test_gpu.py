@@ -84,6 +84,20 @@ WINDOWS = (
     Case(1, 1, 64, 64, window=1, prefix=1),
     Case(4999, 300, 64, 64, 2, "mean", num_heads=2, window=1),
 )
+TILED = (
+    *(
+        Case.tiled((37, 37), (4, 8), 64, 64, num_heads=2, window=window, window_shape=shape, prefix=prefix, mask=mask)
+        for window, shape in ((None, "box"), (0, "box"), (1, "box"), (1, "plus"), (2, "box"))
+        for prefix, mask in ((0, "none"), (1, "blocks"), (5, "bias"))
+    ),
+    Case.tiled((37, 37), (8, 8), 64, 64, num_iters=2, init="mean", num_heads=2, window=1, prefix=1, mask="some"),
+    Case.tiled((128, 128), (8, 8), 64, 64, batch=1, num_heads=2, window=1),
+    Case.tiled((128, 128), (8, 8), 64, 64, batch=1, num_iters=2, layout="packed"),
+    Case.tiled((64, 64), (4, 8), 128, 128, batch=1, window=0, num_heads=4, group=2),
+    Case.tiled((61, 67), (8, 16), 25, 80, window=1, window_shape="plus", layout="transposed"),
+    Case.tiled((9, 30, 31), (4, 4, 4), 64, 64, batch=1, window=1, window_shape="plus", prefix=5, mask="some"),
+    Case.tiled((9, 30, 31), (2, 4, 4), 80, 80, batch=1, num_iters=3, mask="blocks"),
+)
 BIASED = (
     replace(PLAIN, mask="bias"),
     replace(PLAIN, mask="bias", window=1, prefix=4, num_heads=6, group=3),
@@ -123,6 +137,12 @@ def test_exact_groups(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_windows(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_tiles(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "cuda")
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.codegen import launcher as launching
 from monarch_compile.codegen.attention import specialization
 from monarch_compile.codegen.attention.launch import launch, run
 from monarch_compile.codegen.attention.schedule import Schedule, choose_schedule
@@ -78,17 +77,6 @@ STREAMED = (  # tiles of more tokens than a program's, and more tiles than that
 LAYOUTS = tuple(
     tiled(*IMAGE, 32, 32, window=1, mask="some", layout=kind) for kind in ("packed", "transposed", "unaligned")
 )
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers hold NaN until they are written."""
-    allocate = launching._allocate
-
-    def poisoned_buffer(*arguments: Any) -> Tensor:
-        return allocate(*arguments).fill_(float("nan"))
-
-    monkeypatch.setattr(launching, "_allocate", poisoned_buffer)
 
 
 @pytest.mark.parametrize("case", [*FORMS, *WINDOWS, *SHARED, *STREAMED], ids=str)

@@ -63,6 +63,12 @@ GOLDENS = {
     "t1_resident": BASE.changed(block_size=256, seq_len_q=65536, seq_len_k=65536),
     "t2_window_many": BASE.changed(num_iters=2, window=2, seq_len_q=39 * 300, seq_len_k=39 * 300),
     "window_biased": BASE.changed(mask=MaskKind.KEY_BIAS, window=1),
+    "tiles": BASE.changed(
+        seq_len_q=1 + 37 * 37, seq_len_k=1 + 37 * 37, grid=(37, 37), block_size=32, tile=(4, 8), window=0, prefix=1
+    ),
+    "tiles_plus_masked": BASE.changed(
+        seq_len_q=8 * 16 * 16, seq_len_k=8 * 16 * 16, grid=(8, 16, 16), block_size=64, tile=(4, 4, 4), window=1
+    ).changed(window_shape="plus", mask=MaskKind.KEY_PADDING),
     "cross": BASE.changed(seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": BASE.changed(
         seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
@@ -377,6 +383,7 @@ reports = []
 for change, capability in json.loads(sys.stdin.read()):
     n = change.pop("seq_len", 4096)
     sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=n, seq_len_k=n, head_dim=64, value_dim=64)
+    change |= {name: tuple(change[name]) for name in ("grid", "tile") if name in change}
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
     ir = MonarchAttention(**sizes, dtype=torch.float16, form=Form(64), scale=0.125).changed(**change)
     schedule = EMITTER.choose_schedule(ir, tuple(capability))
@@ -388,6 +395,7 @@ for change, capability in json.loads(sys.stdin.read()):
         reports.append({**report, **place, "ptx": "", "halves": halves})
 print(json.dumps(reports))
 """
+TILED = {"window": 1, "window_shape": "plus", "prefix": 1, "mask": "key_padding"}
 TO_COMPILE = [
     ({"dtype": "float16"}, (9, 0)),
     ({"dtype": "bfloat16", "num_iters": 2, "init": "mean", "pad": "pre", "mask": "key_padding"}, (9, 0)),
@@ -403,6 +411,10 @@ TO_COMPILE = [
     ({"dtype": "float16", "num_iters": 2, "head_dim": 40, "value_dim": 40}, (9, 0)),
     ({"dtype": "float16", "head_dim": 160, "value_dim": 160}, (9, 0)),
     ({"dtype": "float16", "mask": "key_bias"}, (9, 0)),
+    ({"dtype": "float16", "seq_len": 1370, "grid": (37, 37), "tile": (8, 8), **TILED}, (9, 0)),
+    ({"dtype": "bfloat16", "grid": (64, 64), "tile": (4, 8), "block_size": 32, "window": 0}, (8, 0)),
+    ({"dtype": "float32", "grid": (64, 64), "tile": (8, 8), "num_iters": 2, "window": 1}, (9, 0)),
+    ({"dtype": "bfloat16", "grid": (16, 16, 16), "tile": (4, 4, 4), "window": 1, "window_shape": "plus"}, (9, 0)),
     (
         {"dtype": "bfloat16", "window": 1, "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
         (9, 0),
