@@ -44,7 +44,7 @@ class Tuning:
     stages: the fields of a schedule that matter to an IR, the costliest first.
     variants: schedules that differ from one in one stage, legal or not.
     shared_bytes: shared memory of one program under a tiling, an upper estimate.
-    inputs: tensors of an IR of known sizes, on a device; None for one that is absent.
+    inputs: what `run` takes after the launcher, for an IR of known sizes, on a device.
     small: an IR that is quickly checked, of the same kernels.
     expected: the float64 reference of some inputs.
     bound: the largest relative Frobenius error that is right.
@@ -55,7 +55,7 @@ class Tuning:
     stages: Callable[[IR], tuple[str, ...]]
     variants: Callable[[Any, str, IR], Iterator[Any]]
     shared_bytes: Callable[[Tiling, IR], int]
-    inputs: Callable[[IR, Any], tuple[Tensor | None, ...]]
+    inputs: Callable[[IR, Any], tuple[Any, ...]]
     small: Callable[[IR], IR]
     expected: Callable[[IR, tuple[Tensor | None, ...]], Tensor]
     bound: Callable[[IR], float]

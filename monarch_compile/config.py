@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form
-from monarch_compile.calibration.plan import Plan
 from monarch_compile.errors import ConfigError
 from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
+
+if TYPE_CHECKING:
+    from monarch_compile.calibration.plan import Plan
 
 POLICIES = ("auto", "always", "never")
 
@@ -29,7 +31,7 @@ OPTION_RULES: dict[str, OptionRule] = {
     "cross_attention": FLAG,
     "autotune": FLAG,
     "strict": FLAG,
-    "plan": OptionRule(lambda v: v is None or isinstance(v, Plan), "a Plan, or the path of a saved one"),
+    "plan": OptionRule(lambda v: v is None or _is_plan(v), "a Plan, or the path of a saved one"),
     "mode": OptionRule(lambda v: v is None or v in _inductor_modes(), "None or a mode of torch.compile"),
 }
 
@@ -134,8 +136,16 @@ def _loaded_plan(ours: Mapping[str, Any]) -> Any:
     settled = [name for name in FORM_OPTIONS if name in ours]
     if settled:
         raise ConfigError(f"the plan settles {', '.join(FORM_OPTIONS)}; found {', '.join(settled)} beside it")
+    from monarch_compile.calibration.plan import Plan
+
     plan = ours["plan"]
     return Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+
+
+def _is_plan(value: object) -> bool:
+    from monarch_compile.calibration.plan import Plan
+
+    return isinstance(value, Plan)
 
 
 def _inductor_modes() -> tuple[str, ...]:

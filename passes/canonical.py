@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, same_shape, shape_of
-from monarch_compile.passes.memory import storages_of
+from monarch_compile.passes.memory import must_be_kept, storages_of
 
 ALIASES: dict[OpOverload, OpOverload] = {
     aten.divide.Tensor: aten.div.Tensor,
@@ -121,8 +121,8 @@ def functionalize_private_writes(gm: GraphModule) -> int:
     """Make an in-place op functional where only the graph can see the memory it writes.
 
     The memory must have been made by an op of the graph, and be known at the write by one name alone (or by views
-    that nothing else reads); later readers of the old value are pointed at the new one. Anything else stays in place,
-    and sites it touches are refused.
+    that nothing else reads); later readers of the old value are pointed at the new one, which is dropped if there are
+    none. Anything else stays in place, and sites it touches are refused.
     """
     names = _Names(gm)
     changed = 0
@@ -137,6 +137,8 @@ def functionalize_private_writes(gm: GraphModule) -> int:
             user.replace_input_with(base, node)
         names.move(base, node)
         changed += 1
+    if changed:
+        gm.graph.eliminate_dead_code(must_be_kept)
     return changed
 
 

@@ -22,7 +22,7 @@ class Frontend:
     """A family's way from a graph to its op, as plain functions.
 
     op: the operator that stands for a lowered site; its first `num_tensors` arguments are tensors or None.
-    prepare: passes before matching, which fold what the family spells in many ways.
+    prepare: passes before matching, for what the family spells in many ways.
     laid_out: a fake tensor like the op's result, with the strides that the op gives it.
     find: every site of a graph and of the bodies in it that are opened, refused ones included, in the graph's order.
     choose: what is decided about a site, by its name, the options and what its graph does beside it.

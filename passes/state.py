@@ -66,9 +66,8 @@ class State:
     """The graph and what is known of it so far.
 
     before: a copy of the graph as it was before the first change that is no canonical spelling.
-    sites, choices: of all families, in the order in which they were found. notes: what a family's passes leave for its
-    later ones. num_protected: how many nodes were changed, in nothing that they compute, to be kept from Inductor's
-    own rewrites.
+    sites, choices: of all families, in the order in which they were found. num_protected: how many nodes were changed,
+    in nothing that they compute, to be kept from Inductor's own rewrites.
     """
 
     graph: GraphModule
@@ -78,7 +77,6 @@ class State:
     before: GraphModule | None = None
     sites: list[tuple[str, Any]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
     num_protected: int = 0
 
     def on_each_graph(self, change: Callable[[GraphModule], int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from monarch_compile.attention import form, groups, ir
+from monarch_compile.attention import blocking, form, groups, ir
 from monarch_compile.codegen.attention import kernels, launch, schedule, search, specialization
 from monarch_compile.codegen.emitters import Emitter, Tuning
 
@@ -34,5 +34,5 @@ EMITTER = Emitter(
         expected=search.expected,
         bound=search.bound,
     ),
-    meaning=(form, groups, ir),
+    meaning=(blocking, form, groups, ir),
 )

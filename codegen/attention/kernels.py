@@ -11,15 +11,15 @@ import torch
 from monarch_compile.attention.blocking import steps_to_neighbours
 from monarch_compile.attention.form import MAX_AXES
 from monarch_compile.attention.groups import HIDDEN
-from monarch_compile.attention.ir import MaskKind, MonarchAttention
+from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
 from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
 from monarch_compile.version import __version__
 
-COPIED_ROWS = 16
-"""Rows of the prefix that a program copies at once: enough that each thread loads several numbers side by side."""
+COPIED_ROWS = SHARED_PREFIX
+"""Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 LEAST_SCALE = 2.0**-126
@@ -64,6 +64,8 @@ class Role:
 
 
 _QKV, _SUMMARIES, _GROUPS = ("q", "k", "v"), ("a", "y", "c"), ("near", "z")
+PREFIX_SHARES = ("prefix_sum", "prefix_total", "prefix_top")
+"""What each block of keys says to the rows of a prefix: values, total weights and their exponents."""
 
 MEAN = Role("monarch_mean_query", "mean_query", "represent", ("q",), ("qhat",))
 ONLY = Role("monarch_summarize", "summarize", "summarize", _QKV, _SUMMARIES, values=True)
@@ -92,12 +94,19 @@ def roles(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
     return (*sequence, last, ATTEND)
 
 
+def shares_prefix(ir: MonarchAttention, schedule: Schedule) -> bool:
+    """Whether the exact rows of a prefix are computed by the kernels, share by share, and not apart."""
+    fused = schedule.fused and can_fuse(ir) and ir.form.block_size <= schedule.summarize.step
+    return fused and 0 < ir.form.prefix <= SHARED_PREFIX
+
+
 def canonical(ir: MonarchAttention) -> MonarchAttention:
     """`ir` with the sizes that kernels take at run time replaced by their names."""
     heads = "H" if ir.group == 1 else f"{ir.group}*H"
     rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
     grid = None if ir.form.tile is None else tuple(f"N_{axis}" for axis in range(len(ir.form.tile)))
-    return replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys, grid=grid)
+    named = replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys, grid=grid)
+    return replace(named, form=ir.form.simplest())
 
 
 def program(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
@@ -141,6 +150,9 @@ def _buffers(ir: MonarchAttention) -> dict[str, Buffer]:
             _strides("rows_batch", "rows_head", "rows_row", "rows_dim"),
         ),
         Buffer("z", dtype, ("batch", "seq_len_q", "num_heads", value)),
+        Buffer("prefix_sum", f32, ("heads", ir.form.prefix, "num_blocks", pitch(value))),
+        Buffer("prefix_total", f32, ("heads", ir.form.prefix, "num_blocks")),
+        Buffer("prefix_top", f32, ("heads", ir.form.prefix, "num_blocks")),
         Buffer("a", dtype, (*per_block, pitch(head))),
         Buffer("y", dtype, (*per_block, pitch(value))),
         Buffer("c", f32, per_block),
@@ -168,7 +180,9 @@ def _kernel(
     if role.summarizes:
         template += "_whole" if ir.form.block_size <= tiling.step else "_stream"
     updates = ("z",) if role.far and role.values and ir.form.has_exact_keys else ()
-    reads = tuple(buffers[name] for name in _reads(role, ir))
+    shared = shares_prefix(ir, schedule)
+    reads = tuple(buffers[name] for name in _reads(role, ir, shared))
+    written = (*role.writes, *(PREFIX_SHARES if shared and role is FUSED else ()))
     aligned = [name for x in reads if x.name in STRIDED_ROWS for name, dim in x.strides if dim < len(x.dims) - 1]
     variables = {
         **_choices(role, ir, schedule, tiling, specialization),
@@ -181,7 +195,7 @@ def _kernel(
         name=role.name,
         template=f"{template}.py.jinja",
         reads=reads,
-        writes=tuple(buffers[name] for name in role.writes if name not in updates),
+        writes=tuple(buffers[name] for name in written if name not in updates),
         updates=tuple(buffers[name] for name in updates),
         sizes=SIZES,
         constants=tuple(_constants(role, ir, schedule, tiling, specialization).items()),
@@ -192,10 +206,10 @@ def _kernel(
     )
 
 
-def _reads(role: Role, ir: MonarchAttention) -> tuple[str, ...]:
+def _reads(role: Role, ir: MonarchAttention, shared: bool) -> tuple[str, ...]:
     mask = ("key_mask",) if role.reads_keys and ir.mask is not MaskKind.NONE else ()
     near = ("near",) if role.far and ir.form.has_exact_keys else ()
-    rows = ("rows",) if near and role.values and ir.form.prefix else ()
+    rows = (PREFIX_SHARES if shared else ("rows",)) if near and role.values and ir.form.prefix else ()
     return (*role.reads, *mask, *near, *rows)
 
 
@@ -238,6 +252,9 @@ def _choices(
         "near_aligned": not (specialization.partial_block or ir.form.block_size % steps_of_near),
         "ragged_near": _keys_of_neighbours(role, ir) % steps_of_near != 0,
         **_axes(ir),
+        "shares_prefix": shares_prefix(ir, schedule),
+        "writes_prefix": shares_prefix(ir, schedule) and role is FUSED,
+        "several_tiles": tiling.turns != ALL and ir.form.block_size > tiling.rows,
         "resident": tiling.turns == ALL,
         "walks": tiling.turns > 1,
         "window": ir.form.window,
@@ -285,11 +302,12 @@ def _constants(
     tiles = {"TILE_L": tiling.step}
     if role.reads_keys:
         tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-block // tiling.rows)}
-        tiles |= {"TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
+        tiles |= {"TILE_R": COPIED_ROWS, "TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
     elif role.template == "represent":
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
     elif role.template == "attend":
         tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns, "TILE_R": COPIED_ROWS}
+        tiles["TILE_S"] = 64 if padded(ir.value_dim) <= 128 else 32
     elif role.template == "exchange":
         tiles = {"TILE": tiling.rows}
     return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}

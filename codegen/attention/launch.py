@@ -14,6 +14,7 @@ from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import centred
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
+from monarch_compile.codegen.attention.kernels import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
@@ -96,7 +97,7 @@ def run(
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
-    if form.prefix:
+    if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
         tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
     (output,) = launcher(tensors, sizes)
@@ -110,7 +111,8 @@ def bucketed(ir: MonarchAttention) -> MonarchAttention:
     """
     blocks = None if ir.num_blocks is None else _bucket(ir.num_blocks)
     rows = _bucket_of_rows(ir.block_size_q) if ir.is_cross else None
-    return _bucket_ir(ir.head_dim, ir.value_dim, ir.dtype, ir.form, ir.scale, ir.mask, ir.group, blocks, rows)
+    form = ir.form.simplest()
+    return _bucket_ir(ir.head_dim, ir.value_dim, ir.dtype, form, ir.scale, ir.mask, ir.group, blocks, rows)
 
 
 def describe(ir: MonarchAttention) -> str:
@@ -119,8 +121,10 @@ def describe(ir: MonarchAttention) -> str:
     return f"attention {dims} | {ir.form} mask {ir.mask.value}, at most {bucketed(ir).num_blocks} blocks"
 
 
-_form = functools.lru_cache(maxsize=1024)(Form)
-"""Checked once: a call of eager code waits for it."""
+@functools.lru_cache(maxsize=1024)
+def _form(**options: Any) -> Form:
+    """Checked once: a call of eager code waits for it."""
+    return Form(**options).simplest()
 
 
 @functools.lru_cache(maxsize=1024)

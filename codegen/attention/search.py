@@ -112,8 +112,9 @@ def bound(ir: MonarchAttention) -> float:
     return ir.form.num_iters * ERROR_BOUNDS[ir.dtype]
 
 
-def inputs(ir: MonarchAttention, device: torch.device) -> tuple[Tensor | None, ...]:
-    """q, k, v as a fused projection gives them, standard normal, and a mask that hides some keys where there is one."""
+def inputs(ir: MonarchAttention, device: torch.device) -> tuple[Any, ...]:
+    """q, k, v as a fused projection gives them, standard normal, a mask that hides some keys where there is one, and
+    the grid where blocks are tiles."""
     generator = torch.Generator(device).manual_seed(0)
     batch, seq_len = int(ir.batch), int(ir.seq_len_k)
 
@@ -123,12 +124,13 @@ def inputs(ir: MonarchAttention, device: torch.device) -> tuple[Tensor | None, .
 
     q = rows(int(ir.num_heads), ir.head_dim)
     k, v = (rows(int(ir.num_kv_heads), dim) for dim in (ir.head_dim, ir.value_dim))
+    grid = None if ir.form.tile is None else ir.grid
     if ir.mask is MaskKind.NONE:
-        return q, k, v, None
-    return q, k, v, torch.rand((batch, seq_len), device=device, generator=generator) > 0.1
+        return q, k, v, None, grid
+    return q, k, v, torch.rand((batch, seq_len), device=device, generator=generator) > 0.1, grid
 
 
-def expected(ir: MonarchAttention, given: tuple[Tensor | None, ...]) -> Tensor:
+def expected(ir: MonarchAttention, given: tuple[Any, ...]) -> Tensor:
     """The float64 reference of `inputs`."""
-    q, k, v = (x.double() for x in given[:3] if x is not None)
+    q, k, v = (x.double() for x in given[:3])
     return reference(q, k, v, given[3], **ir.options())

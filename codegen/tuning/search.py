@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ GAIN = 1.02
 Timer = Callable[[Callable[[], Tensor]], float]
 """Median milliseconds of one call."""
 Inspect = Callable[[Kernel, Capability], CompileReport]
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Any, ...]
 
 
 @dataclass

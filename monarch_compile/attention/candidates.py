@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
-from monarch_compile.attention.lengths import auto_block_size
+from monarch_compile.attention.lengths import auto_block_size, tiling_at
 from monarch_compile.cost.devices import Device
 from monarch_compile.cost.prediction import MARGIN
 from monarch_compile.family import Occurrence, total_seconds
@@ -20,32 +20,77 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "pad": ("post",),
     "window": (None, 1, 2, 4, 8),
     "prefix": (0, 4),
+    "tile": (None,),
+    "window_shape": ("box",),
 }
 """What is tried for each option that the caller has not fixed."""
 
+ON_GRID: dict[str, tuple[Any, ...]] = {
+    "tile": (0.5, 1, 2),  # times as many tokens as what "auto" is
+    "window": (None, 0, 1),
+    "window_shape": ("box", "plus"),
+}
+"""What is tried instead where the tokens are known to lie on a grid of several axes."""
+
 
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:
-    """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention."""
+    """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention.
+
+    Where the options gave the site tiles in each of its graphs, the forms are tiles too.
+    """
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
-    timed = ((form, total_seconds(occurrences, device, form)) for form in _grid(occurrences[0], device, fixed))
+    tiled = {(o.ir.form.prefix, len(o.ir.form.tile or ())) for o in occurrences}
+    on_grid = len(tiled) == 1 and occurrences[0].ir.form.tile is not None
+    forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed)
+    timed = ((form, total_seconds(occurrences, device, form)) for form in forms)
     return [form for form, (exact_s, monarch_s) in timed if monarch_s * MARGIN <= exact_s]
 
 
-def _grid(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
-    names = [name for name in FORM_OPTIONS if name != "block_size"]
-    values = [(fixed[name],) if name in fixed else SEARCH[name] for name in names]
-    forms = []
-    for choice in itertools.product(*values):
-        form = Form(block_size=1, **dict(zip(names, choice, strict=True)))
-        forms += [replace(form, block_size=size) for size in _block_sizes(occurrence, device, form, fixed)]
-    return list(dict.fromkeys(forms))
+def _combined(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value for each option."""
+    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
 
 
-def _block_sizes(occurrence: Occurrence, device: Device, form: Form, fixed: Mapping[str, Any]) -> list[int]:
+def _pieces(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
+    values = {name: (fixed[name],) if name in fixed else SEARCH[name] for name in FORM_OPTIONS if name != "block_size"}
+    values["tile"] = (None,)  # a caller's tile is for the sites on a grid
+    sizes = [(options, _block_sizes(occurrence, device, options, fixed)) for options in _combined(values)]
+    return list(dict.fromkeys(Form(block_size=size, **options) for options, found in sizes for size in found))
+
+
+def _block_sizes(
+    occurrence: Occurrence, device: Device, options: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> list[int]:
     if "block_size" in fixed:
         return [int(fixed["block_size"])]
-    ir = occurrence.ir
-    seq_len = ir.seq_len_k if isinstance(ir.seq_len_k, int) else dict(occurrence.hints)[ir.seq_len_k]
-    best = auto_block_size(seq_len, device.kind, form.window, form.prefix)
+    seq_len = _seq_len(occurrence)
+    best = auto_block_size(seq_len, device.kind, options["window"], options["prefix"])
     return [max(1, min(seq_len, int(best * factor))) for factor in SEARCH["block_size"]]
+
+
+def _tiles(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
+    own = occurrence.ir.form
+    best = tiling_at(device.kind, len(own.tile), _seq_len(occurrence) - own.prefix).tile
+    tried = {**SEARCH, **ON_GRID, "tile": tuple(resized(best, factor) for factor in ON_GRID["tile"])}
+    values = {name: (fixed[name],) if name in fixed else tried[name] for name in FORM_OPTIONS if name != "block_size"}
+    values |= {"prefix": (own.prefix,), "pad": (own.pad,)}  # those of the grid, and of all tiles
+    forms = [Form(block_size=math.prod(options["tile"]), **options) for options in _combined(values)]
+    return [form for form in forms if form.window or form.window_shape == values["window_shape"][0]]
+
+
+def resized(tile: Sequence[int], factor: float) -> tuple[int, ...]:
+    """A tile of `factor` (a power of two) times as many tokens, as near to a cube as the powers of two allow."""
+    sides = list(tile)
+    while factor > 1:
+        shortest = len(sides) - 1 - sides[::-1].index(min(sides))
+        sides[shortest], factor = sides[shortest] * 2, factor / 2
+    while factor < 1 and max(sides) > 1:
+        longest = sides.index(max(sides))
+        sides[longest], factor = sides[longest] // 2, factor * 2
+    return tuple(sides)
+
+
+def _seq_len(occurrence: Occurrence) -> int:
+    seq_len = occurrence.ir.seq_len_k
+    return seq_len if isinstance(seq_len, int) else dict(occurrence.hints)[seq_len]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from monarch_compile.errors import InputError
 from monarch_compile.tools.commands import Commands
 
 if TYPE_CHECKING:
@@ -28,6 +30,12 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--iters", type=int, default=1)
     parser.add_argument("--masked", action="store_true", help="with key padding")
+    parser.add_argument("--grid", type=int, nargs="+", metavar="N", help="sizes of a token grid, instead of --lengths")
+    parser.add_argument(
+        "--tile", type=int, nargs="+", metavar="B", help="tokens of a block along each axis of the grid"
+    )
+    parser.add_argument("--window-shape", choices=("box", "plus"), default="box")
+    parser.add_argument("--prefix", type=int, default=0, help="tokens before the grid, or the blocks")
 
 
 def problems(args: argparse.Namespace, device_type: str) -> list[MonarchAttention]:
@@ -38,13 +46,17 @@ def problems(args: argparse.Namespace, device_type: str) -> list[MonarchAttentio
     from monarch_compile.attention.ir import MaskKind, MonarchAttention
     from monarch_compile.attention.lengths import auto_block_size
 
+    if (args.grid is None) != (args.tile is None):
+        raise InputError("--grid needs --tile, and --tile needs --grid")
+    tile, grid = (None if x is None else tuple(x) for x in (args.tile, args.grid))
+    lengths = args.lengths if grid is None else [args.prefix + math.prod(grid)]
     dim, found = args.head_dim, []
     mask = MaskKind.KEY_PADDING if args.masked else MaskKind.NONE
-    for seq_len, window in itertools.product(args.lengths, args.windows):
-        block = args.block_size or auto_block_size(seq_len, device_type, window)
+    for seq_len, window in itertools.product(lengths, args.windows):
+        block = math.prod(tile) if tile else args.block_size or auto_block_size(seq_len, device_type, window)
         shape = (args.batch, args.heads, args.heads, seq_len, seq_len, dim, dim)
-        form = Form(block, args.iters, window=window)
-        found.append(MonarchAttention(*shape, getattr(torch, args.dtype), form, dim**-0.5, mask))
+        form = Form(block, args.iters, window=window, prefix=args.prefix, tile=tile, window_shape=args.window_shape)
+        found.append(MonarchAttention(*shape, getattr(torch, args.dtype), form, dim**-0.5, mask, grid=grid))
     return found
 
 

@@ -86,6 +86,15 @@ class Form:
         """Whether some keys are attended to exactly: a window's or a prefix's. The paper's form has none."""
         return self.window is not None or self.prefix > 0
 
+    def simplest(self) -> Form:
+        """The form that gives the same with the least work.
+
+        One iteration from the identity start weighs a row's own block by that row's own scores, exactly, as a window of
+        0 does: without one, there is no group of keys to be merged.
+        """
+        own_alone = self.window == 0 and self.num_iters == 1 and self.init == "identity"
+        return replace(self, window=None) if own_alone else self
+
     def one_axis(self) -> Form:
         """The same block size and as many keys in a window, without a grid: what takes the same work."""
         if self.tile is None:

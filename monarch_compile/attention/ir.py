@@ -23,6 +23,10 @@ MAX_HEAD_DIM = 256
 """The most features of a head that the kernels hold; the reference has no limit."""
 
 
+SHARED_PREFIX = 16
+"""The most rows of a prefix that the kernels compute beside the blocks, one tile of queries; more have their own."""
+
+
 class MaskKind(Enum):
     """What is known of the keys: which ones every row may see, or a number that is added to every row's scores."""
 
@@ -159,7 +163,9 @@ def _fits_grid(ir: MonarchAttention) -> bool:
 
 
 def _covers_sequence(ir: MonarchAttention) -> bool:
-    if ir.grid is None or not isinstance(ir.seq_len_k, int) or not all(isinstance(size, int) for size in ir.grid):
+    if ir.form.tile is None or ir.grid is None or not isinstance(ir.seq_len_k, int):
+        return True
+    if not all(isinstance(size, int) for size in ir.grid):
         return True
     return math.prod(size for size in ir.grid if isinstance(size, int)) + ir.form.prefix == ir.seq_len_k
 
@@ -178,7 +184,7 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
     Rule(_fits_grid, "a tile needs a grid of as many axes"),
     Rule(lambda ir: ir.form.tile is None or not ir.is_cross, "a tile needs seq_len_q == seq_len_k"),
-    Rule(_covers_sequence, "prefix and the product of the grid must be seq_len_k"),
+    Rule(_covers_sequence, "with a tile, prefix and the product of the grid must be seq_len_k"),
 )
 
 

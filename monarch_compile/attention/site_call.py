@@ -36,8 +36,10 @@ class AttentionCall:
         return AttentionCall(site, q, k, v, key_mask, dict(zip(OPTIONS, options, strict=True)))
 
     def monarch(self, **changes: Any) -> Tensor:
-        """Monarch attention with the site's options, or others."""
+        """Monarch attention with the site's options, or others; the grid is the site's, where blocks are tiles."""
         options = {**self.options, **changes}
+        if options["tile"] is None:
+            options["grid"] = None
         output: Tensor = ATTENTION_OP(self.q, self.k, self.v, self.key_mask, *(options[name] for name in OPTIONS))
         return output
 

@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.ir import SHARED_PREFIX, MonarchAttention
 from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.cost.devices import WIDE, Device, Host
 from monarch_compile.cost.prediction import Cost, Prediction, Quantity
@@ -216,7 +216,7 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
     block_rows = _ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters)
-    groups = _group_sizes(ir.form.one_axis(), rows, keys)
+    groups = _group_sizes(ir.form.simplest().one_axis(), rows, keys)
     return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 
@@ -317,9 +317,20 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
 
     padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
     work_s = device.seconds(device.monarch, counts.tiled_flops, counts.bytes, counts.exps, ir.dtype) * padding
-    rows_s = exactly(counts.rows_flops, counts.rows_bytes) if exact_rows else 0.0
+    apart = exact_rows and not _shares_prefix(device, ir)
+    rows_s = exactly(counts.rows_flops, counts.rows_bytes) if apart else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)
     return exactly(counts.exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
+
+
+def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
+    """Whether a prefix's exact rows take no kernel of their own, and next to no time.
+
+    On CUDA the blocks' kernels, which read every key anyway, compute those of a short prefix.
+    """
+    form = ir.form
+    small = 0 < form.prefix <= SHARED_PREFIX and form.block_size <= WHOLE_TILE // 2
+    return device.kind == "cuda" and small and form.num_iters == 1 and form.init == "identity"
 
 
 def _kernels(device: Device, ir: MonarchAttention) -> int:
@@ -348,7 +359,7 @@ def _ahead(sizes: tuple[int, ...], device: Device, host: Host, dtype: torch.dtyp
 def _launching(host: Host, device: Device, ir: MonarchAttention, trains: bool) -> tuple[float, float]:
     """Seconds of the host for the exact and the Monarch form."""
     exact_s, monarch_s = host.exact_s, host.site_s + host.kernel_s * _kernels(device, ir)
-    if ir.form.prefix:
+    if ir.form.prefix and not _shares_prefix(device, ir):
         monarch_s += host.rows_s
     if trains:
         exact_s += host.exact_back_s

@@ -145,7 +145,8 @@ def _check_unguarded(region: AttentionRegion, context: Context) -> str | None:
 
 def _check_learned_keys(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
     """Keys that layers make of weights alone may be a layer's weight themselves, unless queries are made like that."""
-    if region.anchor is region.output or is_computed(region.k.node, before=region.anchor):
+    is_one_op = region.interior == (region.output,)
+    if is_one_op or is_computed(region.k.node, before=region.anchor):
         return None
     if not is_computed(region.q.node, before=region.anchor):
         return None

@@ -13,18 +13,12 @@ from monarch_compile.passes.attention.lower import as_op_gives, lower
 from monarch_compile.passes.attention.match import find_sites
 from monarch_compile.passes.attention.operands import hoist_scales, without_copies
 from monarch_compile.passes.attention.region import AttentionRegion, Site
-from monarch_compile.passes.attention.softmaxes import fold_softmaxes, unfold_softmaxes
+from monarch_compile.passes.attention.softmaxes import softmaxes_of
 from monarch_compile.passes.capture.enclosed import all_graphs, copy_graph
 from monarch_compile.passes.frontends import Frontend
 from monarch_compile.passes.state import Choice, Pass, State
 
 FAMILY = "attention"
-
-
-def _fold_softmaxes(state: State) -> str:
-    folded = [(gm, fold_softmaxes(gm)) for gm in all_graphs(state.graph)]
-    state.notes["folded softmaxes"] = folded
-    return f"{sum(len(found) for _, found in folded)} softmaxes written by hand"
 
 
 def _hoist_scales(state: State) -> str:
@@ -46,19 +40,15 @@ def _keep_from_fusion(state: State) -> str:
     pairs = list(state.of_family(FAMILY))
     stay = [site.anchor for site, choice in pairs if not choice.lowers and site.anchor.graph in graphs]
     anchors = {site.anchor for site, _ in pairs}
-    others = [n for graph in graphs for n in graph.nodes if n not in anchors and is_no_attention(n)]
-    misread = [anchor for anchor in (*stay, *others) if may_be_misread(anchor)]
+    softmaxes = {node: found for graph in graphs for node, found in softmaxes_of(graph).items()}
+    others = [node for node, softmax in softmaxes.items() if node not in anchors and is_no_attention(softmax)]
+    misread = [anchor for anchor in (*stay, *others) if may_be_misread(anchor, softmaxes.get(anchor))]
     if misread and state.before is None:
         state.before = copy_graph(state.graph)
     for anchor in misread:
         keep_from_fusion(anchor)
     state.num_protected += len(misread)
     return f"{len(misread)} softmaxes kept from Inductor's fusion"
-
-
-def _unfold_softmaxes(state: State) -> str:
-    left = sum(unfold_softmaxes(gm, folded) for gm, folded in state.notes["folded softmaxes"])
-    return f"{left} softmaxes of exact sites left as they were written"
 
 
 FRONTEND = Frontend(
@@ -69,6 +59,6 @@ FRONTEND = Frontend(
     find=_find,
     choose=choose,
     lower=_lower,
-    prepare=(Pass("fold_softmaxes", _fold_softmaxes), Pass("hoist_scales", _hoist_scales)),
-    finish=(Pass("keep_from_fusion", _keep_from_fusion), Pass("unfold_softmaxes", _unfold_softmaxes)),
+    prepare=(Pass("hoist_scales", _hoist_scales),),
+    finish=(Pass("keep_from_fusion", _keep_from_fusion),),
 )

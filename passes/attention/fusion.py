@@ -19,19 +19,17 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from monarch_compile.passes.attention.anchors import EXP, SOFTMAXES
 from monarch_compile.passes.attention.products import MIXED, SCALES, SCORES
 from monarch_compile.passes.attention.scores import keeps_matrix
+from monarch_compile.passes.attention.softmaxes import Softmax
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
 from monarch_compile.passes.graph import (
     FLOATS,
     ancestors_of,
-    arg,
     aten,
     call_like,
     dtype_of,
     inputs,
-    normal_dim,
     shape_of,
     value_of,
 )
@@ -44,13 +42,14 @@ BY_HEADS = [0, 2, 1, 3]
 """The one permutation in the patterns, beside that of a matrix: (batch, seq_len, heads, dim) by heads."""
 
 
-def may_be_misread(anchor: Node) -> bool:
-    """Whether Inductor's fusion may take the site of an anchor for what it is not."""
+def may_be_misread(anchor: Node, softmax: Softmax | None) -> bool:
+    """Whether Inductor's fusion may take the site of an anchor, the softmax if it is one, for what it is not."""
     if anchor.target is aten.scaled_dot_product_attention.default:
         return any(_is_turned(x, always=True) for x in inputs(anchor)[:3])
-    if anchor.target in EXP:  # no softmax over the keys, though it may have every op of one
-        return True
-    return anchor.target in SOFTMAXES and _is_misread(anchor)
+    if softmax is None or softmax.late is not None:  # no pattern normalises late
+        return False
+    is_bare = softmax.dim is None  # no softmax over the keys, though it may have every op of one
+    return is_bare or _is_misread(softmax)
 
 
 def keep_from_fusion(anchor: Node) -> None:
@@ -72,29 +71,32 @@ def _put_views(node: Node, before: Node, is_moved: Callable[[Node], bool]) -> No
 class Chain:
     """A softmax with the nodes that hold its scores, from the products on, and those that hold its probabilities."""
 
-    softmax: Node
+    softmax: Softmax
     scores: tuple[Node, ...]
     products: tuple[Node, ...]
     probs: tuple[Node, ...]
     mixes: tuple[Node, ...]
 
 
-def _is_misread(softmax: Node) -> bool:
-    scores, products = _walk(softmax, lambda node: list(node.all_input_nodes), SCORES)
-    probs, mixes = _walk(softmax, lambda node: list(node.users), MIXED)
+def _is_misread(softmax: Softmax) -> bool:
+    scores, products = _walk([softmax.scores, *softmax.masks], lambda node: list(node.all_input_nodes), SCORES)
+    probs, mixes = _walk([*softmax.node.users], lambda node: list(node.users), MIXED)
     chain = Chain(softmax, _leading_to(scores, products), products, probs, mixes)
     return any(misreads(chain) for misreads in MISREAD)
 
 
-def _walk(start: Node, following: Callable[[Node], list[Node]], ends: Any) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """The nodes within reach, and the products that they end in."""
-    passed, ended, frontier = {start: None}, dict[Node, None](), [start]
+def _walk(
+    found: list[Node], following: Callable[[Node], list[Node]], ends: Any
+) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """The nodes within reach, from those found first, and the products that they end in."""
+    passed, ended = dict[Node, None](), dict[Node, None]()
     for _ in range(STEPS):
-        found = [x for at in frontier for x in following(at) if x.op == "call_function" and x not in passed]
+        found = [x for x in dict.fromkeys(found) if x.op == "call_function" and x not in passed]
         ended.update((x, None) for x in found if x.target in ends)
-        frontier = [x for x in dict.fromkeys(found) if x.target not in ends]
-        passed.update(dict.fromkeys(frontier))
-    return tuple(passed)[1:], tuple(ended)
+        found = [x for x in found if x.target not in ends]
+        passed.update(dict.fromkeys(found))
+        found = [x for at in found for x in following(at)]
+    return tuple(passed), tuple(ended)
 
 
 def _leading_to(nodes: tuple[Node, ...], products: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -112,9 +114,7 @@ def _leading_to(nodes: tuple[Node, ...], products: tuple[Node, ...]) -> tuple[No
 
 
 def _runs_elsewhere(chain: Chain) -> bool:
-    rank = len(shape_of(chain.softmax))
-    dim = arg(chain.softmax, 1, "dim")
-    return not isinstance(dim, int) or normal_dim(dim, rank) != rank - 1
+    return chain.softmax.dim != chain.softmax.rank - 1
 
 
 def _is_scaled_by_tensor(chain: Chain) -> bool:
@@ -247,7 +247,7 @@ def _may_be_rescaled(chain: Chain) -> bool:
     if not any(_is_odd_divisor(x, head_dims) for x in _divisors_of_scores(chain)):
         return False
     changed = [node for node in chain.scores if node.target not in {*SCALES, *VIEWS, *CASTS}]
-    dtypes = {dtype_of(x) for x in (chain.softmax, *chain.scores, *chain.products, *chain.mixes)} - {None}
+    dtypes = {dtype_of(x) for x in (chain.softmax.node, *chain.scores, *chain.products, *chain.mixes)} - {None}
     is_masked = any(node.target in FILLS or _adds_data(node, chain) for node in changed)
     copies = {_is_copied(node) for query in queries for node in _steps_to(query)}
     return (

@@ -13,24 +13,29 @@ from torch.fx import Node
 
 from monarch_compile.passes.attention.dims import Sources, sources_of
 from monarch_compile.passes.attention.products import SCORES, pairing_of
+from monarch_compile.passes.attention.softmaxes import Softmax
 from monarch_compile.passes.graph import aten, shape_of
 from monarch_compile.passes.weights import is_computed, is_made_by
 
 
 @dataclass(frozen=True)
 class Between:
-    """A softmax over `dim`, and what is near it.
+    """A softmax, and what is near it.
 
     products: above, of two tensors; layers: other products with weights. passed: nodes above that still hold scores.
     values: what the products below mix.
     """
 
-    anchor: Node
-    dim: int
+    anchor: Softmax
     products: frozenset[Node]
     layers: frozenset[Node]
     passed: frozenset[Node]
     values: tuple[Node, ...]
+
+    @property
+    def dim(self) -> int:
+        """The dim that softmax runs over; the last, where that is not known."""
+        return self.anchor.rank - 1 if self.anchor.dim is None else self.anchor.dim
 
 
 def runs_over_keys(near: Between) -> bool:
@@ -54,17 +59,17 @@ def _is_layer(node: Node) -> bool:
 
 def _givers(near: Between, dim: int) -> Iterator[tuple[Node, list[Node] | None]]:
     """Products above a softmax, each with the operands that give a dim of its input; None where that is not known."""
-    ends, pending, seen = near.products | near.layers, [(near.anchor, dim)], set()
+    ends, pending, seen = near.products | near.layers, [(near.anchor.scores, dim)], set()
     while pending:
         at = pending.pop()
-        if at in seen:
+        if at in seen or not (at[0] in ends or at[0] in near.passed):
             continue
         seen.add(at)
         sources = _operands(*at) if at[0] in ends else sources_of(*at)
         if sources is None or at[0] in ends:
             yield at[0], None if sources is None else [n for n, _ in sources]
         else:
-            pending += [source for source in sources if source[0] in ends or source[0] in near.passed]
+            pending += sources
 
 
 def _operands(product: Node, dim: int) -> Sources | None:
@@ -82,7 +87,7 @@ def _is_of_features(near: Between) -> bool:
 
     Then softmax is a heat map that says where something is, or it normalises the features of linear attention's keys.
     """
-    last = len(shape_of(near.anchor)) - 1
+    last = near.anchor.rank - 1
     if near.dim < last - 1:
         return False
     rows = last if near.dim == last - 1 else last - 1
@@ -94,9 +99,9 @@ def _is_of_features(near: Between) -> bool:
     return not any(map(is_computed, near.values)) or _is_summed_at_once(near.anchor, rows)
 
 
-def _is_summed_at_once(anchor: Node, rows: int) -> bool:
+def _is_summed_at_once(anchor: Softmax, rows: int) -> bool:
     """Whether all that becomes of the mixture is a sum over its rows, in a product with something computed."""
-    pending, found = [(anchor, rows, False)], False
+    pending, found = [(anchor.node, rows, anchor.late is not None)], False
     while pending:
         node, dim, is_mixed = pending.pop()
         for user in node.users:

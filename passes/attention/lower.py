@@ -239,6 +239,8 @@ def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion, biased: bo
         row = _as_bias(graph, row, mask)
     elif mask.role == "add":
         row = graph.call_function(aten.eq.Scalar, (row, 0))
+    elif dtype_of(mask.node) != torch.bool:
+        row = graph.call_function(aten.ne.Scalar, (row, 0))
     sizes = _sizes(graph, (region.lead[0], region.k_shape[2]))
     if mask.score_rank > 4:
         row = graph.call_function(aten.expand.default, (row, [*mask.lead[:-1], sizes[-1]]))

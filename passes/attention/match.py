@@ -6,7 +6,7 @@ Up to the product of queries and keys: scores.py. Down to the product with the v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +14,12 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from monarch_compile.passes.attention.anchors import (
-    EXP,
-    OWN_MASK,
-    SOFTMAXES,
-    head_mixer,
-    is_attention,
-    is_unread_mix,
-)
+from monarch_compile.passes.attention.anchors import head_mixer, is_attention, is_unread_mix
 from monarch_compile.passes.attention.hidden import hidden_attention
 from monarch_compile.passes.attention.products import MIXED
 from monarch_compile.passes.attention.region import AttentionRegion, MaskTerm, Operand, Site, frame_of
 from monarch_compile.passes.attention.scores import Walk, keeps_matrix, peel_up
+from monarch_compile.passes.attention.softmaxes import Softmax, softmax_over, softmaxes_of
 from monarch_compile.passes.canonical import DROPOUTS
 from monarch_compile.passes.capture.bodies import WHY, bodies_of
 from monarch_compile.passes.capture.enclosed import CLOSED, is_opened
@@ -38,7 +32,6 @@ from monarch_compile.passes.graph import (
     dtype_of,
     inputs,
     modules_of,
-    normal_dim,
     same_shape,
     shape_of,
 )
@@ -48,6 +41,8 @@ from monarch_compile.passes.views import CASTS, TRANSPOSES, VIEWS, swaps_matrix
 from monarch_compile.refusal import Refusal, Refused
 
 SDPA_OP = aten.scaled_dot_product_attention.default
+OWN_MASK = aten._masked_softmax.default
+"""A softmax that also applies a mask."""
 MAX_RANK = 6
 
 MIXED_HEADS = frozenset({"scores_op", "scores_view", "scores_layout", "probs_op"})
@@ -57,7 +52,9 @@ MIXED_HEADS = frozenset({"scores_op", "scores_view", "scores_layout", "probs_op"
 def find_sites(gm: GraphModule) -> list[Site]:
     """Every attention site of a pre-dispatch ATen graph, in graph order; refused ones included."""
     sites: list[Site] = []
+    softmaxes = softmaxes_of(gm.graph)
     for node in gm.graph.nodes:
+        softmax = softmaxes.get(node)
         if node.op != "call_function":
             continue
         if isinstance(node.target, HigherOrderOperator):
@@ -69,24 +66,22 @@ def find_sites(gm: GraphModule) -> list[Site]:
                 sites.append(RefusedSite(node, hidden))
             elif node.target is SDPA_OP:
                 sites.append(_from_sdpa(node))
-            elif node.target in SOFTMAXES and is_attention(node):
-                sites.append(_from_softmax(node))
-            elif node.target in OWN_MASK and is_attention(node):
+            elif softmax is not None and is_attention(softmax):
+                sites.append(_from_softmax(softmax))
+            elif node.target is OWN_MASK and is_attention(softmax_over(node, arg(node, 2, "dim"))):
                 raise Refused("normalisation", f"{node.target} applies a mask of its own", node)
-            elif node.target in EXP and is_attention(node):
-                why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
-                raise Refused("normalisation", why, node)
         except Refused as refused:
-            sites.append(_refused(node, refused.refusal))
+            refusal = refused.refusal if softmax is None else _without_mixer(softmax, refused.refusal)
+            sites.append(RefusedSite(node, refusal))
     return sites
 
 
-def _refused(anchor: Node, refusal: Refusal) -> RefusedSite:
+def _without_mixer(softmax: Softmax, refusal: Refusal) -> Refusal:
     """A refusal at a softmax; where a layer mixes heads, the views around it are not what is in the way."""
-    mixer = head_mixer(anchor) if refusal.code in MIXED_HEADS else None
-    if mixer is not None:
-        refusal = Refusal("heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
-    return RefusedSite(anchor, refusal)
+    mixer = head_mixer(softmax) if refusal.code in MIXED_HEADS else None
+    if mixer is None:
+        return refusal
+    return Refusal("heads_mixed", "a layer mixes the heads of the scores, or of the probabilities", mixer)
 
 
 def _inside(node: Node) -> list[Site]:
@@ -150,27 +145,27 @@ def _group_of(node: Node, q: Node, k: Node, v: Node) -> int:
     return int(heads[0] // heads[1])
 
 
-def _from_softmax(anchor: Node) -> AttentionRegion:
-    rank, given = len(shape_of(anchor)), arg(anchor, 1, "dim")
-    swapped = rank >= 2 and normal_dim(given, rank) == rank - 2
-    if not swapped and (rank < 2 or normal_dim(given, rank) != rank - 1):
-        raise Refused(
-            "softmax_dim", f"softmax runs over dim {given}, not over the keys (one of the last two dims)", anchor
-        )
-    walk = Walk(swapped)
-    scores_node, scores = peel_up(inputs(anchor)[0], walk)
-    down = _peel_down(anchor, swapped)
-    output, below = down.product, down.chain
-    mixed = MIXED[output.target](output, below[-1], down.swapped)
+def _from_softmax(softmax: Softmax) -> AttentionRegion:
+    anchor, swapped = softmax.node, _is_swapped(softmax)
+    walk = Walk(swapped, softmax.factor, _masks_of(softmax, swapped))
+    scores_node, scores = peel_up(softmax.scores, walk)
+    if softmax.late is None:
+        down = _peel_down(anchor, swapped)
+        output = product = down.product
+    else:
+        down = Down([softmax.late.weights], swapped)
+        output, product = anchor, softmax.late.product
+    below = down.chain
+    mixed = MIXED[product.target](product, below[-1], down.swapped)
     if mixed is None and swapped:
-        why = f"softmax runs over dim {given}, the product with the values sums over another"
+        why = f"softmax runs over dim {softmax.dim}, the product with the values sums over another"
         raise Refused("softmax_dim", why, anchor)
     if mixed is None:
-        raise Refused("values_layout", "the product with the values has a layout that is not understood", output)
-    interior = (*walk.seen, anchor, *below[1:])
-    _require_single_use(walk.seen, {*interior, output})
+        raise Refused("values_layout", "the product with the values has a layout that is not understood", product)
+    interior = tuple(dict.fromkeys((*walk.seen, *softmax.inner, anchor, *below[1:], output)))
+    _require_single_use((*walk.seen, *softmax.inner), {*interior})
     masks = (*walk.masks, *down.masks)
-    leads = [m.lead for m in masks] or [shape_of(n)[:-2] for n in interior]
+    leads = [m.lead for m in masks] or [shape_of(n)[:-2] for n in (*walk.seen, *below)]
     return AttentionRegion(
         anchor=anchor,
         output=output,
@@ -183,13 +178,32 @@ def _from_softmax(anchor: Node) -> AttentionRegion:
         qk_lead=shape_of(scores_node)[:-2],
         pv_lead=shape_of(below[-1])[:-2],
         out_dims=mixed.out_dims,
-        interior=(*interior, output),
+        interior=interior,
         factors=tuple(walk.factors),
         scores_dtype=dtype_of(scores_node),
     )
 
 
-def _require_single_use(scores: list[Node], inside: set[Node]) -> None:
+def _is_swapped(softmax: Softmax) -> bool:
+    """Whether its scores are (*lead, keys, queries)."""
+    rank, dim = softmax.rank, softmax.dim
+    if dim is None:
+        why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
+        raise Refused("normalisation", why, softmax.node)
+    if rank < 2 or dim < rank - 2:
+        why = f"softmax runs over dim {dim}, not over the keys (one of the last two dims)"
+        raise Refused("softmax_dim", why, softmax.node)
+    return dim == rank - 2
+
+
+def _masks_of(softmax: Softmax, swapped: bool) -> list[MaskTerm]:
+    """What makes weights 0 hides their scores."""
+    lead = shape_of(softmax.scores)[:-2]
+    roles = [(mask, "keep" if is_kept else "drop") for mask, is_kept in reversed(softmax.drops)]
+    return [MaskTerm(mask, role, lead, swapped=swapped) for mask, role in roles]
+
+
+def _require_single_use(scores: Iterable[Node], inside: set[Node]) -> None:
     """Every use of the scores must go with the rewrite: be inside, or serve nothing but what is inside."""
     for node in scores:
         for user in node.users:

@@ -32,10 +32,10 @@ class Operand:
 class MaskTerm:
     """One mask on the scores, or on the probabilities.
 
-    role: "keep" (bool, True stays), "drop" (bool, True goes), "add" (added to the scores). Two roles hide nothing by
-    themselves, and have to be proved to change only what other masks hide: "times" (multiplies) and "again" (bool,
-    True becomes 0 after softmax). `lead` are the leading dims of the scores it is broadcast to; `gain` multiplies an
-    added mask (a scale applied later, a sign); `swapped` scores are (*lead, keys, queries).
+    role: "keep" (bool or binary, True or 1 stays), "drop" (bool, True goes), "add" (added to the scores). Two roles
+    hide nothing by themselves, and have to be proved to change only what other masks hide: "times" (multiplies) and
+    "again" (bool, True becomes 0 after softmax). `lead` are the leading dims of the scores it is broadcast to; `gain`
+    multiplies an added mask (a scale applied later, a sign); `swapped` scores are (*lead, keys, queries).
     """
 
     node: Node

@@ -1,19 +1,17 @@
-"""Softmax written by hand becomes softmax: weights over their own sum, late normalisation, log-softmax.
+"""Which nodes are softmaxes, and of what: one op, or written by hand. The graph is only read.
 
-Every rule is an identity of real numbers that holds for any input, site or not. A rule is a row of FOLDS; what counts
-as weights is a row of WEIGHTS.
+A spelling by hand is an identity of real numbers that holds for any input, attention or not: weights over their own
+sum, late normalisation, exp of log-softmax. A spelling is a row of SOFTMAXES; what counts as weights, a row of WEIGHTS.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import Graph, Node
 
 from monarch_compile.passes.attention.masks import is_binary
 from monarch_compile.passes.attention.products import MIXED
@@ -22,7 +20,6 @@ from monarch_compile.passes.graph import (
     FLOATS,
     arg,
     aten,
-    call_like,
     dtype_of,
     inputs,
     normal_dim,
@@ -30,203 +27,145 @@ from monarch_compile.passes.graph import (
     shape_of,
     switches_mode,
 )
-from monarch_compile.passes.memory import must_be_kept, storages_of, writes_of
+from monarch_compile.passes.memory import storages_of, writes_of
 
 
-class Recipe(NamedTuple):
-    """What makes a node anew."""
+class Late(NamedTuple):
+    """Late normalisation: `product` is weights @ values, of which each row is divided by the sum of its weights."""
 
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    meta: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Folded:
-    """A softmax that stands for what was written by hand, and how that was made: kept for a site that stays exact."""
-
-    softmax: Node
-    original: Node
-    recipes: Mapping[Node, Recipe]
-
-
-def fold_softmaxes(gm: GraphModule) -> tuple[Folded, ...]:
-    """Rewrite hand-written softmaxes; returns what was folded, in the graph's order.
-
-    What is read for a fold must not be written anywhere in the graph, nor lie across a switch of grad mode or autocast.
-    """
-    written = frozenset().union(*(write.storages for write in writes_of(gm.graph)))
-    period = 0
-    pairs: list[tuple[Node, Node]] = []
-    periods: dict[Node, int] = {}
-    for node in list(gm.graph.nodes):
-        period += switches_mode(node)
-        periods[node] = period
-        fold = FOLDS.get(node.target) if node.op == "call_function" else None
-        found = fold(node) if fold is not None else None
-        if found is None or any(storages_of(n) & written or periods[n] != period for n in found.read):
-            continue
-        with gm.graph.inserting_before(node):
-            result = found.build(node)
-        if dtype_of(result) != dtype_of(node) or not same_shape(result, node):
-            continue
-        periods[result] = period
-        node.replace_all_uses_with(result)
-        pairs.append((result, node))
-    if not pairs:
-        return ()
-    recipes = {n: Recipe(n.op, n.target, n.args, dict(n.kwargs), dict(n.meta)) for n in gm.graph.nodes}
-    gm.graph.eliminate_dead_code(must_be_kept)
-    left = set(gm.graph.nodes)
-    gone = {node: recipe for node, recipe in recipes.items() if node not in left}
-    return tuple(Folded(result, node, gone) for result, node in pairs)
-
-
-def unfold_softmaxes(gm: GraphModule, folded: Sequence[Folded]) -> int:
-    """Put back what each fold that is still in the graph stands for; returns how many.
-
-    A fold is an identity of real numbers: in floating point the two may differ, where scores are huge. So what stays
-    exact stays as it was written. One whose operands other passes have replaced keeps its softmax.
-    """
-    changed = 0
-    for fold in reversed(folded):  # a later one may hold an earlier one
-        left = set(gm.graph.nodes)
-        if fold.softmax not in left or not fold.softmax.users:
-            continue
-        order = _needed(fold, left)
-        if order is None:
-            continue
-        made: dict[Node, Node] = {}
-        with gm.graph.inserting_before(fold.softmax):
-            for node in order:
-                made[node] = _made(gm, fold.recipes[node], made, node.name)
-        fold.softmax.replace_all_uses_with(made[fold.original])
-        changed += 1
-    if changed:
-        gm.graph.eliminate_dead_code(must_be_kept)
-    return changed
-
-
-def _made(gm: GraphModule, recipe: Recipe, made: Mapping[Node, Node], name: str) -> Node:
-    args, kwargs = map_arg((recipe.args, recipe.kwargs), lambda n: made.get(n, n))
-    node = gm.graph.create_node(recipe.op, recipe.target, args, kwargs, name=name)
-    node.meta = dict(recipe.meta)
-    return node
-
-
-def _needed(fold: Folded, left: set[Node]) -> list[Node] | None:
-    """The nodes to make anew, each after its operands; None where an operand is neither in the graph nor known."""
-    order: dict[Node, None] = {}
-
-    def visit(node: Node) -> bool:
-        if node in left or node in order:
-            return True
-        if node not in fold.recipes:
-            return False
-        recipe = fold.recipes[node]
-        operands: list[Node] = []
-        map_arg((recipe.args, recipe.kwargs), operands.append)
-        if not all(visit(operand) for operand in operands):
-            return False
-        order[node] = None
-        return True
-
-    return list(order) if visit(fold.original) else None
+    weights: Node
+    product: Node
 
 
 @dataclass(frozen=True)
-class Weights:
-    """exp(factor * scores), 0 where a mask says so. drops: masks, each with True where a weight is 0 or where it stays.
+class Softmax:
+    """softmax(factor * scores) over `dim`, with weights of 0 where a mask says so; the value of `node`.
 
-    read: the nodes that were looked through.
+    dim: None of exponentials that nothing is known to normalise. drops: masks, each with whether a weight stays where
+    it is True (or 1) or goes there. inner: what stands between the scores and the node. late: given where the node's
+    value is the softmax times values already. closed: nodes that read this node as a part of another softmax.
     """
 
+    node: Node
     scores: Node
-    read: tuple[Node, ...]
+    dim: int | None
     factor: float = 1.0
     drops: tuple[tuple[Node, bool], ...] = ()
+    inner: tuple[Node, ...] = ()
+    late: Late | None = None
+    closed: frozenset[Node] = frozenset()
 
-    def softmax(self, like: Node, dim: int) -> Node:
-        """softmax of the scores that these are the weights of."""
-        scores = self.scores
-        if self.factor != 1:
-            scores = call_like(like, aten.mul.Tensor, (scores, self.factor))
-        for mask, is_kept in self.drops:
-            if dtype_of(mask) != torch.bool:
-                dropped = call_like(like, aten.eq.Scalar, (mask, 0))
-            else:
-                dropped = call_like(like, aten.logical_not.default, (mask,)) if is_kept else mask
-            scores = call_like(like, aten.masked_fill.Scalar, (scores, dropped, -math.inf))
-        return call_like(like, aten.softmax.int, (scores, dim))
+    @property
+    def rank(self) -> int:
+        """How many dims the scores have."""
+        return len(shape_of(self.scores))
+
+    @property
+    def masks(self) -> tuple[Node, ...]:
+        """The masks, whatever they say."""
+        return tuple(mask for mask, _ in self.drops)
+
+    def through(self, *nodes: Node) -> Softmax:
+        """The same, `node` and these being looked through."""
+        return replace(self, inner=tuple(dict.fromkeys((*self.inner, self.node, *nodes))))
 
 
-@dataclass(frozen=True)
-class Fold:
-    """A rewriting that has been proved: the nodes it reads, and how to build it before a node."""
+Softmaxes = Mapping[Node, Softmax]
 
-    read: tuple[Node, ...]
-    build: Callable[[Node], Node]
+
+def softmax_over(node: Node, dim: int | None) -> Softmax:
+    """One op, as the softmax of its first input; None: over the last dim."""
+    return Softmax(node, inputs(node)[0], normal_dim(-1 if dim is None else dim, len(shape_of(node))))
+
+
+def softmaxes_of(graph: Graph) -> dict[Node, Softmax]:
+    """The softmaxes of a graph by their nodes, in its order, and its other exponentials; no part of another is one.
+
+    What is read for a softmax by hand must not be written anywhere in the graph, nor lie across a switch of grad mode
+    or autocast.
+    """
+    written = frozenset().union(*(write.storages for write in writes_of(graph)))
+    found: dict[Node, Softmax] = {}
+    periods: dict[Node, int] = {}
+    period = 0
+    for node in graph.nodes:
+        period += switches_mode(node)
+        periods[node] = period
+        rule = SOFTMAXES.get(node.target) if node.op == "call_function" else None
+        softmax = rule(node, found) if rule is not None else None
+        if softmax is not None and softmax.inner:
+            read = (softmax.scores, *softmax.inner, *softmax.masks)
+            if any(storages_of(n) & written or periods[n] != period for n in read):
+                softmax = None
+        if softmax is None and node.target in EXP:
+            softmax = Softmax(node, inputs(node)[0], None, EXP[node.target])
+        if softmax is not None:
+            found[node] = softmax
+    return _without_parts(graph, found)
+
+
+def _without_parts(graph: Graph, found: Softmaxes) -> dict[Node, Softmax]:
+    """Those that serve more than another softmax; of what else they serve, the parts of that one are closed off."""
+    inner = {node for softmax in found.values() for node in softmax.inner}
+    parts: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in inner and all(u in parts or (u in found and node in found[u].inner) for u in node.users):
+            parts.add(node)
+    left = {node: softmax for node, softmax in found.items() if node not in parts}
+    for node in inner.intersection(left):
+        wholes = [softmax for softmax in found.values() if node in softmax.inner]
+        closed = {n for whole in wholes for n in (whole.node, *parts.intersection(whole.inner))}
+        left[node] = replace(left[node], closed=frozenset(closed))
+    return left
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weights(node: Any, dim: int) -> Weights | None:
-    """The node as weights whose sums over `dim` normalise them."""
+def _weights(node: Any, dim: int, known: Softmaxes) -> Softmax | None:
+    """The node as weights whose sums over `dim` normalise them; probabilities are weights, too."""
     if not isinstance(node, Node) or node.op != "call_function" or dtype_of(node) not in FLOATS:
         return None
-    rule = WEIGHTS.get(node.target)
-    found = rule(node, dim) if rule is not None else None
+    found = known.get(node)
+    if found is not None and (found.late is not None or found.dim not in (None, dim)):
+        return None
+    if found is None and node.target in WEIGHTS:
+        found = WEIGHTS[node.target](node, dim, known)
     if found is None or dtype_of(found.scores) != dtype_of(node) or not same_shape(found.scores, node):
         return None
-    return replace(found, read=(*found.read, node))
+    return found
 
 
-def _from_exp(node: Node, dim: int) -> Weights | None:
-    return Weights(inputs(node)[0], (inputs(node)[0],), math.log(2) if node.target is aten.exp2.default else 1.0)
-
-
-def _from_softmax(node: Node, dim: int) -> Weights | None:
-    """Probabilities are weights too: what a mask leaves of them may be normalised anew."""
-    if arg(node, 2, "dtype") is not None or normal_dim(inputs(node)[1], len(shape_of(node))) != dim:
-        return None
-    return Weights(inputs(node)[0], (inputs(node)[0],))
-
-
-def _dropping(weights: Weights | None, mask: Any, is_kept: bool) -> Weights | None:
+def _masked(node: Node, weights: Softmax | None, mask: Any, is_kept: bool) -> Softmax | None:
     if weights is None or not isinstance(mask, Node):
         return None
-    return replace(weights, read=(*weights.read, mask), drops=(*weights.drops, (mask, is_kept)))
+    return replace(weights.through(), node=node, drops=(*weights.drops, (mask, is_kept)))
 
 
-def _from_masked_fill(node: Node, dim: int) -> Weights | None:
+def _masked_fill(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
     source, mask, fill = inputs(node)
-    return _dropping(_weights(source, dim), mask, False) if constant_of(fill) == 0 else None
+    return _masked(node, _weights(source, dim, known), mask, False) if constant_of(fill) == 0 else None
 
 
-def _from_where(node: Node, dim: int) -> Weights | None:
+def _where(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
     mask, source, other = inputs(node)
-    return _dropping(_weights(source, dim), mask, True) if constant_of(other) == 0 else None
+    return _masked(node, _weights(source, dim, known), mask, True) if constant_of(other) == 0 else None
 
 
-def _from_product(node: Node, dim: int) -> Weights | None:
+def _times_mask(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
     for source, mask in (inputs(node)[:2], inputs(node)[1::-1]):
-        weights = _weights(source, dim) if isinstance(mask, Node) and mask is not source else None
+        weights = _weights(source, dim, known) if isinstance(mask, Node) and mask is not source else None
         if weights is not None and is_binary(mask):
-            return _dropping(weights, mask, True)
+            return _masked(node, weights, mask, True)
     return None
 
 
-WEIGHTS: dict[object, Callable[[Node, int], Weights | None]] = {
-    aten.exp.default: _from_exp,
-    aten.exp2.default: _from_exp,
-    aten.softmax.int: _from_softmax,
-    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _from_masked_fill),
-    **dict.fromkeys((aten.where.self, aten.where.ScalarOther), _from_where),
-    aten.mul.Tensor: _from_product,
+WEIGHTS: dict[object, Callable[[Node, int, Softmaxes], Softmax | None]] = {
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther), _where),
+    aten.mul.Tensor: _times_mask,
 }
+"""Ops that leave weights what they are, or make them 0. Exponentials and softmaxes are weights by themselves."""
 
 
 def _summed(node: Any) -> tuple[Node, int, tuple[Node, ...]] | None:
@@ -250,42 +189,49 @@ def _sum_over(node: Any, *, keepdim: bool) -> tuple[Node, int] | None:
     return source, normal_dim(dims[0], len(shape_of(source)))
 
 
-# ---- folds -----------------------------------------------------------------------------------------------------------
+# ---- softmaxes -------------------------------------------------------------------------------------------------------
 
 
-def _fold_quotient(node: Node) -> Fold | None:
-    return _quotient(node, *inputs(node)[:2])
+def _softmax(node: Node, known: Softmaxes) -> Softmax:
+    return softmax_over(node, arg(node, 1, "dim"))
 
 
-def _fold_times_reciprocal(node: Node) -> Fold | None:
+def _quotient(node: Node, known: Softmaxes) -> Softmax | None:
+    above, below = inputs(node)[:2]
+    return _over_sum(node, above, below, known)
+
+
+def _times_reciprocal(node: Node, known: Softmaxes) -> Softmax | None:
     for above, factor in (inputs(node)[:2], inputs(node)[1::-1]):
-        if isinstance(factor, Node) and (below := _reciprocal_of(factor)) is not None:
-            found = _quotient(node, above, below)
-            return None if found is None else replace(found, read=(*found.read, factor))
+        if isinstance(factor, Node) and (found := _reciprocal(factor)) is not None:
+            below, read = found
+            softmax = _over_sum(node, above, below, known)
+            return None if softmax is None else replace(softmax, inner=(*softmax.inner, *read))
     return None
 
 
-def _reciprocal_of(node: Node) -> Any:
-    """x where `node` is 1 / x."""
+def _reciprocal(node: Node) -> tuple[Any, tuple[Node, ...]] | None:
+    """(x, nodes read) where `node` is 1 / x."""
     if node.target is aten.mul.Tensor and constant_of(inputs(node)[1]) == 1 and isinstance(inputs(node)[0], Node):
-        return _reciprocal_of(inputs(node)[0])
+        found = _reciprocal(inputs(node)[0])
+        return None if found is None else (found[0], (*found[1], node))
     is_power = node.target is aten.pow.Tensor_Scalar and inputs(node)[1] == -1
-    return inputs(node)[0] if is_power or node.target is aten.reciprocal.default else None
+    return (inputs(node)[0], (node,)) if is_power or node.target is aten.reciprocal.default else None
 
 
-def _quotient(node: Node, above: Any, below: Any) -> Fold | None:
+def _over_sum(node: Node, above: Any, below: Any, known: Softmaxes) -> Softmax | None:
     """weights / their sum, before or after the product with the values."""
     total = _summed(below)
     if total is None or not isinstance(above, Node):
         return None
     summed, dim, read = total
-    weights = _weights(summed, dim)
-    if weights is None:
+    weights = _weights(summed, dim, known)
+    if weights is None or dtype_of(node) != dtype_of(weights.scores):
         return None
-    read = (*read, *weights.read)
+    softmax = replace(weights.through(*read, above), node=node, dim=dim)
     if summed is above or _is_same(summed, above):
-        return Fold((*read, above), lambda like: weights.softmax(like, dim))
-    return _late(node, above, summed, weights, dim, (*read, above))
+        return softmax if same_shape(node, weights.scores) else None
+    return replace(softmax, late=Late(summed, above)) if _is_late(node, above, summed, dim) else None
 
 
 def _is_same(x: Node, y: Node) -> bool:
@@ -293,47 +239,51 @@ def _is_same(x: Node, y: Node) -> bool:
     return x.op == y.op == "call_function" and (x.target, x.args, x.kwargs) == (y.target, y.args, y.kwargs)
 
 
-def _late(node: Node, product: Node, summed: Node, weights: Weights, dim: int, read: tuple[Node, ...]) -> Fold | None:
+def _is_late(node: Node, product: Node, weights: Node, dim: int) -> bool:
     """(weights @ v) / sum is softmax @ v where each row of the product is divided by the sum of its own row."""
     rank = len(shape_of(product))
-    if product.target not in MIXED or set(product.users) != {node} or dim != rank - 1:
-        return None
-    mixed = MIXED[product.target](product, summed, False)
-    if mixed is None or mixed.out_dims != tuple(range(rank)) or len(shape_of(summed)) != rank:
-        return None
-    if str(shape_of(summed)[:-1]) != str(shape_of(product)[:-1]):
-        return None
-
-    def build(like: Node) -> Node:
-        probs = weights.softmax(like, dim)
-        args = map_arg(product.args, lambda n: probs if n is summed else n)
-        return call_like(like, product.target, args, dict(product.kwargs))
-
-    return Fold((*read, mixed.v.node), build)
+    if product.target not in MIXED or set(product.users) != {node} or dim != rank - 1 or not same_shape(product, node):
+        return False
+    mixed = MIXED[product.target](product, weights, False)
+    if mixed is None or mixed.out_dims != tuple(range(rank)) or len(shape_of(weights)) != rank:
+        return False
+    return str(shape_of(weights)[:-1]) == str(shape_of(product)[:-1])
 
 
-def _fold_exp(node: Node) -> Fold | None:
+def _exp(node: Node, known: Softmaxes) -> Softmax | None:
     """exp of log-softmax, or of scores less their logsumexp."""
     source = inputs(node)[0]
-    if not isinstance(source, Node) or source.op != "call_function":
+    found = _log_softmax(source)
+    if found is None:
         return None
-    if source.target is aten.log_softmax.int:
-        given = inputs(source)
-        dtype = {} if (cast := arg(source, 2, "dtype")) is None else {"dtype": cast}
-        return Fold((given[0], source), lambda like: call_like(like, aten.softmax.int, given[:2], dtype))
-    if source.target is not aten.sub.Tensor or arg(source, 2, "alpha", 1) != 1:
+    scores, dim, read = found
+    is_cast = dtype_of(node) != (arg(source, 2, "dtype") or dtype_of(scores))
+    return None if is_cast else Softmax(node, scores, normal_dim(dim, len(shape_of(node))), inner=read)
+
+
+def _log_softmax(node: Node) -> tuple[Node, int, tuple[Node, ...]] | None:
+    """(scores, dim, nodes read) of log-softmax."""
+    if node.target is aten.log_softmax.int:
+        return inputs(node)[0], arg(node, 1, "dim"), (node,)
+    if node.target is not aten.sub.Tensor or arg(node, 2, "alpha", 1) != 1:
         return None
-    scores, total = inputs(source)[:2]
+    scores, total = inputs(node)[:2]
     if not isinstance(total, Node) or total.target is not aten.logsumexp.default or inputs(total)[0] is not scores:
         return None
     dims = inputs(total)[1]
-    if not arg(total, 2, "keepdim", False) or len(dims) != 1:
-        return None
-    return Fold((scores, source, total), lambda like: call_like(like, aten.softmax.int, (scores, dims[0])))
+    return (scores, dims[0], (node, total)) if arg(total, 2, "keepdim", False) and len(dims) == 1 else None
 
 
-FOLDS: dict[object, Callable[[Node], Fold | None]] = {
-    aten.div.Tensor: _fold_quotient,
-    aten.mul.Tensor: _fold_times_reciprocal,
-    aten.exp.default: _fold_exp,
+EXP: dict[object, float] = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}
+"""Exponentials, with what they multiply their exponents by before e is raised to them."""
+
+SOFTMAXES: dict[object, Callable[[Node, Softmaxes], Softmax | None]] = {
+    aten.softmax.int: _softmax,
+    aten._softmax.default: _softmax,
+    aten.softmax.int_out: _softmax,
+    aten._safe_softmax.default: _softmax,
+    aten.div.Tensor: _quotient,
+    aten.mul.Tensor: _times_reciprocal,
+    aten.exp.default: _exp,
 }
+"""Ops whose output may be a softmax; what was found earlier in the graph is known."""

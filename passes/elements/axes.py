@@ -90,10 +90,11 @@ def same_size(x: Any, y: Any) -> bool:
     """Whether two sizes are provably equal, without a guard."""
     if isinstance(x, int) and isinstance(y, int):
         return x == y
-    if str(x) == str(y):
-        return True
     hints = [size if isinstance(size, int) else size.node.hint for size in (x, y)]
-    return (None in hints or hints[0] == hints[1]) and bool(statically_known_true(x == y))
+    if None not in hints and hints[0] != hints[1]:  # they differ already, for the sizes that the graph was traced with
+        return False
+    expressions = [size if isinstance(size, int) else size.node.expr for size in (x, y)]
+    return bool(expressions[0] == expressions[1]) or bool(statically_known_true(x == y))
 
 
 def whole_number(size: Any) -> int | None:
@@ -265,7 +266,7 @@ def with_patches(layout: Layout) -> Layout:
     """The layout, where it shows an image to be cut into patches: their places are spatial then.
 
     Dims of an argument, each cut in two, with the outer parts together as one dim, or two or three next to each
-    other, and all the inner parts together in another: (h, p), (w, p) become (h, w) and (.., p, p).
+    other, and all the inner parts together in another, the features: (h, p), (w, p) become (h, w) and (.., p, p).
     """
     found = list(layout)
     for place, axis in enumerate(layout):
@@ -275,7 +276,7 @@ def with_patches(layout: Layout) -> Layout:
         dims = [f.along for f in factors]
         one_image = len({f.origin[0] for f in factors}) == 1 and len(set(dims)) == len(dims)
         whole = one_image and all(len(f.cuts) == 1 for f in factors)
-        if whole and any(_holds_halves(factors, rest) for at, rest in enumerate(layout) if at != place):
+        if whole and any(_holds_halves(factors, rest) for at, rest in enumerate(layout) if at not in (0, place)):
             order = sorted(dims)
             spatial = tuple(
                 Factor(f.origin, Kind.SPATIAL, f.size, order.index(f.along), f.cuts, f.parent) for f in factors
@@ -285,7 +286,8 @@ def with_patches(layout: Layout) -> Layout:
 
 
 def _holds_halves(factors: Sequence[Factor], axis: Axis) -> bool:
-    return all(any(are_halves(f, g) for g in axis.factors) for f in factors)
+    is_batch = any(g.kind is Kind.IMAGE and g.along == 0 for g in axis.factors)
+    return not is_batch and all(any(are_halves(f, g) for g in axis.factors) for f in factors)
 
 
 def other(node: Node, dim: int, size: Any, why: str, blamed: Node | None = None) -> Axis:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from monarch_compile.passes.elements.axes import (
     other,
     regrouped,
     same_size,
-    spatial,
     total,
     whole_number,
     with_patches,
@@ -235,11 +233,16 @@ def _of_index_select(seen: Layouts, node: Node) -> Layout:
 
 
 def _of_gather(seen: Layouts, node: Node) -> Layout:
-    source, given = inputs(node)[:2]
+    """The index has a place for each element: along other dims it is an operand like the source."""
+    source, given, index = inputs(node)[:3]
     before, rank = seen.layout(source), len(shape_of(node))
-    dim, why = normal_dim(given, rank), "tokens are gathered by index, in an order that is not known"
-    kept = [d != dim and same_size(shape_of(source)[d], shape_of(node)[d]) for d in range(rank)]
-    return tuple(before[d] if kept[d] else other(node, d, shape_of(node)[d], why) for d in range(rank))
+    at, why = normal_dim(given, rank), "tokens are gathered by index, in an order that is not known"
+    found = []
+    for dim, size in enumerate(shape_of(node)):
+        stays = dim != at and same_size(shape_of(source)[dim], size)
+        axes = [before[dim], seen.layout(index)[dim]]
+        found.append(joined(axes, node, dim, size) if stays else other(node, dim, size, why))
+    return tuple(found)
 
 
 # ---- joins -----------------------------------------------------------------------------------------------------------
@@ -291,122 +294,6 @@ def _of_stack(seen: Layouts, node: Node) -> Layout:
     return tuple(found)
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def _of_pad(seen: Layouts, node: Node) -> Layout:
-    """Padding, and cropping by a negative number."""
-    source, pads = inputs(node)[:2]
-    before = seen.layout(source)
-    padded = {len(before) - 1 - i // 2 for i, pad in enumerate(pads) if not (isinstance(pad, int) and pad == 0)}
-    why = "tokens are padded"
-    return tuple(moved(node, dim, axis, why) if dim in padded else axis for dim, axis in enumerate(before))
-
-
-def _of_roll(seen: Layouts, node: Node) -> Layout:
-    """A roll of a spatial axis moves the image; one of the flattened tokens is another order."""
-    source, dims = inputs(node)[0], arg(node, 2, "dims", [])
-    before = seen.layout(source)
-    rolled = {normal_dim(d, len(before)) for d in dims} if dims else {*range(len(before))}
-    found = []
-    for dim, axis in enumerate(before):
-        factor = axis.single
-        stays = dim not in rolled or (factor is not None and factor.kind is Kind.SPATIAL)
-        found.append(axis if stays else other(node, dim, shape_of(node)[dim], "tokens are rolled"))
-    return tuple(found)
-
-
-def _of_resized(seen: Layouts, node: Node) -> Layout:
-    """Pooling and interpolation: all dims after the first two."""
-    before, rank = seen.layout(inputs(node)[0]), len(shape_of(node))
-    first = rank - int(RESIZES[node.target])
-    why = "tokens are pooled or interpolated"
-    return tuple(moved(node, dim, axis, why) if dim >= first else axis for dim, axis in enumerate(before))
-
-
-def _part_of_pool(seen: Layouts, op: Node, place: int, node: Node) -> Layout:
-    before, rank = seen.layout(inputs(op)[0]), len(shape_of(node))
-    why = "tokens are pooled"
-    return tuple(moved(node, dim, axis, why) if dim >= rank - 2 else axis for dim, axis in enumerate(before))
-
-
-def _of_pixel_shuffle(seen: Layouts, node: Node) -> Layout:
-    before, sizes = seen.layout(inputs(node)[0]), shape_of(node)
-    rank = len(sizes)
-    along = alongs(before[-2:])
-    made = [_new_spatial(node, dim, before[dim], a) for dim, a in ((rank - 2, along[0]), (rank - 1, along[1]))]
-    return (*before[:-3], other(node, rank - 3, sizes[-3], "it holds features of pixels"), *made)
-
-
-def _new_spatial(node: Node, dim: int, axis: Axis, along: int) -> Axis:
-    size = shape_of(node)[dim]
-    if is_whole(axis):
-        return spatial(node, dim, size, along)
-    return other(node, dim, size, "an op on images is applied to flattened tokens")
-
-
-def is_whole(axis: Axis) -> bool:
-    """Whether a dim may be an axis of an image: it is not known to be several, or tokens and then several."""
-    factor = axis.single
-    return not axis.factors or (factor is not None and factor.kind is not Kind.JOINED)
-
-
-def alongs(axes: Sequence[Axis]) -> list[int]:
-    """Which spatial axes some dims are: those that they were before, else as they stand."""
-    singles = [axis.single for axis in axes]
-    known = [f.along for f in singles if f is not None and f.kind in (Kind.SPATIAL, Kind.IMAGE)]
-    if len(known) != len(axes) or len({*known}) != len(known):
-        return [*range(len(axes))]
-    if all(f is not None and f.kind is Kind.SPATIAL for f in singles):
-        return known
-    order = sorted(known)
-    return [order.index(along) for along in known]
-
-
-def _of_im2col(seen: Layouts, node: Node) -> Layout | None:
-    """F.unfold: (b, c, h, w) becomes (b, c * kernel, places), the places row by row."""
-    source, kernel, dilation, padding, stride = inputs(node)[:5]
-    before, sizes = seen.layout(source), shape_of(node)
-    if len(sizes) != 3 or not all(is_whole(axis) for axis in before[-2:]) or not all(k > 1 for k in kernel):
-        return None
-    factors = []
-    for i, along in enumerate(alongs(before[-2:])):
-        count = (shape_of(source)[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        factors.append(Factor((node, 2), Kind.SPATIAL, count, along, ((True, f"window {i}"),)))
-    grid = tuple(f for f in factors if not is_one(f.size))
-    places = Axis(grid, node) if same_size(math.prod(f.size for f in grid), sizes[2]) else None
-    lost = other(node, 2, sizes[2], "the number of its windows is not understood")
-    return (before[0], other(node, 1, sizes[1], "it holds features of pixels"), places or lost)
-
-
-RESIZES: dict[object, int] = {
-    aten.max_pool2d.default: 2,
-    aten.avg_pool2d.default: 2,
-    aten.adaptive_avg_pool2d.default: 2,
-    aten._adaptive_avg_pool2d.default: 2,
-    aten.max_pool3d.default: 3,
-    aten.avg_pool3d.default: 3,
-    aten.adaptive_avg_pool3d.default: 3,
-    aten.avg_pool1d.default: 1,
-    aten.max_pool1d.default: 1,
-    aten.adaptive_avg_pool1d.default: 1,
-    **{
-        getattr(aten, name).vec: 3 if "3d" in name or "trilinear" in name else 2
-        for name in (
-            "upsample_nearest2d",
-            "_upsample_nearest_exact2d",
-            "upsample_bilinear2d",
-            "upsample_bicubic2d",
-            "_upsample_bilinear2d_aa",
-            "_upsample_bicubic2d_aa",
-            "upsample_nearest3d",
-            "_upsample_nearest_exact3d",
-            "upsample_trilinear3d",
-        )
-    },
-}
-"""Ops that change the sizes of an image, and how many spatial dims they have, the last."""
-
 RESHAPES = (
     aten.reshape.default,
     aten.view.default,
@@ -438,21 +325,6 @@ MOVES: dict[object, Rule] = {
     aten.gather.default: _of_gather,
     **dict.fromkeys((aten.cat.default, aten.concat.default, aten.concatenate.default), _of_cat),
     aten.stack.default: _of_stack,
-    **dict.fromkeys(
-        (
-            aten.constant_pad_nd.default,
-            aten.pad.default,
-            aten.reflection_pad2d.default,
-            aten.replication_pad2d.default,
-            aten.reflection_pad3d.default,
-            aten.replication_pad3d.default,
-        ),
-        _of_pad,
-    ),
-    aten.roll.default: _of_roll,
-    **dict.fromkeys(RESIZES, _of_resized),
-    **dict.fromkeys((aten.pixel_unshuffle.default, aten.pixel_shuffle.default), _of_pixel_shuffle),
-    aten.im2col.default: _of_im2col,
 }
 
 PARTS: dict[object, PartRule] = {
@@ -467,5 +339,4 @@ PARTS: dict[object, PartRule] = {
         _part_of_split,
     ),
     aten.unbind.int: _part_of_unbind,
-    aten.max_pool2d_with_indices.default: _part_of_pool,
 }

@@ -11,17 +11,13 @@ from monarch_compile.passes.einsum import einsum_letters
 from monarch_compile.passes.elements.axes import (
     ONE,
     Axis,
-    Factor,
-    Kind,
     Layout,
-    axis_of,
     is_one,
     joined,
     other,
     same_size,
-    spatial,
 )
-from monarch_compile.passes.elements.axis_moves import PartRule, Rule, alongs, is_whole
+from monarch_compile.passes.elements.axis_moves import PartRule, Rule
 from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
 
 if TYPE_CHECKING:
@@ -75,10 +71,10 @@ def _of_gate(seen: Layouts, node: Node) -> Layout:
 def _of_embedding(seen: Layouts, node: Node) -> Layout:
     index, rank = inputs(node)[1], len(shape_of(node))
     features = other(node, rank - 1, shape_of(node)[-1], "it holds features of an embedding")
-    return (*(_made_of(node, dim, axis) for dim, axis in enumerate(seen.layout(index))), features)
+    return (*(made_of(node, dim, axis) for dim, axis in enumerate(seen.layout(index))), features)
 
 
-def _made_of(node: Node, dim: int, axis: Axis) -> Axis:
+def made_of(node: Node, dim: int, axis: Axis) -> Axis:
     """A dim of a product. What says nothing as it stands would be content now."""
     if axis.is_free and axis.factors:
         return other(node, dim, shape_of(node)[dim], f"it comes from a tensor without a grid: {axis.factors[0].why}")
@@ -114,7 +110,7 @@ def _of_linear(seen: Layouts, node: Node) -> Layout | None:
     x, rank = inputs(node)[0], len(shape_of(node))
     if len(shape_of(x)) != rank:
         return None
-    rows = [_made_of(node, dim, axis) for dim, axis in enumerate(seen.layout(x)[:-1])]
+    rows = [made_of(node, dim, axis) for dim, axis in enumerate(seen.layout(x)[:-1])]
     return (*rows, other(node, rank - 1, shape_of(node)[-1], "a linear layer makes it: it holds features"))
 
 
@@ -125,7 +121,7 @@ def _of_matmul(seen: Layouts, node: Node, first: int = 0) -> Layout | None:
         return None
     lead = _broadcast(seen, node, (lhs, rhs), rank - 2, skip=2)
     made = (*lead, seen.layout(lhs)[-2], seen.layout(rhs)[-1])
-    return tuple(_made_of(node, dim, axis) for dim, axis in enumerate(made))
+    return tuple(made_of(node, dim, axis) for dim, axis in enumerate(made))
 
 
 def _of_added_matmul(seen: Layouts, node: Node) -> Layout | None:
@@ -149,7 +145,7 @@ def _of_einsum(seen: Layouts, node: Node) -> Layout | None:
     found = []
     for dim, letter in enumerate(out):
         axes = [seen.layout(x)[letters.index(letter)] for x, letters in named if letter in letters]
-        found.append(_made_of(node, dim, joined(axes, node, dim, shape_of(node)[dim])))
+        found.append(made_of(node, dim, joined(axes, node, dim, shape_of(node)[dim])))
     return tuple(found)
 
 
@@ -162,37 +158,7 @@ def _of_attention(seen: Layouts, node: Node) -> Layout | None:
     grouped = node.kwargs.get("enable_gqa", False)
     lead = seen.layout(q)[:-2] if grouped else _broadcast(seen, node, (q, k, v), rank - 2, skip=2)
     made = (*lead, seen.layout(q)[-2], seen.layout(v)[-1])
-    return tuple(_made_of(node, dim, axis) for dim, axis in enumerate(made))
-
-
-# ---- convolutions ----------------------------------------------------------------------------------------------------
-
-
-def _of_convolution(seen: Layouts, node: Node) -> Layout | None:
-    """Where it slides along a dim, that is spatial: its kernel is longer than 1 there, or along two other dims."""
-    x, weight = inputs(node)[:2]
-    kernel, rank = shape_of(weight)[2:], len(shape_of(node))
-    if len(shape_of(x)) != rank or not all(isinstance(k, int) for k in kernel):
-        return None
-    first = rank - len(kernel)
-    before = seen.layout(x)
-    lead = [_made_of(node, dim, axis) for dim, axis in enumerate(before[: first - 1])]
-    made = [other(node, first - 1, shape_of(node)[first - 1], "a convolution makes it: it holds features")]
-    num_slid = sum(k > 1 for k in kernel)
-    for along, dim, k in zip(alongs(before[first:]), range(first, rank), kernel, strict=True):
-        made.append(_slid(node, dim, before[dim], along, slides=k > 1 or num_slid > 1, before=shape_of(x)[dim]))
-    return (*lead, *made)
-
-
-def _slid(node: Node, dim: int, axis: Axis, along: int, *, slides: bool, before: Any) -> Axis:
-    size, factor = shape_of(node)[dim], axis.single
-    if not slides and same_size(size, before):
-        return _made_of(node, dim, axis)
-    if (slides and is_whole(axis)) or (factor is not None and factor.kind is Kind.SPATIAL):
-        return spatial(node, dim, size, along)
-    if not slides and factor is not None and factor.kind is Kind.IMAGE:
-        return axis_of(Factor((node, dim), Kind.IMAGE, size, factor.along))
-    return other(node, dim, size, "a convolution slides along flattened tokens")
+    return tuple(made_of(node, dim, axis) for dim, axis in enumerate(made))
 
 
 REDUCTIONS: dict[object, int] = {
@@ -230,6 +196,9 @@ SAME = (
     aten.dropout.default,
     aten.dropout_.default,
     aten.feature_dropout.default,
+    aten.hardswish.default,
+    aten.log_sigmoid.default,
+    aten.prelu.default,
     aten.softmax.int,
     aten._softmax.default,
     aten._safe_softmax.default,
@@ -250,21 +219,6 @@ SUMS: dict[object, Rule] = {
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _of_added_matmul),
     aten.einsum.default: _of_einsum,
     aten.scaled_dot_product_attention.default: _of_attention,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default,
-            aten.conv1d.padding,
-            aten.conv2d.default,
-            aten.conv2d.padding,
-            aten.conv3d.default,
-            aten.conv3d.padding,
-            aten.convolution.default,
-            aten.conv_transpose1d.default,
-            aten.conv_transpose2d.input,
-            aten.conv_transpose3d.input,
-        ),
-        _of_convolution,
-    ),
 }
 
 SUM_PARTS: dict[object, PartRule] = {

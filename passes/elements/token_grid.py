@@ -64,7 +64,7 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
     if write is not None:
         return NoGrid("memory that the token axis comes from is written in place", write)
     prefix, factors = found
-    axes = tuple(_axis(factor, known) for factor in factors)
+    axes = tuple(_axis(factor, known, node) for factor in factors)
     single = axis.single
     source = single.node if single is not None and single.kind is Kind.JOINED else axis.source
     if source is None or any(a.node is None and not isinstance(a.size, int) for a in axes):
@@ -72,9 +72,10 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
     return TokenGrid(prefix, axes, source)
 
 
-def _axis(factor: Factor, layouts: Layouts) -> GridAxis:
+def _axis(factor: Factor, layouts: Layouts, reader: Node) -> GridAxis:
+    """The axis, its size read from a tensor that is there before `reader` is."""
     place = layouts.place(factor)
-    return GridAxis(None, 0, factor.size) if place is None else GridAxis(*place, factor.size)
+    return GridAxis(None, 0, factor.size) if place is None or reader < place[0] else GridAxis(*place, factor.size)
 
 
 def _why_not(axis: Axis, node: Node) -> NoGrid:
@@ -82,12 +83,13 @@ def _why_not(axis: Axis, node: Node) -> NoGrid:
     blamed = next((f for f in factors if f.why), None)
     if not factors:
         return NoGrid("there is one token", node)
-    if blamed is not None and (len(factors) == 1 or not any(f.kind is Kind.SPATIAL for f in factors)):
+    if blamed is not None and (len(factors) == 1 or all(f.kind is not Kind.SPATIAL for f in factors)):
         return NoGrid(f"the token axis is no known grid: {blamed.why}", blamed.node)
-    if any(f.kind is Kind.IMAGE for f in factors):
+    kinds = {f.kind for f in factors}
+    if Kind.SPATIAL not in kinds:
         return NoGrid("the token axis is made of an argument's dims, which no convolution shows to be spatial", node)
     if len(factors) == 1:
         return NoGrid("the token axis is one spatial axis, not two or three", factors[0].origin[0])
-    if blamed is not None or any(f.kind is not Kind.SPATIAL for f in factors):
+    if kinds != {Kind.SPATIAL}:
         return NoGrid("spatial axes are flattened together with another dim, such as the batch", axis.source)
     return NoGrid("parts of spatial axes are flattened in an order that is no grid", axis.source)

@@ -128,4 +128,4 @@ def test_of_two_families_that_claim_a_node_the_one_that_gains_more_is_lowered(mo
 
 def test_its_passes_are_in_the_pipeline() -> None:
     names = [step.name for step in pipeline()]
-    assert names.index("fold_softmaxes") < names.index("match") < names.index("arbitrate") < names.index("lower")
+    assert names.index("hoist_scales") < names.index("match") < names.index("arbitrate") < names.index("lower")

@@ -44,6 +44,21 @@ def _query_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return attend(scores, v)
 
 
+def _scores_written_for_nobody(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = q @ k.mT
+    probs = scores.softmax(-1)
+    scores.mul_(2)
+    result = probs @ v
+    probs.mul_(2)
+    return result
+
+
+def _scores_written_and_returned(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT
+    probs = scores.softmax(-1)
+    return probs @ v, scores.mul_(2)
+
+
 def _list_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     x, y = q * 1, k * 1
     torch._foreach_mul_([x, y], 2.0)
@@ -89,6 +104,8 @@ WRITES: dict[Program, list[str]] = {
     _constant_written: [LOWERED],
     _scores_written_by_another_name: ["scores_view", LOWERED],
     _query_written: ["mutation"],
+    _scores_written_for_nobody: [LOWERED],
+    _scores_written_and_returned: ["scores_reused"],
     _list_written: ["mutation"],
     _copy_outlives_a_write: ["mutation"],
     _mask_written_by_another_name: ["mutation"],

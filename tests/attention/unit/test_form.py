@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,6 @@ SIGNATURES = {
     ("op.py", "attention"): "the operator's schema",
     ("reference.py", "reference"): "the meaning",
     ("candidates.py", "SEARCH"): "values that calibrate tries",
-    ("work.py", "_group_sizes"): "counts the work that each causes",
     ("ir.py", "__str__"): "prints them",
 }
 """Where the options are spelled out: a signature, or values for each."""
@@ -73,19 +73,32 @@ def test_the_options_are_spelled_out_in_one_place() -> None:
 
 def test_the_operator_and_the_config_have_the_options_of_the_form() -> None:
     schema = torch.ops.monarch_compile.attention.default._schema
-    assert tuple(argument.name for argument in schema.arguments)[4:] == OPTIONS == ("scale", *FORM_OPTIONS)
-    config = MonarchConfig(num_iters=2, init="mean", pad="pre", window=3, prefix=4)
-    assert config.form(5) == Form(5, 2, "mean", "pre", 3, 4)
+    assert tuple(argument.name for argument in schema.arguments)[4:] == OPTIONS == ("scale", *FORM_OPTIONS, "grid")
+    config = MonarchConfig(
+        block_size=15, num_iters=2, init="mean", window=3, prefix=4, tile=(3, 5), window_shape="plus"
+    )
+    assert config.form() == Form(15, 2, "mean", "post", 3, 4, (3, 5), "plus")
+    auto = {"block_size": 5, "window": 1, "prefix": 0, "tile": None, "window_shape": "box"}
+    assert MonarchConfig(pad="pre").form(**auto) == Form(5, 1, "identity", "pre", 1, 0)
     assert tuple(FORM_RULES) == FORM_OPTIONS
 
 
-BAD = {"block_size": 0, "num_iters": True, "init": "zeros", "pad": "both", "window": -1, "prefix": 1.5}
+BAD = {
+    "block_size": 0,
+    "num_iters": True,
+    "init": "zeros",
+    "pad": "both",
+    "window": -1,
+    "prefix": 1.5,
+    "tile": (4, 0),
+    "window_shape": "star",
+}
 
 
 @pytest.mark.parametrize("name", FORM_OPTIONS)
 def test_every_door_refuses_the_same_values_in_the_same_words(name: str) -> None:
     wrong, q = {"block_size": 4, name: BAD[name]}, torch.zeros(1, 1, 4, 2)
-    message = f"'{name}' must be .*; found {BAD[name]!r}"
+    message = f"'{name}' must be .*; found {re.escape(repr(BAD[name]))}"
     with pytest.raises(IRError, match=message):
         Form(**wrong)
     with pytest.raises(ConfigError, match=message):

@@ -1,14 +1,27 @@
-"""Softmax written by hand: programs one step away from what is folded, each with its code.
+"""Softmax written by hand: programs one step away from what is read as one, each with its code.
 
 With block_size=1 Monarch attention is exact, so a lowered program has to agree with eager too.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.capture import run_passes
-from support.soundness import Program, Registry, agrees, attend, result_as_kernels_leave_it, scored  # noqa: F401
+from support.soundness import (
+    Program,
+    Registry,
+    agrees,
+    make_inputs,
+    result_as_kernels_leave_it,  # noqa: F401
+    scored,
+)
+
+from monarch_compile.config import MonarchConfig
+from monarch_compile.passes.capture.trace import to_aten
+from monarch_compile.passes.pipeline import rewrite
 
 expect = Registry()
 
@@ -287,6 +300,124 @@ def f_cosh(q, k, v, m):
     return w / w.sum(-1, keepdim=True) @ v
 
 
+@expect("lowered")
+def f_renorm_twice(q, k, v, m):
+    w = weights(q, k)
+    p = w / w.sum(-1, keepdim=True) * m[:, None, None]
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_renorm_late(q, k, v, m):
+    p = (scored(q, k).log_softmax(-1)).exp() * m[:, None, None]
+    return (p @ v) / p.sum(-1, keepdim=True)
+
+
+@expect("lowered")
+def f_renorm_own_dtype(q, k, v, m):
+    p = scored(q, k).softmax(-1, dtype=torch.float32) * m[:, None, None]
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+@expect("probs_reused")
+def f_renorm_other_dtype(q, k, v, m):
+    p = scored(q, k).softmax(-1, dtype=torch.float64) * m[:, None, None]
+    return (p / p.sum(-1, keepdim=True)).float() @ v
+
+
+@expect("scores_reused")
+def f_renorm_returned(q, k, v, m):
+    p = scored(q, k).softmax(-1)
+    w = p * m[:, None, None]
+    return w / w.sum(-1, keepdim=True) @ v, p
+
+
+@expect("probs_reused", "scores_reused")
+def f_renorm_beside(q, k, v, m):
+    p = scored(q, k).softmax(-1)
+    w = p * m[:, None, None]
+    return p @ v + w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("normalisation", "scores_reused")
+def f_eps_beside(q, k, v, m):
+    w = weights(q, k)
+    z = w.sum(-1, keepdim=True)
+    return w / z @ v + w / (z + 1e-3) @ v
+
+
+@expect("probs_op", "scale_not_constant")
+def f_softmax_of_softmax(q, k, v, m):
+    w = weights(q, k)
+    w = (w / w.sum(-1, keepdim=True)).exp()
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_late_of_probs(q, k, v, m):
+    w = weights(q, k)
+    p = w / w.sum(-1, keepdim=True)
+    return torch.einsum("bhqk,bhkd->bhqd", p, v) * (1 / p.sum(-1, keepdim=True))
+
+
+@expect("lowered")
+def f_late_of_product(q, k, v, m):
+    w = weights(q, k)
+    x = (w @ v) / w.sum(-1, keepdim=True)
+    return x / x.sum(-1, keepdim=True)
+
+
+@expect("mutation")
+def f_late_values_written(q, k, v, m):
+    w = weights(q, k)
+    z = w.sum(-1, keepdim=True)
+    x = w @ v
+    v.mul_(2)
+    return x / z
+
+
+@expect("normalisation")
+def f_mask_written(q, k, v, m):
+    w = weights(q, k) * m[:, None, None]
+    m.fill_(True)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("mask_causal")
+def f_mask_float_causal(q, k, v, m):
+    w = weights(q, k) * torch.ones(7, 7).tril()
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_mask_float_swapped(q, k, v, m):
+    w = weights(k, q) * m.float()[:, None, :, None]
+    return (w / w.sum(-2, keepdim=True)).mT @ v
+
+
+@expect("mask_general")
+def f_mask_float_swapped_queries(q, k, v, m):
+    w = weights(k, q) * m.float()[:, None, None]
+    return (w / w.sum(-2, keepdim=True)).mT.nan_to_num() @ v
+
+
+@expect("lowered")
+def f_mask_twice(q, k, v, m):
+    w = torch.where(m[:, None, None], weights(q, k) * m.float()[:, None, None], 0.0)
+    return w / w.sum(-1, keepdim=True) @ v
+
+
+@expect("lowered")
+def f_written_later(q, k, v, m):
+    s = scored(q, k)
+    w = s.exp()
+    p = w / w.sum(-1, keepdim=True)
+    y = p @ v
+    p.mul_(2)
+    s.add_(1)
+    return y
+
+
 @pytest.mark.parametrize("fn", expect.programs, ids=lambda f: f.__name__)
 def test_rule(fn: Program) -> None:
     assert agrees(fn) == expect.programs[fn]
@@ -307,3 +438,53 @@ def test_a_softmax_by_hand_that_stays_exact_stays_as_it_was_written():
     assert "aten.exp.default" in targets
     assert "aten.log_softmax.int" not in targets
     torch.testing.assert_close(output, two(*inputs))
+
+
+BY_HAND = [
+    fn
+    for fn, codes in expect.programs.items()
+    if codes == ["lowered"] and fn not in (f_written_later, f_late_of_product)
+]
+
+
+@pytest.mark.parametrize("fn", BY_HAND, ids=lambda f: f.__name__)
+def test_nothing_by_hand_is_left_of_what_is_lowered(fn: Program) -> None:
+    (result,) = run_passes(fn, *make_inputs())[1]
+    left = {str(node.target) for node in result.after.graph.nodes}
+    assert not [name for name in left if any(part in name for part in ("exp.", "exp2", "softmax", "sum.", "div"))]
+
+
+@pytest.mark.parametrize("fn", BY_HAND, ids=lambda f: f.__name__)
+def test_a_graph_whose_softmax_stays_exact_is_unchanged(fn: Program) -> None:
+    """But for what keeps it from Inductor's own fusion."""
+
+    def backend(gm: torch.fx.GraphModule, given: list[torch.Tensor]) -> Any:
+        found.append((to_aten(gm, given), rewrite(gm, given, MonarchConfig(policy="never"))))
+        return gm.forward
+
+    found: list[Any] = []
+    torch._dynamo.reset()
+    torch.compile(fn, backend=backend, fullgraph=True)(*make_inputs())
+    ((captured, result),) = found
+    assert [d.code for d in result.decisions] == ["policy_never"]
+    assert str(result.before.graph) == str(captured.graph)
+    assert result.num_protected or result.after is result.before
+    assert result.num_protected == (fn in (f_dim_swapped, f_mask_float_swapped))
+
+
+def test_late_normalisation_is_in_no_pattern_of_inductor() -> None:
+    """A scale that is known at run time is misread where softmax comes before the product."""
+
+    def scaled_at_run_time(q, k, v, m):
+        return torch.exp(q @ k.mT / m.sum().sqrt())
+
+    def early(q, k, v, m):
+        w = scaled_at_run_time(q, k, v, m)
+        return w / w.sum(-1, keepdim=True) @ v
+
+    def late(q, k, v, m):
+        w = scaled_at_run_time(q, k, v, m)
+        return (w @ v) / w.sum(-1, keepdim=True)
+
+    found = [run_passes(fn, *make_inputs(), policy="never")[1][0].num_protected for fn in (early, late)]
+    assert found == [1, 0]
