@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.dinov2 import PATCH, TRAINED_GRID, Features, normalized, read_dinov2
+from benchmarks.quality.metrics import relative_error
 from benchmarks.quality.photographs import SCENES, read_photograph
-from benchmarks.quality.variants import VARIANTS
+from benchmarks.quality.variants import VARIANTS, tiled
 from examples.progress import step
 
 SIZE, GAP = 224, 4
-SHOWN = ("window", "rows", "default", "tiles_4x4_plus")
+COLOURS = 256
+SHOWN = ("rows", "default", "tiles_4x4_plus")
+HEAD = 18
 PERCENTILES = (1.0, 99.0)
 
 
@@ -36,16 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         references = features(model, photographs)
     bases = [components(reference) for reference in references]
     every = {"exact": references, **_of_variants(model, photographs, args.variants)}
-    for name, found in every.items():
-        print(name)
+    for found in every.values():
         for row, basis, one in zip(rows, bases, found, strict=True):
             row.append(colours(one, basis))
-    Image.fromarray(sheet(rows)).save(args.output, optimize=True)
+    errors = {name: [relative_error(*pair) for pair in zip(references, every[name], strict=True)] for name in every}
+    titles = ["photograph", *(f"{name} (error {np.mean(errors[name]):.2f})" for name in every)]
+    titled(Image.fromarray(sheet(rows)), titles).quantize(COLOURS).save(args.output, optimize=True)
 
 
 def _of_variants(model: Features, photographs: Sequence[Tensor], names: Sequence[str]) -> dict[str, list[Tensor]]:
     found = {}
-    for variant in (variant for variant in VARIANTS if variant.name in names):
+    for variant in (variant for variant in VARIANTS if variant.name in names and variant.build is tiled):
         torch._dynamo.reset()
         options: Mapping[str, Any] = {"policy": "always", **variant.options}
         with step(variant.name):
@@ -95,12 +99,24 @@ def sheet(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
     return page
 
 
+def titled(image: Any, titles: Sequence[str]) -> Any:
+    """The sheet (a PIL image) with a title over each column."""
+    from PIL import Image, ImageDraw
+
+    page = Image.new("RGB", (image.width, image.height + HEAD), "white")
+    page.paste(image, (0, HEAD))
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(page).text((column * (SIZE + GAP) + GAP, GAP), title, fill="black")
+    return page
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.components", description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--grid", type=int, default=TRAINED_GRID)
     parser.add_argument("--photographs", type=int, nargs="+", default=[1, 2], help="places in photographs.SCENES")
-    parser.add_argument("--variants", nargs="+", default=list(SHOWN))
+    choices = [variant.name for variant in VARIANTS if variant.build is tiled]
+    parser.add_argument("--variants", nargs="+", choices=choices, default=list(SHOWN))
     return parser.parse_args(argv)
 
 

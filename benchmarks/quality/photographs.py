@@ -55,9 +55,10 @@ def read_photograph(photograph: Photograph, size: int) -> Tensor:
     Raises:
         TaskUnavailable: its package is not installed.
     """
+    path = _file(photograph)
     from PIL import Image, ImageOps
 
-    image = Image.open(_file(photograph)).convert("RGB")
+    image = Image.open(path).convert("RGB")
     square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
 
