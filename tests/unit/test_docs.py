@@ -155,6 +155,21 @@ def test_the_table_of_quality_is_the_recorded_one():
         assert f"| {title} | {' | '.join(stated)} |" in lines
 
 
+def test_the_table_of_images_is_the_recorded_one():
+    rows = {row["variant"]: row for row in results("quality_images_cpu.json")["rows"] if row["task"] == "dinov2_4097"}
+    titles = {
+        "rows": "pieces of rows, `grid=None, prefix=1, window=1`",
+        "default": "defaults: tiles of 8 x 8 and the four beside them",
+        "tiles_4x4_plus": '`tile=(4, 4), window=1, window_shape="plus"`',
+        "tiles_4x8_own": "`tile=(4, 8), window=0`",
+        "uniform": "control: uniform attention",
+    }
+    lines = text_of("docs/quality.md").splitlines()
+    for variant, title in titles.items():
+        stated = [f"{rows[variant]['metrics'][name]:.3f}" for name in ("patch_error", "cosine", "class_error")]
+        assert f"| {title} | {' | '.join(stated)} |" in lines
+
+
 def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path):
     without_codegen(monkeypatch)
     monkeypatch.chdir(tmp_path)
