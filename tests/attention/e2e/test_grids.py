@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import Dim, export
+from torch.export import export
 
 import monarch_compile
 from monarch_compile.attention import candidates
@@ -151,8 +151,9 @@ def test_images_of_several_sizes(num_layers: int, poisoned: Any) -> None:
     assert not poisoned.overwritten
 
 
+@pytest.mark.slow
 def test_training_steps() -> None:
-    model, x = ViT(), image()
+    model, x = ViT(num_layers=1), image()
     run = compiled(model)
     for _ in range(2):
         found = torch.autograd.grad(run(x).square().sum(), list(model.parameters()))
@@ -161,16 +162,12 @@ def test_training_steps() -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_exported_programs(dynamic: bool) -> None:
+def test_an_exported_program() -> None:
     model, x = ViT().eval(), image()
-    shapes = {"image": {2: PATCH * Dim("height", min=3), 3: PATCH * Dim("width", min=3)}} if dynamic else None
     with torch.no_grad():
-        program = monarch_compile.lower_exported(export(model, (x,), dynamic_shapes=shapes), ALWAYS | {"strict": True})
-        sites = program.graph.find_nodes(op="call_function", target=ATTENTION_OP)
-        assert len(sites) == 2
-        for one in (x, image(2, 12, 8)) if dynamic else (x,):
-            close(program.module()(one), model.by_reference(one))
+        program = monarch_compile.lower_exported(export(model, (x,)), ALWAYS | {"strict": True})
+        assert len(program.graph.find_nodes(op="call_function", target=ATTENTION_OP)) == 2
+        close(program.module()(x), model.by_reference(x))
 
 
 # Grids by hand
