@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -265,13 +266,14 @@ def _table(sites: Sequence[Site]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     result = [lines[0], "-" * max(map(len, lines))]
     for site, line in zip(sites, lines[1:], strict=True):
-        result += [line, *_how_cut(site)] if site.lowered else [line, *_why_exact(site)]
-    return result
+        result += [line] if site.lowered else [line, *_why_exact(site)]
+    return [*result, *_how_cut(sites)]
 
 
-def _how_cut(site: Site) -> list[str]:
-    """What the blocks of a lowered site follow."""
-    return [f"    {site.blocking}"] if site.blocking else []
+def _how_cut(sites: Sequence[Site]) -> list[str]:
+    """What the blocks of lowered sites follow: a line for all that are told alike."""
+    told = Counter(site.blocking for site in sites if site.lowered and site.blocking)
+    return [f"blocks of {count} {'site' if count == 1 else 'sites'}: {text}" for text, count in told.items()]
 
 
 def _why_exact(site: Site) -> list[str]:

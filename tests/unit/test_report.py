@@ -87,13 +87,14 @@ def test_an_exact_site_says_why_and_still_has_its_cost(report):
 
 
 def test_table_is_aligned_and_gives_reasons(report):
-    header, rule, first, first_blocks, second, second_blocks, third, why, remedy, summary = str(report).splitlines()
+    header, rule, first, second, third, why, remedy, blocks, summary = str(report).splitlines()
     assert set(rule) == {"-"}
     assert len({line.index(status) for line, status in ((header, "status"), (first, "lowered"), (third, "exact"))}) == 1
     assert second.split()[0] == "second"
-    for line, site in zip((first_blocks, second_blocks), report.sites, strict=False):
-        assert line == f"    {site.blocking}"
-        assert line.startswith("    no token grid: the token axis is no known grid: it comes from an argument")
+    assert blocks == f"blocks of 2 sites: {report.sites[0].blocking}"
+    assert report.sites[1].blocking.startswith(
+        "no token grid: the token axis is no known grid: it comes from an argument"
+    )
     assert why.strip().startswith(f"exact because: {report.sites[2].reason} [")
     assert remedy.strip() == f"would lower with: {report.sites[2].remedy}"
     assert summary == report.summary
