@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
     window_shape: str = "box"
 
 
-_IMAGES = (Tiling(1, (8, 8), 1, "plus"),)
+_IMAGES = (Tiling(1, (4, 4), 1, "plus"), Tiling(1024, (8, 8), 1, "plus"))
 _VIDEOS = (Tiling(1, (2, 4, 4), None), Tiling(4096, (4, 4, 4), None))
 TILES: dict[tuple[str, int], tuple[Tiling, ...]] = {
     ("cpu", 2): _IMAGES,

@@ -64,11 +64,13 @@ class ViT(nn.Module):
             x = layer(x)
         return x
 
-    def by_reference(self, image: Tensor, tile: tuple[int, int] = (4, 4), window: int | None = 0) -> Tensor:
+    def by_reference(
+        self, image: Tensor, tile: tuple[int, int] = (4, 4), window: int | None = 1, window_shape: str = "plus"
+    ) -> Tensor:
         """In the form that the table has for few tokens, or another."""
         sizes = tuple(n // PATCH for n in image.shape[-2:])
         form = {"block_size": tile[0] * tile[1], "tile": tile, "grid": sizes, "window": window}
-        form["prefix"] = self.tokens.shape[1]
+        form |= {"prefix": self.tokens.shape[1], "window_shape": window_shape}
         for layer in self.layers:
             layer.form = form
         try:
@@ -115,16 +117,21 @@ def test_a_grid_and_the_tokens_before_it_are_found(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "tile", "window"),
-    [({"tile": (2, 5)}, (2, 5), 0), ({"window": 1}, (4, 4), 1), ({"tile": (3, 3), "window": None}, (3, 3), None)],
+    ("options", "tile", "window", "window_shape"),
+    [
+        ({"tile": (2, 5)}, (2, 5), 1, "plus"),
+        ({"window": 1}, (4, 4), 1, "box"),
+        ({"window": 0}, (4, 4), 0, "box"),
+        ({"tile": (3, 3), "window": None}, (3, 3), None, "box"),
+    ],
     ids=str,
 )
 def test_options_beside_a_grid_that_is_found(
-    options: dict[str, Any], tile: tuple[int, int], window: int | None
+    options: dict[str, Any], tile: tuple[int, int], window: int | None, window_shape: str
 ) -> None:
     model, x = ViT(num_layers=1).eval(), image()
     with torch.no_grad():
-        close(compiled(model, **options)(x), model.by_reference(x, tile, window))
+        close(compiled(model, **options)(x), model.by_reference(x, tile, window, window_shape))
 
 
 @pytest.mark.parametrize("options", [{"pad": "pre"}, {"block_size": 16}, {"tile": None}, {"grid": None}], ids=str)
@@ -187,7 +194,7 @@ class Tokens(nn.Module):
 
 def test_a_grid_by_hand() -> None:
     model, x = Tokens().eval(), torch.randn(2, 2 + 5 * 8, DIM)
-    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 2, "window": 0}
+    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 2, "window": 1, "window_shape": "plus"}
     with torch.no_grad():
         found = compiled(model, grid=(5, 8), prefix=2)(x)
         model.layer.form = form
