@@ -157,8 +157,9 @@ SCHEDULE = choose_schedule(ir_of(Case(64, 4, 16, 16)))
         (16, (64, 4), (64, 4), (None,), Specialization(False, False, True)),
     ],
 )
-def test_specialization(num_blocks: object, queries: tuple, keys: tuple, reaches: tuple, found: Specialization) -> None:
-    assert specialization_of(num_blocks, queries, keys, SCHEDULE, reaches) == found
+def test_specialization(num_blocks: Any, queries: tuple, keys: tuple, reaches: tuple, found: Specialization) -> None:
+    sides = [(tokens, None if num_blocks is None else num_blocks * size) for tokens, size in (queries, keys)]
+    assert specialization_of(num_blocks, sides, SCHEDULE, reaches) == found
 
 
 @pytest.mark.parametrize(
@@ -239,9 +240,9 @@ def test_blocks_fill_the_tiles_of_every_kernel_or_leave_a_rest(changed: str, siz
     """48 blocks are whole tiles of 16, and no whole tiles of 32."""
     tiling = Tiling(16, 16, 1, 1)
     schedule = replace(SCHEDULE, attend=tiling, represent=tiling)
-    assert not specialization_of(48, (192, 4), (192, 4), schedule, (100,)).partial_tile
+    assert not specialization_of(48, [(192, 192), (192, 192)], schedule, (100,)).partial_tile
     larger = replace(schedule, **{changed: replace(tiling, **sizes)})
-    assert specialization_of(48, (192, 4), (192, 4), larger, (100,)).partial_tile
+    assert specialization_of(48, [(192, 192), (192, 192)], larger, (100,)).partial_tile
 
 
 def test_summaries_and_the_output_count_where_inputs_are_one_element() -> None:
