@@ -45,15 +45,15 @@ class MonarchConfig:
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").
     window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: the paper's
-        form, no window). "auto": 1, and with tiles what `lengths.TILES` has.
+        form, no window). "auto": 1, and with tiles what `grids.TILES` has.
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
         Blocks are of what follows them. "auto": the tokens before a grid that is found, else 0.
     grid: sizes of the axes that the tokens after the prefix flatten. "auto": found in the graph, from the convolution
         or reshape that the tokens come from; None: not looked for. Given by hand, it is that of all self-attention.
     tile: tokens of a block along each axis of the grid, where there is one. "auto": a table of the number of tokens,
-        `lengths.TILES`; None: blocks are pieces of the sequence all the same.
+        `grids.TILES`; None: blocks are pieces of the sequence all the same.
     window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis alone
-        ("plus"); "auto": what `lengths.TILES` has.
+        ("plus"); "auto": what `grids.TILES` has.
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
     min_seq_len: sites with fewer keys stay exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for

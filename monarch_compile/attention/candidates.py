@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
-from monarch_compile.attention.lengths import auto_block_size, tiling_at
+from monarch_compile.attention.grids import tiling_at
+from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.cost.devices import Device
 from monarch_compile.cost.prediction import MARGIN
 from monarch_compile.family import Occurrence, total_seconds

@@ -20,8 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from monarch_compile.attention.form import ACROSS, Form
+from monarch_compile.attention.grids import grid_by_hand
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.attention.lengths import chosen_form, cost_refusal, grid_by_hand
+from monarch_compile.attention.lengths import chosen_form, cost_refusal
 from monarch_compile.attention.signature import Signature, first_broken
 from monarch_compile.calls import EAGER, Calls, active_transform
 from monarch_compile.config import MonarchConfig

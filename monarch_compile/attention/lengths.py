@@ -1,4 +1,4 @@
-"""What depends on the sequence length: the block size that "auto" stands for, and from which length lowering pays.
+"""What depends on the sequence length: the form that the options ask for, and from which length lowering pays.
 
 Both are functions of the length and the batch alone, made of steps. A symbolic size is compared with the steps' edges,
 so that Dynamo guards on a range of it: one compilation serves the range, and no answer depends on which length or batch
@@ -10,24 +10,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from monarch_compile.attention.form import Form
+from monarch_compile.attention.grids import Grid, Size, takes_tiles, tiling_at
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.work import predict
 from monarch_compile.calls import DEVICE_ALONE, REPLAYED, Calls
 from monarch_compile.cost.devices import Device
-from monarch_compile.errors import ConfigError, InputError
+from monarch_compile.errors import InputError
 from monarch_compile.ir import Dim
 from monarch_compile.refusal import Refusal
 
 if TYPE_CHECKING:
     from monarch_compile.config import MonarchConfig
-
-Size = Any
-"""An int, or a torch.SymInt, which is guarded on where it is compared."""
 
 BLOCK_SIZES: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
     ("cpu", False): ((1, 16), (1024, 32), (2048, 64), (16384, 128)),
@@ -37,29 +35,6 @@ BLOCK_SIZES: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
 }
 """(kind of device, whether there is a window) -> (first length, block size) of each step."""
 
-
-class Tiling(NamedTuple):
-    """What tiles of a grid are, from some number of tokens on: see `Form`."""
-
-    start: int
-    tile: tuple[int, ...]
-    window: int | None
-    window_shape: str = "box"
-
-
-_IMAGES = (Tiling(1, (4, 4), 1, "plus"), Tiling(1024, (8, 8), 1, "plus"))
-_VIDEOS = (Tiling(1, (2, 4, 4), None), Tiling(4096, (4, 4, 4), None))
-TILES: dict[tuple[str, int], tuple[Tiling, ...]] = {
-    ("cpu", 2): _IMAGES,
-    ("cuda", 2): _IMAGES,
-    ("cpu", 3): _VIDEOS,
-    ("cuda", 3): _VIDEOS,
-}
-"""(kind of device, axes of the grid) -> what "auto" stands for; one axis is a sequence, whose blocks are pieces.
-
-Those of images have the least error of features on photographs among the forms that take at most 1.2 times as long as
-pieces with a window of 1 (benchmarks/NOTES.md). Those of videos are chosen by their time alone.
-"""
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 """A batch between two of these is weighed as the one that pays later; beyond the last, as the last."""
@@ -91,46 +66,6 @@ def auto_block_size(seq_len: Size, kind: str, window: int | None = None, prefix:
     raise InputError(f"seq_len must be at least 1; found {seq_len}")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What the tokens of a sequence lie on: `prefix` of them nowhere, the others on a grid, flattened row by row."""
-
-    prefix: int
-    sizes: tuple[Size, ...]
-
-    @property
-    def num_tokens(self) -> Size:
-        """All tokens, those before the grid too."""
-        return self.prefix + math.prod(self.sizes)
-
-
-def grid_by_hand(config: MonarchConfig, seq_len: Size) -> Grid | None:
-    """The grid that the options give for a sequence.
-
-    Raises:
-        ConfigError: it does not make up the sequence.
-    """
-    if not isinstance(config.grid, tuple):
-        return None
-    grid = Grid(config.prefix if isinstance(config.prefix, int) else 0, config.grid)
-    if seq_len != grid.num_tokens:
-        sizes = " * ".join(map(str, grid.sizes))
-        raise ConfigError(
-            f"options prefix and grid make up {grid.prefix} + {sizes} = {grid.num_tokens} tokens; found self-attention "
-            f"over {seq_len}. grid='auto' looks for each site's own"
-        )
-    return grid
-
-
-def takes_tiles(config: MonarchConfig, grid: Grid | None) -> bool:
-    """Whether blocks are tiles of a known grid, as far as the options say; else they are pieces of the sequence."""
-    if grid is None or len(grid.sizes) == 1 or config.tile is None or config.pad != "post":
-        return False
-    if config.prefix not in ("auto", grid.prefix):
-        return False
-    return config.block_size == "auto" if config.tile == "auto" else len(config.tile) == len(grid.sizes)
-
-
 def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | None = None) -> Form:
     """The form that the options ask for at `seq_len` keys on a grid; what is "auto" guards on a symbolic length."""
     auto: dict[str, Any] = {"window": 1, "prefix": 0, "tile": None, "window_shape": "box"}
@@ -148,12 +83,6 @@ def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | No
 def _auto_size(config: MonarchConfig, seq_len: Size, kind: str, window: int | None, prefix: int) -> int:
     size = config.block_size
     return size if isinstance(size, int) else auto_block_size(seq_len, kind, window, prefix)
-
-
-def tiling_at(kind: str, num_axes: int, num_tokens: Size) -> Tiling:
-    """What "auto" stands for where `num_tokens` lie on a grid of `num_axes`: a row of `TILES`."""
-    rows = TILES[kind, num_axes]
-    return next((row for row in reversed(rows[1:]) if num_tokens >= row.start), rows[0])
 
 
 def exact_wins(

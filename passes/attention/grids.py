@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monarch_compile.attention.lengths import Grid, grid_by_hand
+from monarch_compile.attention.grids import Grid, grid_by_hand
 from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.attention.region import AttentionRegion
 from monarch_compile.passes.elements.layouts import Layouts

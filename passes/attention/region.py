@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from monarch_compile.attention.lengths import Grid
+from monarch_compile.attention.grids import Grid
 from monarch_compile.passes.state import RefusedSite
 
 

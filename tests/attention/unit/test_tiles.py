@@ -15,7 +15,8 @@ from torch import Tensor
 
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
-from monarch_compile.attention.lengths import TILES, Grid, chosen_form
+from monarch_compile.attention.grids import TILES, Grid
+from monarch_compile.attention.lengths import chosen_form
 from monarch_compile.attention.reference import reference
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import InputError, IRError
