@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from monarch_compile.config import MonarchConfig
+from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.state import Choice, Pass
 from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.registry import FAMILIES
@@ -25,7 +26,8 @@ class Frontend:
     prepare: passes before matching, for what the family spells in many ways.
     laid_out: a fake tensor like the op's result, with the strides that the op gives it.
     find: every site of a graph and of the bodies in it that are opened, refused ones included, in the graph's order.
-    choose: what is decided about a site, by its name, the options and what its graph does beside it.
+    choose: what is decided about a site, by its name, the options, what its graph does beside it, and what
+        the dims of its tensors are made of.
     lower: rewrites a site as it was chosen; returns the op's node.
     finish: passes after lowering.
     """
@@ -35,7 +37,7 @@ class Frontend:
     num_tensors: int
     laid_out: Callable[[Tensor], Tensor]
     find: Callable[[GraphModule], list[Any]]
-    choose: Callable[[Any, str, MonarchConfig, Surroundings], Choice]
+    choose: Callable[[Any, str, MonarchConfig, Surroundings, Layouts], Choice]
     lower: Callable[[Choice], Node]
     prepare: tuple[Pass, ...] = ()
     finish: tuple[Pass, ...] = ()

@@ -26,6 +26,7 @@ from monarch_compile.passes.canonical import (
 from monarch_compile.passes.capture.enclosed import all_graphs, copy_graph, open_bodies, place_of
 from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.dump import Dump
+from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.frontends import frontends
 from monarch_compile.passes.graph import SITE_NAME, site_name
 from monarch_compile.passes.memory import must_be_kept
@@ -93,9 +94,10 @@ def _choose(state: State) -> str:
     trained = frozenset() if state.launcher.infers else trained_nodes(state.graph, state.example_inputs)
     matched = sum(not isinstance(site, RefusedSite) for _, site in state.sites)
     around = Surroundings.of(state.graph, matched, state.launcher, trained)
+    layouts = Layouts()  # one for all sites: no graph changes until the pass ends
     choose = {frontend.family: frontend.choose for frontend in frontends()}
     state.choices = [
-        choose[family](site, name, state.config, around)
+        choose[family](site, name, state.config, around, layouts)
         for (family, site), name in zip(state.sites, names, strict=True)
     ]
     return f"{sum(c.lowers for c in state.choices)} sites to lower"

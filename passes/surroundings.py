@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.fx import GraphModule, Node
 
 from monarch_compile.calls import Calls, Launcher, is_trained
 from monarch_compile.passes.capture.enclosed import all_graphs
-from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.graph import aten, inputs, placeholders, shape_of, value_of
 from monarch_compile.passes.views import viewed
 
@@ -58,7 +57,7 @@ class Surroundings:
     """launcher: who launches the graph's kernels. trained: nodes that a backward pass goes through.
 
     flops: of products with weights, for symbolic sizes of `LARGE`; products: how many they are; sites: how many
-    sites share them. layouts: what dims of its tensors are made of, as far as anyone has asked.
+    sites share them.
     """
 
     launcher: str
@@ -66,7 +65,6 @@ class Surroundings:
     flops: int
     products: int
     sites: int
-    layouts: Layouts = field(default_factory=Layouts, compare=False, repr=False)
 
     @staticmethod
     def of(gm: GraphModule, num_sites: int, launcher: Launcher, trained: frozenset[Node]) -> Surroundings:

@@ -23,16 +23,17 @@ from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
 from monarch_compile.passes.attention.sizes import guard_equal_sizes
 from monarch_compile.passes.capture.enclosed import name_of
+from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
 from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
 from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.refusal import Refusal, kernel_refusal
 
 
-def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -> Choice:
+def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, layouts: Layouts) -> Choice:
     """Decide about one site: matched? legal? worth it? `name` is the site's, distinct in its graph.
 
-    around: what its graph does beside it.
+    around: what its graph does beside it. layouts: what the dims of its tensors are made of.
 
     Raises:
         PlanError: the options have a plan that does not fit the site.
@@ -45,11 +46,11 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings) -
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, _undecided(name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
-    grid, blocking = site_grid(site, config, around.layouts)
+    grid, blocking = site_grid(site, config, layouts)
     site, base = replace(site, grid=grid), replace(base, blocking=blocking)
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:
-        context = replace(context, config=replace(config, cross_attention=True))  # the plan's maker gave leave
+        context = replace(context, config=replace(config, cross_attention=True))  # a plan may lower any site
     refusal = first_refusal(site, context)
     if refusal is not None:
         stage = "mask" if refusal.code.startswith("mask_") else "legality"

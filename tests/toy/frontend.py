@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import EXACT, LOWERED, Decision
+from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.frontends import Frontend
 from monarch_compile.passes.graph import aten, dim_of, dtype_of, inputs, same_shape, shape_of
 from monarch_compile.passes.safety import Footprint, Order, write_between
@@ -53,7 +54,9 @@ def find(gm: GraphModule) -> list[Any]:
     return found
 
 
-def choose(site: GateRegion | RefusedSite, name: str, config: MonarchConfig, around: Surroundings) -> Choice:
+def choose(
+    site: GateRegion | RefusedSite, name: str, config: MonarchConfig, around: Surroundings, layouts: Layouts
+) -> Choice:
     """Lower it where nothing is written meanwhile, and the plan and the policy want it."""
     base = Decision("toy", name, EXACT, "match", "", "", site.anchor.name, dtype=dtype_of(site.anchor))
     if isinstance(site, RefusedSite):
