@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 POLICIES = ("auto", "always", "never")
 
-
 FLAG = OptionRule(lambda v: isinstance(v, bool), "True or False")
 
 AUTO_OPTIONS = ("block_size", "window", "prefix", "tile", "window_shape")
@@ -40,12 +39,13 @@ OPTION_RULES: dict[str, OptionRule] = {
 class MonarchConfig:
     """Options of ``torch.compile(model, backend="monarch", options={...})``.
 
-    block_size: keys in a block, or "auto" (a table of the length, `lengths.BLOCK_SIZES`).
+    block_size: keys in a block, or "auto": a table of the length, `lengths.BLOCK_SIZES`, and with tiles what a tile
+        holds.
     num_iters: pairs of updates of the Monarch factors.
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").
-    window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: the paper's
-        form, no window). "auto": 1, and with tiles what `grids.TILES` has.
+    window: blocks on each side of a query's own block that it attends to exactly, counted along each axis where blocks
+        are tiles (0: its own only; None: the paper's form, no window). "auto": 1, with tiles what `grids.TILES` has.
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
         Blocks are of what follows them. "auto": the tokens before a grid that is found, else 0.
     grid: sizes of the axes that the tokens after the prefix flatten. "auto": found in the graph, from the convolution
@@ -53,13 +53,13 @@ class MonarchConfig:
     tile: tokens of a block along each axis of the grid, where there is one. "auto": a table of the number of tokens,
         `grids.TILES`; None: blocks are pieces of the sequence all the same.
     window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis alone
-        ("plus"); "auto": what `grids.TILES` has.
+        ("plus"). "auto": what `grids.TILES` has where `window` is "auto" too, else "box".
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
     min_seq_len: sites with fewer keys stay exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
-        block_size and num_iters: the mean start, no window, no prefix. A site that a plan lowers needs no leave.
+        block_size and num_iters: the mean start, no window, no prefix, no tiles. A plan needs no such permission.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
-        window and prefix, and which sites may be lowered at all.
+        window, prefix, tile and window_shape, and which sites may be lowered at all.
     autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
         False runs the shipped ones.
     strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.

@@ -1,4 +1,4 @@
-"""Doors for eager code: Monarch attention call by call, without torch.compile.
+"""Monarch attention in eager code, call by call, without torch.compile.
 
 `replace_sdpa` serves any library that calls torch.nn.functional.scaled_dot_product_attention; `register_transformers`
 gives transformers an attn_implementation, and `register_diffusers` gives diffusers an attention backend. Every call is

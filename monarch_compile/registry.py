@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Modules(NamedTuple):
-    """Where the three faces of a family are, by the names of their modules: they never import each other.
+    """Where the parts of a family are, by the names of their modules: they never import each other.
 
     family: `FAMILY`, a `monarch_compile.family.Family`: what the report and the cost model ask.
     frontend: `FRONTEND`, a `monarch_compile.passes.frontends.Frontend`: from a graph to the IR and back.

@@ -33,7 +33,7 @@ def one_of(allowed: tuple[str, ...]) -> OptionRule:
 
 
 def or_else(value: Any, rule: OptionRule) -> OptionRule:
-    """`value` itself, or what a rule allows."""
+    """`value` itself, or what `rule` allows."""
     return OptionRule(
         lambda x: (x is None if value is None else x == value) or rule.allows(x), f"{value!r} or {rule.wording}"
     )

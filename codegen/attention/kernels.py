@@ -21,14 +21,17 @@ from monarch_compile.version import __version__
 COPIED_ROWS = SHARED_PREFIX
 """Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
 LEAST_SHARED_BLOCK, MOST_SHARED_WIDTH = 32, 128
-"""Smaller blocks have the rows of a prefix at a greater cost than a kernel of their own; wider heads take registers."""
+"""With blocks up to this, computing the rows of a prefix in stage 1 takes longer than in a kernel of their own; with
+wider heads it takes too many registers."""
+JOINED_SHARES = 64
+"""Blocks whose shares of a row of the prefix stage 2 joins at once."""
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 LEAST_SCALE = 2.0**-126
 """The least scale that commutes with the largest score: a smaller one may be 0 in float32."""
 
 GRID_SIZES = tuple(f"{name}_{axis}" for name in ("grid", "counts") for axis in range(MAX_AXES))
-"""Tokens along each axis of a grid, and tiles."""
+"""Tokens along each axis of a grid, and tiles along each."""
 SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q", *GRID_SIZES)
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
 queries in a block, where they are not."""
@@ -67,7 +70,7 @@ class Role:
 
 _QKV, _SUMMARIES, _GROUPS = ("q", "k", "v"), ("a", "y", "c"), ("near", "z")
 PREFIX_SHARES = ("prefix_sum", "prefix_total", "prefix_top")
-"""What each block of keys says to the rows of a prefix: values, total weights and their exponents."""
+"""Of each row of a prefix over each block of keys: weighted sum of values, sum of weights, largest score."""
 
 MEAN = Role("monarch_mean_query", "mean_query", "represent", ("q",), ("qhat",))
 ONLY = Role("monarch_summarize", "summarize", "summarize", _QKV, _SUMMARIES, values=True)
@@ -97,7 +100,7 @@ def roles(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
 
 
 def shares_prefix(ir: MonarchAttention, schedule: Schedule) -> bool:
-    """Whether the exact rows of a prefix are computed by the kernels, share by share, and not apart."""
+    """Whether stage 1 computes the exact rows of a prefix, block by block, and stage 2 joins them."""
     block, width = ir.form.block_size, max(padded(ir.head_dim), padded(ir.value_dim))
     fused = schedule.fused and can_fuse(ir) and LEAST_SHARED_BLOCK < block <= schedule.summarize.step
     return fused and 0 < ir.form.prefix <= SHARED_PREFIX and width <= MOST_SHARED_WIDTH
@@ -310,7 +313,7 @@ def _constants(
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
     elif role.template == "attend":
         tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns, "TILE_R": COPIED_ROWS}
-        tiles["TILE_S"] = 64 if padded(ir.value_dim) <= 128 else 32
+        tiles["TILE_S"] = JOINED_SHARES
     elif role.template == "exchange":
         tiles = {"TILE": tiling.rows}
     return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}

@@ -27,7 +27,7 @@ STRIDED_ROWS = ("q", "k", "v", "rows")
 class Specialization:
     """What of the sizes and strides may be expected when kernels are launched; at first the worst of each.
 
-    partial_block: whether the sequence may end inside a block.
+    partial_block: whether the sequence, or an axis of the grid, may end inside a block.
     partial_tile: whether the number of blocks may be no multiple of the tiles that cover blocks.
     wide_offsets: whether offsets within one sequence, or one head's summaries, may need 64 bits.
     stride_multiple: a number of elements that divides the strides of `STRIDED_ROWS`: a power of two, at most a vector
@@ -70,9 +70,11 @@ def specialization_of(
     reaches: Sequence[Any],
     stride_multiple: int = 1,
 ) -> Specialization:
-    """The specialization of a launch. sides: tokens of the queries and of the keys, or along each axis of a grid, and
-    the places that blocks have for them. reaches: elements that lie between the first and the last place that a kernel
-    goes to from one 64-bit address. Symbolic numbers tell nothing.
+    """The specialization of a launch; symbolic numbers leave the worst case.
+
+    sides: tokens of the queries and of the keys, or along each axis of a grid, each with the places that blocks have
+    for them. reaches: elements between the first and the last place that a kernel reads or writes from one 64-bit
+    address.
     """
     partial_block = not all(_known(*side) and side[0] == side[1] for side in sides)
     sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]

@@ -37,7 +37,7 @@ ON_GRID: dict[str, tuple[Any, ...]] = {
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention.
 
-    Where the options gave the site tiles in each of its graphs, the forms are tiles too.
+    Where a site has tiles in all of its graphs, the forms are those of `ON_GRID`.
     """
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
@@ -77,6 +77,7 @@ def _tiles(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> 
     values = {name: (fixed[name],) if name in fixed else tried[name] for name in FORM_OPTIONS if name != "block_size"}
     values |= {"prefix": (own.prefix,), "pad": (own.pad,)}  # those of the grid, and of all tiles
     forms = [Form(block_size=math.prod(options["tile"]), **options) for options in _combined(values)]
+    # Without neighbours, the shape of the window makes no difference: one of the shapes is enough.
     return [form for form in forms if form.window or form.window_shape == values["window_shape"][0]]
 
 

@@ -1,4 +1,4 @@
-"""The doors of `monarch_compile.integrations` for attention, which says what they do."""
+"""How eager code calls Monarch attention in place of its own; `monarch_compile.integrations` has the public names."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class ReplaceSdpa(TorchFunctionMode):
             None if attn_mask is None else attn_mask.ndim,
             (dropout_p, is_causal, scale, enable_gqa, is_trained(tensors)),
         )
-        looked_at = attn_mask is not None and self._strict  # a choice does not excuse a mask that is not legal
+        looked_at = (
+            attn_mask is not None and self._strict
+        )  # strict mode raises for a mask that is not legal, also where another refusal is a choice
         if isinstance(decision, Refusal) and not (looked_at and decision.is_choice):
             return self._stays(decision)
         order = eager_order([Layout.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True)], scale, enable_gqa)
@@ -93,7 +95,11 @@ class ReplaceSdpa(TorchFunctionMode):
         return in_order(monarch_attention(q, k, v, scale=scale, grid=grid, **mask, **vars(decision)), order)
 
     def _stays(self, refusal: Refusal) -> Tensor | None:
-        """Count and, the first time, log it. Raises LoweringError where strict mode does not accept it."""
+        """Count a call that stays exact, and log the first of its code.
+
+        Raises:
+            LoweringError: strict mode does not accept the refusal.
+        """
         if refusal.code not in self.reasons:
             chosen = refusal.is_choice
             if self._strict and not chosen:

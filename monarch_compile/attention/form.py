@@ -19,7 +19,6 @@ WINDOW_SHAPES = ("box", "plus")
 MAX_AXES = 3
 """The most axes of a token grid: time, height and width."""
 
-
 FORM_RULES: dict[str, OptionRule] = {
     "block_size": at_least(1),
     "num_iters": at_least(1),
@@ -39,14 +38,14 @@ class Form:
     block_size: keys in a block. num_iters: pairs of updates of the Monarch factors.
     init: start from a block's own queries ("identity") or from their mean. pad: pad the sequence to whole blocks after
         ("post") or before it ("pre").
-    window: blocks on each side of a query's own block that it attends to exactly (0: its own only; None: no window, the
-        paper's form).
+    window: blocks on each side of a query's own block that it attends to exactly, counted along each axis where blocks
+        are tiles (0: its own only; None: no window, the paper's form).
     prefix: leading keys that every query attends to exactly, and as many queries that attend to every key exactly:
         blocks are of what follows.
     tile: tokens of a block along each axis of the grid that the sequence flattens, block_size in all; None: a block is
         a piece of the sequence.
     window_shape: of which tiles a window consists, all that are at most `window` away along each axis ("box") or those
-        of them that lie along one axis ("plus"). The same for pieces of a sequence.
+        of them that lie along one axis ("plus"). It makes no difference to pieces of a sequence.
 
     Raises:
         IRError: an option is not allowed.
@@ -96,7 +95,7 @@ class Form:
         return replace(self, window=None) if own_alone else self
 
     def one_axis(self) -> Form:
-        """The same block size and as many keys in a window, without a grid: what takes the same work."""
+        """The form of pieces that takes the same work: the same block size, and a window of as many blocks."""
         if self.tile is None:
             return self
         window = self.window and (len(steps_to_neighbours(self.window, self.window_shape, len(self.tile))) - 1) // 2

@@ -45,8 +45,8 @@ def monarch_attention(
         k: keys, (batch, num_kv_heads, seq_len_k, head_dim); num_heads is a multiple of num_kv_heads, and query head h
             reads key head h // (num_heads / num_kv_heads).
         v: values, (batch, num_kv_heads, seq_len_k, value_dim).
-        block_size: keys in a block. 1, or at least seq_len_k, gives exact softmax attention. With a tile, what it
-            holds.
+        block_size: keys in a block. 1, or at least seq_len_k, gives exact softmax attention. May be left out with a
+            tile, whose number of tokens it is.
         num_iters: pairs of updates of the two Monarch factors.
         scale: multiplies q k^T; 1 / sqrt(head_dim) when None.
         key_padding_mask: (batch, seq_len_k) bool, **True where a key is padding and is ignored**, as in
@@ -55,12 +55,14 @@ def monarch_attention(
         init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
         pad: on which side a sequence is padded to whole blocks, "post" or "pre".
         window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
-            only); None: none, the paper's form. Between unequal lengths it means little, and CUDA takes None only.
+            only), counted along each axis where blocks are tiles; None: none, the paper's form. Between unequal
+            lengths it means little, and CUDA takes None only.
         prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
             Blocks are of what follows them.
-        grid: sizes of the axes, one to three, that the tokens after the prefix flatten, the last axis first in memory:
-            (height, width) of an image, (frames, height, width) of a video.
-        tile: tokens of a block along each axis of the grid: blocks are then tiles of it.
+        grid: sizes of the axes, one to three, that the tokens after the prefix flatten row by row: (height, width) of
+            an image, (frames, height, width) of a video. Given together with `tile`; seq_len_q and seq_len_k are then
+            both prefix + the product of the sizes.
+        tile: tokens of a block along each axis of the grid: blocks are then tiles of it, and `pad` must be "post".
         window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis
             alone ("plus").
 

@@ -323,7 +323,10 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
 
 
 def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
-    """Whether a prefix's exact rows take no launch of their own: on CUDA, where the blocks' kernels compute them."""
+    """Whether a prefix's exact rows take no launch of their own: on CUDA, where the blocks' kernels compute them.
+
+    Near to `codegen.attention.kernels.shares_prefix`, for the block sizes that a shipped stage 1 takes in one step.
+    """
     form = ir.form
     fits = 0 < form.prefix <= SHARED_PREFIX and WHOLE_TILE // 4 < form.block_size <= WHOLE_TILE // 2
     return device.kind == "cuda" and fits and form.num_iters == 1 and form.init == "identity"
