@@ -70,6 +70,17 @@ class Axis:
         """The only factor, if it has one."""
         return self.factors[0] if len(self.factors) == 1 else None
 
+    @property
+    def explained(self) -> Factor | None:
+        """The first factor that says why it is no more."""
+        return next((f for f in self.factors if f.why), None)
+
+    @property
+    def flattened_by(self) -> Node | None:
+        """The node that flattened the axes of its grid, not one that put tokens in front; else `source`."""
+        single = self.single
+        return single.node if single is not None and single.kind is Kind.JOINED else self.source
+
 
 Layout = tuple[Axis, ...]
 ONE = Axis(())
@@ -212,8 +223,8 @@ def are_halves(outer: Factor, inner: Factor) -> bool:
 # ---- what several tensors say of one dim -----------------------------------------------------------------------------
 
 
-def joined(axes: Sequence[Axis], node: Node, dim: int, size: Any) -> Axis:
-    """What the operands of an elementwise op say of a dim of its output; those that say nothing are not asked."""
+def agreed(axes: Sequence[Axis], node: Node, dim: int, size: Any) -> Axis:
+    """What the operands of an elementwise op agree on for a dim of its output; free dims are not asked."""
     said = [axis for axis in axes if not axis.is_free]
     if not said:
         return next(iter(axes), other(node, dim, size, "it is made by the op itself"))
@@ -221,7 +232,7 @@ def joined(axes: Sequence[Axis], node: Node, dim: int, size: Any) -> Axis:
     against = next((axis for axis in said if not _are_alike(first.factors, axis.factors)), None)
     if against is None:
         return first
-    blamed = next((f for f in against.factors if f.why), None)
+    blamed = against.explained
     if not is_placed(first):
         return other(node, dim, size, blamed.why if blamed else "", blamed.node if blamed else None)
     why = f": {blamed.why}" if blamed else ""

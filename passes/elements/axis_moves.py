@@ -13,13 +13,13 @@ from monarch_compile.passes.elements.axes import (
     Factor,
     Kind,
     Layout,
+    agreed,
     axis_of,
     cut_evenly,
     free,
     grid_of,
     is_one,
     is_placed,
-    joined,
     other,
     regrouped,
     same_size,
@@ -241,7 +241,7 @@ def _of_gather(seen: Layouts, node: Node) -> Layout:
     for dim, size in enumerate(shape_of(node)):
         stays = dim != at and same_size(shape_of(source)[dim], size)
         axes = [before[dim], seen.layout(index)[dim]]
-        found.append(joined(axes, node, dim, size) if stays else other(node, dim, size, why))
+        found.append(agreed(axes, node, dim, size) if stays else other(node, dim, size, why))
     return tuple(found)
 
 
@@ -255,7 +255,7 @@ def _of_cat(seen: Layouts, node: Node) -> Layout | None:
         return None
     at = normal_dim(arg(node, 1, "dim", 0), rank)
     layouts = [seen.layout(x) for x in parts]
-    found = [joined([x[dim] for x in layouts], node, dim, sizes[dim]) if dim != at else ONE for dim in range(rank)]
+    found = [agreed([x[dim] for x in layouts], node, dim, sizes[dim]) if dim != at else ONE for dim in range(rank)]
     found[at] = _one_after_another(node, at, [x[at] for x in layouts], [shape_of(x)[at] for x in parts])
     return tuple(found)
 
@@ -272,15 +272,14 @@ def _one_after_another(node: Node, dim: int, axes: Sequence[Axis], sizes: Sequen
         why = "two grids are joined one after the other" if after or sum(before) > 1 else "tokens come after a grid"
         return other(node, dim, size, why)
     if grid is None:
-        blamed = next((f for f in axes[-1].factors if f.why), None)
+        blamed = axes[-1].explained
         why = blamed.why if blamed and blamed.kind is Kind.OTHER else "tokens are joined without a grid among them"
         return other(node, dim, size, why, blamed.node if blamed and blamed.kind is Kind.OTHER else None)
     if None in numbers:
         return other(node, dim, size, "the number of tokens before a grid is not known until it runs")
     prefix, factors = grid
-    single = axes[-1].single
-    source = single.node if single is not None and single.kind is Kind.JOINED else axes[-1].source
-    return _with_prefix(node, dim, prefix + sum(n for n in numbers if n is not None), factors, source)
+    before_grid = prefix + sum(n for n in numbers if n is not None)
+    return _with_prefix(node, dim, before_grid, factors, axes[-1].flattened_by)
 
 
 def _of_stack(seen: Layouts, node: Node) -> Layout:
@@ -290,7 +289,7 @@ def _of_stack(seen: Layouts, node: Node) -> Layout:
     for dim, size in enumerate(sizes):
         own = dim - (dim > at)
         stacked = other(node, dim, size, "tensors are stacked along it")
-        found.append(stacked if dim == at else joined([x[own] for x in layouts], node, dim, size))
+        found.append(stacked if dim == at else agreed([x[own] for x in layouts], node, dim, size))
     return tuple(found)
 
 

@@ -12,8 +12,8 @@ from monarch_compile.passes.elements.axes import (
     ONE,
     Axis,
     Layout,
+    agreed,
     is_one,
-    joined,
     other,
     same_size,
 )
@@ -41,7 +41,7 @@ def _broadcast(seen: Layouts, node: Node, tensors: Sequence[Node], num_dims: int
                 axes.append(seen.layout(x)[own])
                 unclear |= not same_size(shape_of(x)[own], size)
         why = "operands have sizes that may differ"
-        found.append(other(node, dim, size, why) if unclear else joined(axes, node, dim, size))
+        found.append(other(node, dim, size, why) if unclear else agreed(axes, node, dim, size))
     return tuple(found)
 
 
@@ -134,7 +134,7 @@ def _of_added_matmul(seen: Layouts, node: Node) -> Layout | None:
     found = []
     for dim, axis in enumerate(made):
         is_full = dim >= skipped and not (is_one(shape_of(bias)[dim - skipped]) and not is_one(shape_of(node)[dim]))
-        found.append(joined([axis, own[dim - skipped]], node, dim, shape_of(node)[dim]) if is_full else axis)
+        found.append(agreed([axis, own[dim - skipped]], node, dim, shape_of(node)[dim]) if is_full else axis)
     return tuple(found)
 
 
@@ -145,7 +145,7 @@ def _of_einsum(seen: Layouts, node: Node) -> Layout | None:
     found = []
     for dim, letter in enumerate(out):
         axes = [seen.layout(x)[letters.index(letter)] for x, letters in named if letter in letters]
-        found.append(made_of(node, dim, joined(axes, node, dim, shape_of(node)[dim])))
+        found.append(made_of(node, dim, agreed(axes, node, dim, shape_of(node)[dim])))
     return tuple(found)
 
 

@@ -14,10 +14,10 @@ from monarch_compile.passes.elements.axes import (
     Factor,
     Kind,
     Layout,
+    agreed,
     axis_of,
     free,
     is_one,
-    joined,
     other,
     same_size,
 )
@@ -225,5 +225,5 @@ def _of_filled(seen: Layouts, node: Node, fillings: Sequence[Write]) -> Layout:
             if own >= 0 and not (is_one(shape_of(source)[own]) and not is_one(size)):
                 axes.append(seen.layout(source)[own])
         is_whole = all(same_size(base[dim], size) for base, _ in copies)
-        found.append(joined(axes, node, dim, size) if is_whole else other(node, dim, size, "it is filled part by part"))
+        found.append(agreed(axes, node, dim, size) if is_whole else other(node, dim, size, "it is filled part by part"))
     return tuple(found)

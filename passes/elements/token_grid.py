@@ -51,7 +51,7 @@ class NoGrid:
 def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGrid | NoGrid:
     """The grid that a dim of a node's output is.
 
-    layouts: where to keep what is found, for whoever asks of several nodes of a graph that does not change.
+    layouts: keeps what is found, for calls with other nodes of a graph that does not change.
     """
     known = Layouts() if layouts is None else layouts
     if not shape_of(node):
@@ -65,8 +65,7 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
         return NoGrid("memory that the token axis comes from is written in place", write)
     prefix, factors = found
     axes = tuple(_axis(factor, known, node) for factor in factors)
-    single = axis.single
-    source = single.node if single is not None and single.kind is Kind.JOINED else axis.source
+    source = axis.flattened_by
     if source is None or any(a.node is None and not isinstance(a.size, int) for a in axes):
         return NoGrid("the size of an axis of the grid cannot be read", source or node)
     return TokenGrid(prefix, axes, source)
@@ -79,8 +78,7 @@ def _axis(factor: Factor, layouts: Layouts, reader: Node) -> GridAxis:
 
 
 def _why_not(axis: Axis, node: Node) -> NoGrid:
-    factors = axis.factors
-    blamed = next((f for f in factors if f.why), None)
+    factors, blamed = axis.factors, axis.explained
     if not factors:
         return NoGrid("there is one token", node)
     if blamed is not None and (len(factors) == 1 or all(f.kind is not Kind.SPATIAL for f in factors)):
