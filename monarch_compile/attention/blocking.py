@@ -286,8 +286,9 @@ class Tiles:
 
     @property
     def steps(self) -> Steps:
-        """Steps from a tile to those of its window."""
-        return steps_to_neighbours(self.window, self.window_shape, len(self.grid))
+        """Steps from a tile to those of its window, without steps that lead out of the grid from every tile."""
+        steps = steps_to_neighbours(self.window, self.window_shape, len(self.grid))
+        return tuple(step for step in steps if all(map(_may_lead_inside, step, self.counts)))
 
     @property
     def own_place(self) -> int:
@@ -323,6 +324,11 @@ class Tiles:
             near = near & (functools.reduce(torch.add, [(x > 0).to(torch.int32) for x in apart]) <= 1)
         far: Tensor = ~near
         return far
+
+
+def _may_lead_inside(step: int, count: Any) -> bool:
+    """Whether some of `count` tiles may have another so many steps away; symbolic counts take no guard."""
+    return not isinstance(count, int) or abs(step) < count
 
 
 def blocking_of(

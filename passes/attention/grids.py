@@ -26,12 +26,15 @@ def site_grid(site: AttentionRegion, config: MonarchConfig, layouts: Layouts) ->
     for one in found:
         if isinstance(one, NoGrid):
             return None, f"no token grid: {one.reason}"
-    grids = [_known(one) for one in found if isinstance(one, TokenGrid)]
+    known = [one for one in found if isinstance(one, TokenGrid)]
+    grids = [_sizes(one) for one in known]
     if len({str(grid) for grid in grids}) != 1 or len(grids) < 3:
         return None, "no token grid: queries, keys and values have different ones"
+    if len({one.order for one in known}) != 1:
+        return None, "no token grid: queries, keys and values run along the axes of their images in different orders"
     if str(grids[0].num_tokens) != str(site.k_shape[2]):
         return None, f"no token grid: {described(grids[0])} has not the {site.k_shape[2]} tokens of the site"
-    source = next(one.source for one in found if isinstance(one, TokenGrid))
+    source = known[0].source
     line = source_of(source)
     return grids[0], f"{described(grids[0])}, flattened by {source.name}" + (f" ({line})" if line else "")
 
@@ -43,5 +46,5 @@ def described(grid: Grid) -> str:
     return f"a grid of {sizes} tokens" + (f" after {grid.prefix} {tokens}" if grid.prefix else "")
 
 
-def _known(found: TokenGrid) -> Grid:
+def _sizes(found: TokenGrid) -> Grid:
     return Grid(found.prefix, tuple(axis.size for axis in found.axes))

@@ -37,10 +37,15 @@ def _of_pad(seen: Layouts, node: Node) -> Layout:
 
 
 def _of_roll(seen: Layouts, node: Node) -> Layout:
-    """A roll of a spatial axis moves the image; one of a part of an axis, or of flattened tokens, is another order."""
+    """A roll of a spatial axis moves the image; one of a part of an axis, or of flattened tokens, is another order.
+
+    Without dims all are flattened first: what leaves a row comes in on the next.
+    """
     source, dims = inputs(node)[0], arg(node, 2, "dims", [])
+    if not dims:
+        return seen.unknown(node, "tokens are rolled")
     before = seen.layout(source)
-    rolled = {normal_dim(d, len(before)) for d in dims} if dims else {*range(len(before))}
+    rolled = {normal_dim(d, len(before)) for d in dims}
     found = []
     for dim, axis in enumerate(before):
         factor = axis.single

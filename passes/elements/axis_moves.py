@@ -241,7 +241,9 @@ def _of_gather(seen: Layouts, node: Node) -> Layout:
     for dim, size in enumerate(shape_of(node)):
         stays = dim != at and same_size(shape_of(source)[dim], size)
         axes = [before[dim], seen.layout(index)[dim]]
-        found.append(agreed(axes, node, dim, size) if stays else other(node, dim, size, why))
+        kept = agreed(axes, node, dim, size)
+        takes_content = kept.is_free and bool(kept.factors)  # each place along it takes another token
+        found.append(kept if stays and not takes_content else other(node, dim, size, why))
     return tuple(found)
 
 

@@ -84,15 +84,18 @@ def made_of(node: Node, dim: int, axis: Axis) -> Axis:
 # ---- reductions ------------------------------------------------------------------------------------------------------
 
 
-def _without(found: Layout, given: Any, node: Node) -> Layout | None:
-    rank = len(found)
+def _without(before: Layout, given: Any, node: Node) -> Layout | None:
+    """The dims that are left. A sum over what has an order is a product: one that said nothing has content then."""
+    rank = len(before)
     dims = [given] if isinstance(given, int) else given
     if not isinstance(dims, (list, tuple)) or not dims or not all(isinstance(d, int) for d in dims):
         return None
     gone = {normal_dim(d, rank) for d in dims}
-    if len(shape_of(node)) == rank:
-        return tuple(ONE if dim in gone else axis for dim, axis in enumerate(found))
-    return tuple(axis for dim, axis in enumerate(found) if dim not in gone)
+    is_kept = len(shape_of(node)) == rank
+    left = [ONE if dim in gone else axis for dim, axis in enumerate(before) if is_kept or dim not in gone]
+    if all(before[dim].is_free for dim in gone):
+        return tuple(left)
+    return tuple(made_of(node, dim, axis) for dim, axis in enumerate(left))
 
 
 def _of_reduction(seen: Layouts, node: Node) -> Layout | None:

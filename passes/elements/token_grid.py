@@ -20,12 +20,15 @@ from monarch_compile.passes.graph import normal_dim, shape_of
 class GridAxis:
     """An axis of a grid, and where its size is read: `dim` of the output of `node`.
 
-    node is None where no tensor has such a dim, as after F.unfold: the size is an int then.
+    node is None where no tensor has such a dim, as after F.unfold: the size is an int then. along: which axis of its
+    image it is, outermost 0. is_inner: whether it counts places in a window, not windows or places in the whole image.
     """
 
     node: Node | None
     dim: int
     size: Any
+    along: int
+    is_inner: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,12 @@ class TokenGrid:
     prefix: int
     axes: tuple[GridAxis, ...]
     source: Node
+
+    @property
+    def order(self) -> tuple[tuple[int, bool], ...]:
+        """For each axis, its place among those of its image and whether it lies in a window."""
+        alongs = sorted(axis.along for axis in self.axes)
+        return tuple((alongs.index(axis.along), axis.is_inner) for axis in self.axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +82,9 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
 
 def _axis(factor: Factor, layouts: Layouts, reader: Node) -> GridAxis:
     """The axis, its size read from a tensor that is there before `reader` is."""
-    place = layouts.place(factor)
-    return GridAxis(None, 0, factor.size) if place is None or reader < place[0] else GridAxis(*place, factor.size)
+    place, is_inner = layouts.place(factor), any(not is_outer for is_outer, _ in factor.cuts)
+    node, dim = (None, 0) if place is None or reader < place[0] else place
+    return GridAxis(node, dim, factor.size, factor.along, is_inner)
 
 
 def _why_not(axis: Axis, node: Node) -> NoGrid:

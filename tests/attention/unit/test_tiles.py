@@ -156,8 +156,8 @@ def _row_by_row(p: Tiled, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tens
                     values.append(weights @ v[keys])
         logits += list(0.5 * k[exact] @ q[row] + bias[exact])
         values += list(v[exact])
-        weights = torch.stack(logits).softmax(0).nan_to_num(0.0)
-        out[row] = weights @ torch.stack(values)
+        if logits:  # a row that sees no key is 0
+            out[row] = torch.stack(logits).softmax(0).nan_to_num(0.0) @ torch.stack(values)
     return out
 
 
