@@ -103,7 +103,8 @@ class Form:
 
     def arguments(self) -> tuple[Any, ...]:
         """The operator's arguments, in its order."""
-        return tuple(list(x) if isinstance(x, tuple) else x for x in vars(self).values())
+        values = [getattr(self, name) for name in FORM_OPTIONS]  # Dynamo of torch 2.11 cannot trace vars(self).values()
+        return tuple(list(x) if isinstance(x, tuple) else x for x in values)
 
     def across(self) -> Form:
         """The form between sequences of different lengths."""
