@@ -27,7 +27,7 @@ def share_bodies(gm: GraphModule) -> int:
     """Replace calls of a family's op that compute the same by calls of one body; how many bodies there are.
 
     The same are the options and the tensors' sizes, strides, dtypes and devices. Sites on a GPU are left alone: there
-    there an op stands for kernels that are not Inductor's; so is a site without an equal, and one of symbolic sizes
+    an op stands for kernels that are not Inductor's; so is a site without an equal, and one of symbolic sizes
     that its tensors' dims do not give (`_gives_symbols`). `gm` is changed in place.
     """
     share = _invoke_subgraph()

@@ -228,7 +228,7 @@ def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tu
 
 def can_fuse(ir: MonarchAttention) -> bool:
     """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
-    return ir.form.num_iters == 1 and ir.form.init == "identity"
+    return ir.form.weighs_own_block_exactly
 
 
 def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:

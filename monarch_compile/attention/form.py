@@ -31,6 +31,11 @@ FORM_RULES: dict[str, OptionRule] = {
 }
 
 
+def weighs_own_block_exactly(num_iters: int, init: str) -> bool:
+    """Whether a row's own block is weighed by that row's own scores: in one iteration from the identity start."""
+    return num_iters == 1 and init == "identity"
+
+
 @dataclass(frozen=True)
 class Form:
     """How a Monarch attention approximates softmax attention: one value for each site, which a plan may choose.
@@ -85,13 +90,18 @@ class Form:
         """Whether some keys are attended to exactly: a window's or a prefix's. The paper's form has none."""
         return self.window is not None or self.prefix > 0
 
+    @property
+    def weighs_own_block_exactly(self) -> bool:
+        """`weighs_own_block_exactly` of its options."""
+        return weighs_own_block_exactly(self.num_iters, self.init)
+
     def simplest(self) -> Form:
         """The form that gives the same with the least work.
 
         One iteration from the identity start weighs a row's own block by that row's own scores, exactly, as a window of
         0 does: without one, there is no group of keys to be merged.
         """
-        own_alone = self.window == 0 and self.num_iters == 1 and self.init == "identity"
+        own_alone = self.window == 0 and self.weighs_own_block_exactly
         return replace(self, window=None) if own_alone else self
 
     def one_axis(self) -> Form:

@@ -178,7 +178,7 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda ir: ir.dtype in DTYPE_NAMES, "dtype must be one of float16, bfloat16, float32, float64"),
     Rule(lambda ir: math.isfinite(ir.scale), "scale must be finite"),
     Rule(
-        lambda ir: not ir.is_causal or (ir.form.num_iters == 1 and ir.form.init == "identity"),
+        lambda ir: not ir.is_causal or ir.form.weighs_own_block_exactly,
         "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
     ),
     Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of
+from monarch_compile.attention.form import weighs_own_block_exactly
 from monarch_compile.attention.groups import (
     biased,
     centred,
@@ -57,8 +58,8 @@ def reference(
     rows attend to every key exactly. `grid` is what the tokens that follow the prefix lie on, flattened row by row:
     blocks are its tiles.
     """
-    if window == 0 and num_iters == 1 and init == "identity":
-        window = None  # `Form.simplest`
+    if window == 0 and weighs_own_block_exactly(num_iters, init):
+        window = None  # as in `Form.simplest`
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()

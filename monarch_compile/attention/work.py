@@ -226,7 +226,7 @@ def _group_sizes(form: Form, rows: Quantity, keys: Quantity) -> tuple[Quantity, 
     if form.window is not None:
         after = _after(form.prefix, keys)
         near = _least((2 * form.window + 1) * form.block_size, after)
-        if form.num_iters == 1 and form.init == "identity":
+        if form.weighs_own_block_exactly:
             near = near - _least(form.block_size, after)
     prefix = _least(form.prefix, keys)
     return near + prefix, int(form.has_exact_keys), _least(form.prefix, rows)
@@ -329,7 +329,7 @@ def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
     """
     form = ir.form
     fits = 0 < form.prefix <= SHARED_PREFIX and WHOLE_TILE // 4 < form.block_size <= WHOLE_TILE // 2
-    return device.kind == "cuda" and fits and form.num_iters == 1 and form.init == "identity"
+    return device.kind == "cuda" and fits and form.weighs_own_block_exactly
 
 
 def _kernels(device: Device, ir: MonarchAttention) -> int:

@@ -18,6 +18,7 @@ from monarch_compile.passes.elements.axes import (
     same_size,
 )
 from monarch_compile.passes.elements.axis_moves import PartRule, Rule
+from monarch_compile.passes.elements.values import CASTS_AND_COPIES
 from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
 
 if TYPE_CHECKING:
@@ -185,17 +186,7 @@ REDUCTIONS: dict[object, int] = {
 """Ops that take dims away, and the place of their argument that says which."""
 
 SAME = (
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
+    *CASTS_AND_COPIES,
     aten.dropout.default,
     aten.dropout_.default,
     aten.feature_dropout.default,

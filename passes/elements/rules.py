@@ -18,6 +18,7 @@ from torch.fx import Node
 from monarch_compile.passes.capture.enclosed import given_value, name_of
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
 from monarch_compile.passes.elements.values import (
+    CASTS_AND_COPIES,
     Index,
     Place,
     Rule,
@@ -270,22 +271,7 @@ def _rule_diff(e: Evaluator, n: Node, i: Index) -> Any:
 
 RULES: dict[object, Rule] = {
     **VIEW_RULES,
-    **dict.fromkeys(
-        (
-            aten.to.dtype,
-            aten.to.dtype_layout,
-            aten.to.device,
-            aten.to.other,
-            aten._to_copy.default,
-            aten.type_as.default,
-            aten.clone.default,
-            aten.contiguous.default,
-            aten.alias.default,
-            aten.detach.default,
-            aten.lift_fresh_copy.default,
-        ),
-        _same,
-    ),
+    **dict.fromkeys(CASTS_AND_COPIES, _same),
     **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), _filled(0)),
     **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), _filled(1)),
     aten.full.default: _rule_full(1),

@@ -10,12 +10,27 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from monarch_compile.passes.graph import shape_of
+from monarch_compile.passes.graph import aten, shape_of
 
 if TYPE_CHECKING:
     from monarch_compile.passes.elements.rules import Evaluator
 
 Index = tuple[Any, ...]
+
+CASTS_AND_COPIES = (
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
+"""Ops that give each element of their operand, in its place, perhaps as another dtype."""
 
 
 class Place(sympy.Symbol):  # type: ignore[misc]  # sympy has no types
