@@ -119,5 +119,5 @@ def peers(functions: Sequence[tuple[str, Peer]]) -> tuple[Subject, ...]:
 def monarch(ir: MonarchAttention, x: Inputs) -> Call:
     """The Monarch form of `ir`, compiled by the backend."""
     torch._dynamo.reset()  # as for flex
-    compiled = compiled_attention({"policy": "always", "strict": True, **asdict(ir.form)})
+    compiled = compiled_attention({"policy": "always", "strict": True, "grid": ir.grid or "auto", **asdict(ir.form)})
     return functools.partial(compiled, x.q, x.k, x.v, x.mask)

@@ -20,6 +20,8 @@ from monarch_compile.version import __version__
 
 COPIED_ROWS = SHARED_PREFIX
 """Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
+WARPGROUP, WARPGROUP_ROWS = 4, 64
+"""Warps and rows of the widest matrix instruction of Hopper: it is faster with rows of zeros than the narrow one."""
 LEAST_SHARED_BLOCK, MOST_SHARED_WIDTH = 32, 128
 """With blocks up to this, computing the rows of a prefix in stage 1 takes longer than in a kernel of their own; with
 wider heads it takes too many registers."""
@@ -308,7 +310,9 @@ def _constants(
     tiles = {"TILE_L": tiling.step}
     if role.reads_keys:
         tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-block // tiling.rows)}
-        tiles |= {"TILE_R": COPIED_ROWS, "TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
+        widens = ir.dtype.itemsize == 2 and tiling.num_warps % WARPGROUP == 0
+        tiles |= {"TILE_R": WARPGROUP_ROWS if widens else COPIED_ROWS}
+        tiles |= {"TILE_N": near.step, "TILE_P": min(near.step, padded(prefix))}
     elif role.template == "represent":
         tiles = {"TILE_B": tiling.rows, "TILE_L": tiling.step}
     elif role.template == "attend":

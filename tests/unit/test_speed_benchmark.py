@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ from benchmarks.speed import measure
 from benchmarks.speed.measure import Bench, Row, Verdict, cpu_clocks
 from benchmarks.speed.present import draw, markdown
 from benchmarks.speed.problems import PRESETS, AutoForm, Preset, Problem, inputs
-from benchmarks.speed.subjects import EXACT, Unsupported, key_padding_blocks, peers
+from benchmarks.speed.subjects import EXACT, Unsupported, key_padding_blocks, monarch, peers
+from monarch_compile.attention.benchmark import compiled_attention
+from monarch_compile.attention.reference import reference
 from monarch_compile.cost.devices import DEVICES
 from monarch_compile.tools import cli
 from monarch_compile.tools.timing import Timing
@@ -260,3 +262,12 @@ def test_the_cuda_backends_are_asked_for_one_at_a_time() -> None:
     x = inputs(SMALL, "cpu")
     with efficient.around(), pytest.raises(RuntimeError, match="kernel"):
         efficient.prepare(x)()
+
+
+def test_tiles_are_timed_as_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.speed.subjects.compiled_attention", compiled_attention)
+    problem = Problem(1, 65, num_heads=1, head_dim=8, dtype="float32")
+    given = inputs(problem, "cpu")
+    ir = AutoForm(1, 1, tile=(4, 4), window_shape="plus").ir(problem, DEVICES["cpu"])
+    expected = reference(given.q, given.k, given.v, **asdict(ir.form), grid=ir.grid, scale=ir.scale)
+    torch.testing.assert_close(monarch(ir, given)(), expected)
