@@ -1,0 +1,1 @@
+"""Long convolutions in a graph: matching, checks, lowering."""
