@@ -32,7 +32,7 @@ def render(kernel: Kernel) -> KernelSource:
     constants = {name: value for name, value in kernel.constants if name in used}
     tensors = tuple(buffer.name for buffer in kernel.buffers)
     strides = [tuple(name for name, _ in buffer.strides) for buffer in kernel.reads if buffer.strides]
-    groups = (tensors, *strides, tuple(size for size in kernel.sizes if size in used))
+    groups = tuple(group for group in (tensors, *strides, tuple(n for n in kernel.sizes if n in used)) if group)
     text = template.render(**fixed, constants=constants, parameter_groups=groups)
     return KernelSource(kernel.name, text, tuple(name for group in groups for name in group))
 

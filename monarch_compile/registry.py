@@ -26,6 +26,6 @@ FAMILIES: dict[str, Modules] = {
         frontend="monarch_compile.passes.attention.frontend",
         emitter="monarch_compile.codegen.attention.emitter",
         commands="monarch_compile.attention.commands",
-    )
+    ),
 }
 """By name. Of two families that claim one node with the same predicted gain, the first is lowered."""

@@ -52,6 +52,16 @@ class LongConvolution:
     def __post_init__(self) -> None:
         verify(self)
 
+    @property
+    def wraps(self) -> bool:
+        """Whether an output may depend on inputs after it, or on more than the lags from 0 on; where sizes are
+        symbolic, it may."""
+        lengths = (self.transform_len, self.seq_len, self.filter_len)
+        numbers = [size for size in lengths if isinstance(size, int)]
+        if len(numbers) < len(lengths) or self.lag != 0:
+            return True
+        return numbers[0] - numbers[1] < numbers[2] - 1
+
     def __str__(self) -> str:
         return _text(self)
 

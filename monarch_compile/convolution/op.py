@@ -9,6 +9,7 @@ from torch import Tensor
 
 from monarch_compile import autocast as autocasting
 from monarch_compile.convolution import reference as meaning
+from monarch_compile.convolution import work
 
 OPTIONS = ("transform_len", "out_len", "lag", "scale", "out_dtype")
 """The operator's parameters after the tensors, in order; keyword arguments of `reference`."""
@@ -27,7 +28,7 @@ def long_convolution(
     scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """A long convolution: `reference` is its meaning; on CUDA the emitted kernels run where u has 16 bits.
+    """A long convolution: `reference` is its meaning; on CUDA the emitted kernels run where `work.runs_kernels` says so.
 
     Shapes as in `reference`. The result is contiguous.
     """
@@ -35,6 +36,10 @@ def long_convolution(
     tensors = (u, filter, skip, pre_gate, post_gate)
     options: dict[str, Any] = dict(zip(OPTIONS, (transform_len, out_len, lag, float(scale), out_dtype), strict=True))
     with autocasting.switched_off(u.device.type):
+        if work.runs_kernels(u.device.type, u.dtype, filter.dtype, out_dtype, u.shape[-1], out_len):
+            from monarch_compile.codegen.convolution.launch import launch
+
+            return launch(*tensors, **options)
         return meaning.reference(*tensors, **options).contiguous()
 
 

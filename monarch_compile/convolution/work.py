@@ -36,20 +36,36 @@ class Rates:
 GPU = Rates(fft_bytes=54.0, longer=((1 << 15, 1.35), (1 << 17, 2.5)), flops=200e12, fallback_s=25e-6)
 """Fitted to CUDA-graph replays on an H100 of 80 GB HBM3."""
 
-LEAST_POINTS = 256
-"""Sequences are padded to this many points at least, and to a power of two."""
+LEAST_POINTS, MOST_POINTS = 256, 16384
+"""Sequences are padded to this many points at least, and to a power of two; longer ones have no kernels yet."""
 
 
 def factors(points: int) -> tuple[int, int]:
-    """The two factors of a transform of a power of two points, the first at least the second, and at least 64."""
+    """Two factors of a transform of a power of two points, the first at least the second."""
     bits = points.bit_length() - 1
-    first = 1 << max(6, -(-bits // 2))
+    first = 1 << -(-bits // 2)
     return first, points // first
 
 
 def points_of(seq_len: Any, out_len: Any) -> int:
-    """Points of the complex transform that the kernels make of a sequence: each is as long as input and output."""
-    return max(LEAST_POINTS, 1 << (max(int(seq_len), int(out_len)) - 1).bit_length())
+    """Points of the complex transform that the kernels make of a sequence: it is as long as input and output.
+
+    Of symbolic lengths, only the power of two is guarded on.
+    """
+    points = LEAST_POINTS
+    while seq_len > points or out_len > points:
+        points *= 2
+    return points
+
+
+def runs_kernels(
+    device: str, dtype: torch.dtype, filter_dtype: torch.dtype, out_dtype: torch.dtype, seq_len: Any, out_len: Any
+) -> bool:
+    """Whether the operator runs on the emitted kernels, which are as accurate as a result in bfloat16 asks for."""
+    halves = (torch.float16, torch.bfloat16)
+    if device != "cuda" or dtype not in halves or out_dtype is not torch.bfloat16 or filter_dtype is torch.float64:
+        return False
+    return bool(seq_len <= MOST_POINTS and out_len <= MOST_POINTS)
 
 
 def cost(ir: LongConvolution) -> Cost:
