@@ -192,6 +192,7 @@ class _Maker:
             "skips": self.ir.skip,
             "pre_gates": self.ir.pre_gate,
             "post_gates": self.ir.post_gate,
+            "kept": self.schedule.kept,
             "sequences": self.schedule.sequences,
             "turns": self.schedule.main.turns,
             "partial_in": found.partial_in,

@@ -13,6 +13,7 @@ from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES
 
 METHODS = ("toeplitz", "transform")
+KEPT = ("nothing", "twiddles", "all")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Schedule:
         "transform", a Fourier transform in two factors: rows are the first factor, step is the second one times
         `sequences`, and a program meets `Tiling.turns` such tiles one after the other.
     sequences: how many sequences of the batch a tile holds side by side.
+    kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
     """
 
     family: ClassVar[str] = "convolution"
@@ -30,22 +32,23 @@ class Schedule:
     method: str
     main: Tiling
     sequences: int
+    kept: str = "nothing"
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
 
     def __str__(self) -> str:
-        return f"{self.method} main={self.main} sequences={self.sequences}"
+        return f"{self.method} main={self.main} sequences={self.sequences} keeps {self.kept}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
     256: Schedule("transform", Tiling(16, 16, 1, 1, 4), 1),
     512: Schedule("transform", Tiling(32, 16, 1, 1, 4), 1),
-    1024: Schedule("transform", Tiling(64, 16, 4, 1, 8), 1),
-    2048: Schedule("transform", Tiling(64, 32, 4, 1, 8), 1),
-    4096: Schedule("transform", Tiling(64, 64, 4, 1, 8), 1),
-    8192: Schedule("transform", Tiling(128, 64, 8, 1, 8), 1),
+    1024: Schedule("transform", Tiling(64, 16, 4, 1, 8), 1, "all"),
+    2048: Schedule("transform", Tiling(64, 32, 4, 1, 8), 1, "all"),
+    4096: Schedule("transform", Tiling(64, 64, 4, 1, 8), 1, "all"),
+    8192: Schedule("transform", Tiling(128, 64, 8, 1, 8), 1, "all"),
     16384: Schedule("transform", Tiling(128, 128, 8, 1, 4), 1),
 }
 """By points, for large batches."""
@@ -86,8 +89,8 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
 def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
     """Raise CodegenError where `schedule` is outside of what `ir` allows."""
     main, sequences = schedule.main, schedule.sequences
-    if schedule.method not in METHODS:
-        raise CodegenError(f"the method must be one of {METHODS}; found {schedule.method!r}")
+    if schedule.method not in METHODS or schedule.kept not in KEPT:
+        raise CodegenError(f"the method must be one of {METHODS}, what is kept one of {KEPT}; found {schedule}")
     if sequences < 1 or sequences & (sequences - 1):
         raise CodegenError(f"sequences of a tile must be a power of two; found {schedule}")
     if schedule.method == "toeplitz":
@@ -111,7 +114,7 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(fields["method"], Tiling(**fields["main"]), int(fields["sequences"]))
+    return Schedule(fields["method"], Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"])
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

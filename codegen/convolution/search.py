@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile.codegen.convolution.launch import bucketed
-from monarch_compile.codegen.convolution.schedule import Schedule, points
+from monarch_compile.codegen.convolution.schedule import KEPT, Schedule, points
 from monarch_compile.codegen.tiling import MIN_TILE, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.reference import reference
@@ -43,10 +43,11 @@ def stages(ir: LongConvolution) -> tuple[str, ...]:
 def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Schedule]:
     """All schedules: they are few."""
     count, batch = points(bucketed(ir)), int(ir.batch)
-    for rows, warps, turns, sequences in itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4)):
+    for rows, warps, turns, sequences, kept in itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT):
         columns = count // rows
         if MIN_TILE <= columns <= 2 * rows and sequences * turns <= batch and columns * sequences <= 128:
-            yield Schedule("transform", Tiling(rows, columns * sequences, warps, 1, turns), sequences)
+            if turns > 1 or kept == "nothing":
+                yield Schedule("transform", Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept)
     if count <= 1024:
         for rows, warps, stages_, sequences in itertools.product((64, 128), (4, 8), (1, 2, 3), (16, 32, 64)):
             yield Schedule("toeplitz", Tiling(rows, 64, warps, stages_), sequences)

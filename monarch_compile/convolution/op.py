@@ -28,7 +28,7 @@ def long_convolution(
     scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """A long convolution: `reference` is its meaning; on CUDA the emitted kernels run where `work.runs_kernels` says so.
+    """A long convolution: `reference` is its meaning; on CUDA the emitted kernels run where `work.runs_kernels`.
 
     Shapes as in `reference`. The result is contiguous.
     """
