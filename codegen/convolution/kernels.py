@@ -12,18 +12,20 @@ from torch import Tensor
 
 from monarch_compile.codegen.convolution.schedule import Schedule, points
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Tiles
-from monarch_compile.codegen.tiling import Tiling
+from monarch_compile.codegen.tiling import MIN_TILE, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.version import __version__
 
-SPECTRUM_UNIT = 2.0**-4
-"""The largest number of a spectrum, so that no product of transforms leaves the range of float16: their rows of at most
-128 numbers have a norm below 4 sqrt(POINTS) sqrt(128 POINTS), which is 2**19.5 for 2**14 points and one number only."""
+HALF = torch.float16
+SPECTRUM_UNIT, LONG_SPECTRUM_UNIT = 2.0**-4, 2.0**-5
+"""The largest number of a spectrum, so that nothing leaves the range of float16. On chip: of numbers below 2, the
+transform has a norm of at most 2 POINTS, and a sum of 128 of its numbers at most 2**3.5 times that, for 2**14 points
+2**18.5. With an outer factor, whose results are below 2: a sum of all of an inner transform of 2**13 points is at most
+2**20.5."""
 MAX_OFFSET = 2**31 - 1
-SMALL = Tiling(16, 16, 4, 1)
-"""Of kernels that prepare tables: their tiles follow from the transform's."""
-COEFFICIENTS = 256
-"""Coefficients that a program writes at once."""
+SMALL, LONG = Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)
+"""Of kernels without matrix products: that of the tables, and that of the units, which reads this many at once:"""
+UNITS_AT_ONCE = 4096
 
 SIZES = ("batch", "channels", "seq_len", "out_len", "filter_len", "transform_len", "lag", "scale")
 """What a kernel may be told at run time; it takes what it reads."""
@@ -65,45 +67,87 @@ def expected(ir: LongConvolution, schedule: Schedule) -> Specialization:
 
 def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
     """Kernels of a bucketed IR."""
-    build = _toeplitz if schedule.method == "toeplitz" else _transform
-    return Program(build(ir, schedule, specialization), ("y",))
-
-
-def _transform(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> tuple[Kernel, ...]:
-    rows, width, count = schedule.main.rows, schedule.main.step, points(ir)
-    half = torch.float16
-    tables = (
-        Buffer("first", half, (2, rows, rows)),
-        Buffer("twiddle", half, (2, rows, width)),
-        Buffer("second", half, (2, width, width)),
-    )
-    spectrum = Buffer("spectrum", half, ("channels", 2, count))
-    gain = Buffer("gain", torch.float32, ("channels",))
-    warps = max(4, schedule.main.num_warps) if rows >= 64 else schedule.main.num_warps
-    small = Tiling(rows, max(16, count // rows), warps, 1)
-    tile = schedule.sequences * schedule.main.turns
     make = _Maker(ir, schedule, specialization)
+    return Program(_in_memory(make) if schedule.outer else _on_chip(make), ("y",))
+
+
+def _on_chip(make: _Maker) -> tuple[Kernel, ...]:
+    """Sequences that a program transforms at once."""
+    ir, main = make.ir, make.schedule.main
+    spectrum = Buffer("spectrum", HALF, ("channels", 2, points(ir)))
+    gain = Buffer("gain", torch.float32, ("channels",))
+    tables = _tables(make.schedule)
+    small = Tiling(main.rows, max(MIN_TILE, points(ir) // main.rows), main.num_warps, 1)
+    tile = make.schedule.sequences * main.turns
     return (
-        make.kernel("tables", (), tables, (max(rows, width),), SMALL),
+        make.kernel("tables", (), tables, (max(main.rows, main.step),), SMALL),
         make.kernel("spectrum", (_filter(ir), *tables), (spectrum, gain), ("channels",), small),
         make.kernel(
             "transform",
             (*_sequences(ir), *tables, spectrum, gain),
             (_result(ir),),
             ("channels", Tiles("batch", tile)),
-            schedule.main,
+            main,
         ),
     )
 
 
-def _toeplitz(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> tuple[Kernel, ...]:
-    coefficients = Buffer("coefficients", torch.float16, ("channels", "distances"))
-    gain = Buffer("gain", torch.float32, ("channels",))
-    grid = ("channels", Tiles("batch", schedule.sequences), Tiles("out_len", schedule.main.rows))
-    make = _Maker(ir, schedule, specialization)
+def _in_memory(make: _Maker) -> tuple[Kernel, ...]:
+    """Sequences whose transform has an outer factor, of which the rest goes through memory."""
+    ir, main, outer = make.ir, make.schedule.main, make.schedule.outer
+    assert outer is not None
+    inner_points = points(ir) // outer.rows
+    bits = Buffer("sequence_bits", torch.int32, ("batch", "channels"))
+    filter_bits = Buffer("filter_bits", torch.int32, ("channels",))
+    mixed = Buffer("mixed", HALF, ("batch", "channels", 2, points(ir)))
+    mixed_filter = Buffer("mixed_filter", HALF, ("channels", 2, points(ir)))
+    spectrum = Buffer("spectrum", HALF, ("channels", outer.rows, 2, inner_points))
+    gains = Buffer("gains", torch.float32, ("channels", outer.rows))
+    tables = _tables(make.schedule)
+    outer_table = Buffer("outer", HALF, (2, outer.rows, outer.rows))
+    u = tuple(x for x in _sequences(ir) if x.name in ("u", "pre_gate"))
+    tiles = inner_points // outer.step
+    every = (max(main.rows, main.step, outer.rows),)
     return (
-        make.kernel("coefficients", (_filter(ir),), (coefficients, gain), ("channels",), SMALL),
-        make.kernel("toeplitz", (*_sequences(ir), coefficients, gain), (_result(ir),), grid, schedule.main),
+        make.kernel("tables", (), (*tables, outer_table), every, SMALL),
+        make.kernel("units", (_filter(ir),), (filter_bits,), ("channels",), LONG, of_filter=True),
+        make.kernel("units", u, (bits,), ("channels", "batch"), LONG),
+        make.kernel(
+            "outer",
+            (_filter(ir), outer_table, filter_bits),
+            (mixed_filter,),
+            ("channels", tiles),
+            outer,
+            of_filter=True,
+        ),
+        make.kernel(
+            "inner", (mixed_filter, *tables), (spectrum, gains), ("channels", outer.rows), main, of_filter=True
+        ),
+        make.kernel("outer", (*u, outer_table, bits), (mixed,), ("channels", "batch", tiles), outer),
+        make.kernel(
+            "inner",
+            (*tables, spectrum, gains),
+            (),
+            ("channels", outer.rows, Tiles("batch", main.turns)),
+            main,
+            updates=(mixed,),
+        ),
+        make.kernel(
+            "outer_back",
+            (*_sequences(ir), mixed, outer_table, gains, bits, filter_bits),
+            (_result(ir),),
+            ("channels", "batch", tiles),
+            outer,
+        ),
+    )
+
+
+def _tables(schedule: Schedule) -> tuple[Buffer, ...]:
+    rows, width = schedule.main.rows, schedule.main.step
+    return (
+        Buffer("first", HALF, (2, rows, rows)),
+        Buffer("twiddle", HALF, (2, rows, width)),
+        Buffer("second", HALF, (2, width, width)),
     )
 
 
@@ -144,19 +188,21 @@ class _Maker:
         writes: tuple[Buffer, ...],
         grid: tuple[Any, ...],
         tiling: Tiling,
+        updates: tuple[Buffer, ...] = (),
+        of_filter: bool = False,
     ) -> Kernel:
-        """One kernel, named by its template."""
-        name = f"convolution_{template}"
+        """One kernel, named by its template. of_filter: whether it is the one that works on the filters."""
+        name = f"convolution_{template}" + "_of_filter" * of_filter
         return Kernel(
             family="convolution",
             name=name,
             template=f"{template}.py.jinja",
             reads=reads,
             writes=writes,
-            updates=(),
+            updates=updates,
             sizes=SIZES,
             constants=tuple(self._constants().items()),
-            variables=tuple(self._variables().items()),
+            variables=(*self._variables().items(), ("of_filter", of_filter)),
             grid=grid,
             tiling=tiling,
             header="\n".join(
@@ -170,24 +216,27 @@ class _Maker:
         )
 
     def _constants(self) -> dict[str, Any]:
-        main, sequences = self.schedule.main, self.schedule.sequences
-        count = points(self.ir)
+        main, outer, sequences = self.schedule.main, self.schedule.outer, self.schedule.sequences
+        count = points(self.ir) // (outer.rows if outer else 1)
         return {
+            "SHIFT": 0 if outer else 1,
+            "OUTER": outer.rows if outer else 1,
+            "WIDE": outer.step if outer else 1,
+            "TILE": UNITS_AT_ONCE,
             "ROWS": main.rows,
             "WIDTH": main.step,
-            "STEP": main.step,
             "COLUMNS": count // main.rows,
             "POINTS": count,
             "SEQUENCES": sequences,
             "TURNS": main.turns,
-            "TILE": COEFFICIENTS,
             "TAU": math.tau,
-            "SPECTRUM_UNIT": SPECTRUM_UNIT,
+            "SPECTRUM_UNIT": LONG_SPECTRUM_UNIT if outer else SPECTRUM_UNIT,
         }
 
     def _variables(self) -> dict[str, Any]:
         found = self.specialization
         return {
+            "outer": self.schedule.outer is not None,
             "wraps": self.ir.wraps,
             "skips": self.ir.skip,
             "pre_gates": self.ir.pre_gate,

@@ -63,7 +63,6 @@ def run(
     """Launch on tensors as those of `launch`. options: transform_len, out_len, lag and scale."""
     batch, channels, seq_len = u.shape
     sizes = {"batch": batch, "channels": channels, "seq_len": seq_len, "filter_len": filter.shape[-1], **options}
-    sizes["distances"] = seq_len + options["out_len"] - 1
     tensors = {"u": _by_rows(u), "filter": filter}
     for name, tensor in (("pre_gate", pre_gate), ("post_gate", post_gate)):
         if tensor is not None:

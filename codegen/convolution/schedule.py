@@ -6,55 +6,65 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from monarch_compile.codegen.tiling import MIN_TILE, Capability, Tiling, padded, shared_limit
+from monarch_compile.codegen.tiling import MIN_TILE, Capability, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.work import MOST_POINTS, points_of
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES
 
-METHODS = ("toeplitz", "transform")
 KEPT = ("nothing", "twiddles", "all")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tiling of the kernel that convolves.
+    """The tiling of the kernel that convolves: a Fourier transform in two factors.
 
-    method: "toeplitz", products with the filter's matrix: rows are output positions, step input positions.
-        "transform", a Fourier transform in two factors: rows are the first factor, step is the second one times
-        `sequences`, and a program meets `Tiling.turns` such tiles one after the other.
+    main: rows are the first factor, step is the second one times `sequences`; a program meets `Tiling.turns` such
+        tiles one after the other.
     sequences: how many sequences of the batch a tile holds side by side.
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
+    outer: a third factor, for transforms that no program holds: rows, and how many columns a program takes. The other
+        two are then of what is left, and have tiles of one sequence that keep nothing.
     """
 
     family: ClassVar[str] = "convolution"
 
-    method: str
     main: Tiling
-    sequences: int
+    sequences: int = 1
     kept: str = "nothing"
+    outer: Tiling | None = None
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
+        if self.outer is not None:
+            yield "outer", self.outer
 
     def __str__(self) -> str:
-        return f"{self.method} main={self.main} sequences={self.sequences} keeps {self.kept}"
+        outer = "" if self.outer is None else f"outer={self.outer} "
+        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
-    256: Schedule("transform", Tiling(16, 16, 1, 1, 4), 1),
-    512: Schedule("transform", Tiling(32, 16, 1, 1, 4), 1),
-    1024: Schedule("transform", Tiling(64, 16, 4, 1, 8), 1, "all"),
-    2048: Schedule("transform", Tiling(64, 32, 4, 1, 8), 1, "all"),
-    4096: Schedule("transform", Tiling(64, 64, 4, 1, 8), 1, "all"),
-    8192: Schedule("transform", Tiling(128, 64, 8, 1, 8), 1, "all"),
-    16384: Schedule("transform", Tiling(128, 128, 8, 1, 4), 1),
+    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all"),
+    512: Schedule(Tiling(32, 16, 1, 1, 16), kept="all"),
+    1024: Schedule(Tiling(32, 32, 1, 1, 8), kept="all"),
+    2048: Schedule(Tiling(64, 32, 4, 1, 8), kept="all"),
+    4096: Schedule(Tiling(64, 64, 4, 1, 8)),
+    8192: Schedule(Tiling(128, 64, 8, 1, 8)),
+    16384: Schedule(Tiling(128, 128, 8, 1, 4)),
+    1 << 15: Schedule(Tiling(64, 32, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
+    1 << 16: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
+    1 << 17: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(32, 128, 4, 1)),
+    1 << 18: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(64, 64, 4, 1)),
+    1 << 19: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(128, 64, 8, 1)),
+    1 << 20: Schedule(Tiling(128, 64, 8, 1, 4), outer=Tiling(128, 64, 8, 1)),
 }
-"""By points, for large batches."""
-TOEPLITZ = Schedule("toeplitz", Tiling(128, 64, 4, 1), 64)
-MOST_TOEPLITZ_POINTS, LEAST_TOEPLITZ_BATCH = 512, 16
-"""Products with the filter's matrix are faster up to this length, from this batch on."""
+"""By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
+
+
+USUAL_BATCH = 16
+"""What an unknown number of sequences is taken for."""
 
 
 def points(ir: LongConvolution) -> int:
@@ -79,9 +89,7 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
         CodegenError: no kernel exists.
     """
     check_supported(ir)
-    batch = ir.batch if isinstance(ir.batch, int) else LEAST_TOEPLITZ_BATCH
-    if points(ir) <= MOST_TOEPLITZ_POINTS and batch >= LEAST_TOEPLITZ_BATCH:
-        return replace(TOEPLITZ, sequences=min(TOEPLITZ.sequences, padded(batch)))
+    batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
     chosen = TRANSFORMS[points(ir)]
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
@@ -89,17 +97,16 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
 def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
     """Raise CodegenError where `schedule` is outside of what `ir` allows."""
     main, sequences = schedule.main, schedule.sequences
-    if schedule.method not in METHODS or schedule.kept not in KEPT:
-        raise CodegenError(f"the method must be one of {METHODS}, what is kept one of {KEPT}; found {schedule}")
+    if schedule.kept not in KEPT:
+        raise CodegenError(f"what is kept must be one of {KEPT}; found {schedule}")
     if sequences < 1 or sequences & (sequences - 1):
         raise CodegenError(f"sequences of a tile must be a power of two; found {schedule}")
-    if schedule.method == "toeplitz":
-        if sequences < MIN_TILE or main.turns != 1:
-            raise CodegenError(f"a product has at least {MIN_TILE} sequences and one turn; found {schedule}")
-        return
-    if main.turns < 1 or main.rows * (main.step // sequences) != points(ir) or main.step // sequences < MIN_TILE:
+    if schedule.outer is not None and (sequences > 1 or schedule.kept != "nothing"):
+        raise CodegenError(f"with an outer factor, tiles are of one sequence and nothing is kept; found {schedule}")
+    columns, outer = main.step // sequences, 1 if schedule.outer is None else schedule.outer.rows
+    if main.turns < 1 or outer * main.rows * columns != points(ir) or columns < MIN_TILE:
         raise CodegenError(
-            f"rows and columns must be factors of {points(ir)} points, of at least {MIN_TILE}: {schedule}"
+            f"rows and columns must be factors of {points(ir)}, of at least {MIN_TILE}; found {schedule}"
         )
 
 
@@ -114,17 +121,13 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(fields["method"], Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"])
+    outer = None if fields["outer"] is None else Tiling(**fields["outer"])
+    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], outer)
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:
     """Shared memory of one program, an upper estimate: the matrices of the transform and two tiles."""
     return 4 * (tiling.rows**2 + tiling.step**2 + 2 * tiling.rows * tiling.step)
-
-
-def fits(schedule: Schedule, ir: LongConvolution, capability: Capability | None) -> bool:
-    """Whether a program has enough shared memory."""
-    return shared_bytes(schedule.main, ir) <= shared_limit(capability)
 
 
 def power_of_two(size: int) -> int:
