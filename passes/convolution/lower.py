@@ -27,7 +27,9 @@ def to_ir(region: ConvolutionRegion) -> LongConvolution:
     part = region.parts[0]
     (term, *_), plain = part.terms, is_plain(region, part)
     u_dtype, filter_dtype, out_dtype = (dtype_of(x) for x in (region.u.node, term.operand.node, region.output))
-    assert u_dtype is not None and filter_dtype is not None and out_dtype is not None
+    assert u_dtype is not None
+    assert filter_dtype is not None
+    assert out_dtype is not None
     return LongConvolution(
         batch=dim_of(region.frame.batch_size),
         channels=dim_of(region.frame.num_channels),
@@ -63,11 +65,11 @@ def lower(region: ConvolutionRegion, ir: LongConvolution) -> Node:
         sizes = Sizes(output, region.inside)
         tensors = _Tensors(graph, region, sizes)
         ops = [_op(graph, region, part, ir, tensors, sizes) for part in region.parts]
-        result = _joined(graph, region, ops)
-        result = _in_place(graph, region, result, sizes)
+        joined = _joined(graph, region, ops)
+        result = _in_place(graph, region, joined, sizes)
         if dtype_of(output) is not ir.out_dtype:
             result = graph.call_function(aten.to.dtype, (result, dtype_of(output)))
-        lowered = _lowered_value(region, ops[0], result)
+        lowered = _lowered_value(region, joined, result)
         in_body = enclosing(graph) is not None
         if _order(lowered) != _order(value_of(output)) and strides_are_seen(output, lowered, in_body=in_body):
             result = with_strides_of(graph, result, output)
@@ -137,23 +139,12 @@ def _in_place(graph: Graph, region: ConvolutionRegion, result: Node, sizes: Size
     return result
 
 
-def _lowered_value(region: ConvolutionRegion, op: Node, result: Node) -> torch.Tensor:
-    """A fake tensor with the strides that `result` has, computed from those of the operator."""
+def _lowered_value(region: ConvolutionRegion, joined: Node, result: Node) -> torch.Tensor:
+    """A fake tensor with the strides that `result` has, made from those of the operator's results, which are joined."""
     like, frame = region.output.meta["val"], region.frame
     own = like.new_empty((frame.batch_size, frame.num_channels, region.ending.length))
-    if len(region.parts) > 1:
-        after = [node for node in nodes_between(op, result) if node.target not in (aten.add.Tensor, CONVOLUTION_OP)]
-        value = own
-        for node in after:
-            value = values_from({_read_by(node): value}, [node])[node]
-        return value
-    found: torch.Tensor = values_from({op: own}, nodes_between(op, result)[1:])[result]
+    found: torch.Tensor = values_from({joined: own}, nodes_between(joined, result)[1:])[result]
     return found
-
-
-def _read_by(node: Node) -> Node:
-    read: Node = node.args[0]  # type: ignore[assignment]
-    return read
 
 
 def _order(value: torch.Tensor) -> list[int]:

@@ -38,7 +38,7 @@ def find_sites(gm: GraphModule) -> list[Site]:
 
 
 def _inside(node: Node) -> list[Site]:
-    """The convolutions in the bodies of a higher-order op: as any other where they are opened, else kept as they are."""
+    """The convolutions in the bodies of a higher-order op: as any other where they are opened, else kept."""
     if is_opened(node):
         return [site for body in modules_of(node).values() for site in find_sites(body)]
     name = str(getattr(node.target, "__name__", node.target))
@@ -62,7 +62,7 @@ def _site(node: Node) -> Site | None:
 
 
 def _is_near(node: Node, refusal: Refusal) -> bool:
-    """Whether what was refused multiplies two transforms, or one with a spectrum, and is no other filter of a signal."""
+    """Whether what was refused multiplies two transforms, or one by what is no transform."""
     above = transforms_above(inputs(node)[0])
     return len(above) > 1 or (bool(above) and refusal.code in ALONE)
 

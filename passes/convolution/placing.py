@@ -28,8 +28,8 @@ def placed(
     order = [sorted(kept).index(dim) for dim in kept]
     if order != list(range(len(order))):
         node = graph.call_function(aten.permute.default, (node, order))
-    for place, dim in enumerate(dims):
-        if dim is None:
+    for place, own_dim in enumerate(dims):
+        if own_dim is None:
             node = graph.call_function(aten.unsqueeze.default, (node, place))
     own = [operand.size(place) for place in places]
     if str(own) != str([*wanted]):

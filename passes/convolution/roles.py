@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,4 +120,4 @@ def _require_views(u: Operand, frame: Frame, node: Node) -> None:
 def _merges(value: torch.Tensor, dims: list[int]) -> bool:
     """Whether dims, in this order, are one dim of some stride."""
     steps = [(value.shape[dim], value.stride(dim)) for dim in dims]
-    return all(stride == size * after for (_, stride), (size, after) in zip(steps, steps[1:], strict=False))
+    return all(stride == size * after for (_, stride), (size, after) in pairwise(steps))

@@ -19,7 +19,7 @@ from monarch_compile.passes.convolution.transforms import (
     number_of,
 )
 from monarch_compile.passes.einsum import einsum_letters
-from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, shape_of
+from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
 from monarch_compile.passes.views import source_dims
 from monarch_compile.refusal import Refused
 
@@ -105,7 +105,7 @@ class Reader:
 
 
 def transforms_above(node: Node) -> frozenset[Node]:
-    """The forward transforms that a node is made of by ops on complex tensors, and on their real and imaginary parts."""
+    """The forward transforms that a node is made of by ops on complex tensors, and on their parts."""
     found, pending, seen = set(), [node], {node}
     while pending:
         current = pending.pop()
@@ -386,8 +386,3 @@ RULES: dict[Any, Rule] = {
     aten.mm.default: _mixed,
 }
 """Ops on complex tensors, and how they are read."""
-
-
-def dtype_of_sum(nodes: tuple[Node, ...]) -> torch.dtype:
-    """What the operator computes in: float64 where an input has it, else float32."""
-    return torch.float64 if any(dtype_of(node) is torch.float64 for node in nodes) else torch.float32
