@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from monarch_compile.calls import active_transform
 from monarch_compile.passes.capture.enclosed import enclosing
-from monarch_compile.passes.convolution.lower import lag_of
+from monarch_compile.passes.convolution.lower import lag_of, seq_len_of
 from monarch_compile.passes.convolution.region import ConvolutionRegion
 from monarch_compile.passes.convolution.scales import all_scales
 from monarch_compile.passes.convolution.sizes import Sizes
 from monarch_compile.passes.graph import FLOATS, dtype_of, value_of
+from monarch_compile.passes.memory import sharing_is_seen
 from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
 from monarch_compile.refusal import Refusal
 
@@ -91,6 +93,16 @@ def _check_symbolic(region: ConvolutionRegion, order: Order) -> Found:
     return None
 
 
+def _check_cut(region: ConvolutionRegion, order: Order) -> Found:
+    """An input longer than the transform is cut, which the operator's gradients do not know of."""
+    length = seq_len_of(region)
+    if isinstance(length, int) and isinstance(region.points, int):
+        return None
+    if not statically_known_true(length <= region.points):
+        return f"the input, of {length} points, may be longer than the transform of {region.points}"
+    return None
+
+
 def _check_device(region: ConvolutionRegion, order: Order) -> Found:
     devices = sorted({str(value_of(node).device) for node in region.read})
     return f"its tensors are on {', '.join(devices)}" if len(devices) > 1 else None
@@ -128,6 +140,13 @@ def _check_strided(region: ConvolutionRegion, order: Order) -> Found:
     return strided_read(_footprint(region))
 
 
+def _check_sharing(region: ConvolutionRegion, order: Order) -> Found:
+    """The result is contiguous, and may have been a part of another tensor: a reshape of it may copy or not."""
+    if not sharing_is_seen(region.output):
+        return None
+    return "a write reaches what may or may not be a view of the result, depending on its strides"
+
+
 def _check_body(region: ConvolutionRegion, order: Order) -> Found:
     """What leaves the body of a higher-order op must lie in memory as the op expects, gaps included."""
     value = value_of(region.output)
@@ -142,10 +161,12 @@ CHECKS = (
     Check("empty", _check_empty),
     Check("data_dependent", _check_data_dependent),
     Check("symbolic_dims", _check_symbolic),
+    Check("symbolic_dims", _check_cut),
     Check("device", _check_device),
     Check("dtype", _check_dtype),
     Check("scale_not_constant", _check_scale),
     Check("mutation", _check_mutation),
+    Check("mutation", _check_sharing),
     Check("context", _check_context),
     Check("as_strided", _check_strided),
     Check("in_body", _check_body),

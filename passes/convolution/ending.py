@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.convolution.inputs import before_cast
-from monarch_compile.passes.convolution.modes import Modes
+from monarch_compile.passes.convolution.reach import Reach
 from monarch_compile.passes.convolution.region import Ending, Frame, Operand
 from monarch_compile.passes.convolution.spectra import Dims
 from monarch_compile.passes.convolution.transforms import Transform, is_complex, is_same, number_of
@@ -31,7 +31,7 @@ class Context:
 
     points: Any
     frame: Frame
-    modes: Modes
+    reach: Reach
     skipped: Operand | None
     seq_len: Any
     plain: bool
@@ -58,7 +58,7 @@ def ending_of(inverse: Transform, context: Context) -> Ending:
 
 def _next(ending: Ending, context: Context) -> Ending | None:
     readers = list(ending.output.users)
-    if len(readers) != 1 or readers[0].target not in STEPS or not context.modes.covers(readers[0]):
+    if len(readers) != 1 or readers[0].target not in STEPS or not context.reach.covers(readers[0]):
         return None
     reader = readers[0]
     if reader.target not in OF_TWO and inputs(reader)[0] is not ending.output:

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from monarch_compile.passes.constants import constant_of
-from monarch_compile.passes.convolution.modes import Modes
+from monarch_compile.passes.convolution.reach import Reach
 from monarch_compile.passes.convolution.region import Operand
 from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
 from monarch_compile.passes.views import CASTS
@@ -21,11 +21,16 @@ PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
 
 @dataclass(frozen=True)
 class Taken:
-    """An operand taken further up: `inside` are the nodes that are no longer read."""
+    """An operand taken further up.
+
+    inside: nodes that are no longer read. gate: what it is multiplied by. gated: the product, and what is computed of
+    that before the transform; empty without a gate.
+    """
 
     operand: Operand
     inside: tuple[Node, ...] = ()
     gate: Operand | None = None
+    gated: tuple[Node, ...] = ()
 
 
 def before_cast(node: Node) -> Node | None:
@@ -97,7 +102,7 @@ def _is_zero(node: Node) -> bool:
     return not place or constant_of(inputs(node)[place]) == 0
 
 
-def taken(operand: Operand, axis: int, modes: Modes) -> Taken:
+def taken(operand: Operand, axis: int, reach: Reach) -> Taken:
     """An operand before casts and padding of the product's dim `axis`."""
     inside: list[Node] = []
     while True:
@@ -105,28 +110,28 @@ def taken(operand: Operand, axis: int, modes: Modes) -> Taken:
         source = before_cast(node)
         if source is None and dim is not None:
             source = before_padding(node, dim)
-        if source is None or not modes.covers(node):
+        if source is None or not reach.covers(node):
             return Taken(operand, tuple(inside))
         inside.append(node)
         operand = replace(operand, node=source)
 
 
-def taken_with_gate(operand: Operand, axis: int, modes: Modes) -> Taken:
+def taken_with_gate(operand: Operand, axis: int, reach: Reach) -> Taken:
     """The same of the input of a convolution, also before a gate: a tensor of its shape that it is multiplied by.
 
     Padding at the end of both factors is padding of their product.
     """
-    first = taken(operand, axis, modes)
+    first = taken(operand, axis, reach)
     product, dim = first.operand.node, first.operand.dims[axis]
-    if not _is_gated(product) or dim is None or not modes.covers(product):
+    if not _is_gated(product) or dim is None or not reach.covers(product):
         return first
-    one, other = (taken(replace(first.operand, node=x), axis, modes) for x in inputs(product)[:2])
+    one, other = (taken(replace(first.operand, node=x), axis, reach) for x in inputs(product)[:2])
     if not same_shape(one.operand.node, other.operand.node):
         one, other = (Taken(replace(first.operand, node=x)) for x in inputs(product)[:2])
     if dtype_of(one.operand.node) is not dtype_of(other.operand.node):
         return first
-    inside = (*first.inside, product, *one.inside, *other.inside)
-    return Taken(one.operand, inside, other.operand)
+    gated = (product, *first.inside)
+    return Taken(one.operand, (*gated, *one.inside, *other.inside), other.operand, gated)
 
 
 def _is_gated(node: Node) -> bool:

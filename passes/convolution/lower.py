@@ -33,7 +33,7 @@ def to_ir(region: ConvolutionRegion) -> LongConvolution:
     return LongConvolution(
         batch=dim_of(region.frame.batch_size),
         channels=dim_of(region.frame.num_channels),
-        seq_len=dim_of(region.seq_len),
+        seq_len=dim_of(seq_len_of(region)),
         filter_len=dim_of(term.operand.size(region.frame.axis) if plain else region.points),
         transform_len=dim_of(region.points),
         out_len=dim_of(region.ending.length),
@@ -46,6 +46,12 @@ def to_ir(region: ConvolutionRegion) -> LongConvolution:
         pre_gate=region.pre_gate is not None,
         post_gate=region.ending.post_gate is not None,
     )
+
+
+def seq_len_of(region: ConvolutionRegion) -> Any:
+    """The length of the input as the operator has it: what goes beyond the transform is cut off before."""
+    length, points = region.seq_len, region.points
+    return min(length, points) if isinstance(length, int) and isinstance(points, int) else length
 
 
 def lag_of(region: ConvolutionRegion, part: Part) -> Any:
@@ -87,19 +93,29 @@ class _Tensors:
         lead = [frame.sizes[place] for place in (*frame.batch, *frame.channels)]
         whole = (frame.batch_size, frame.num_channels)
 
-        def sequence(operand: Operand) -> Node:
+        def sequence(operand: Operand, kept: Any) -> Node:
+            """(batch, channels, kept)."""
             length = operand.size(frame.axis)
-            return placed(graph, operand, frame.order, (*lead, length), (*whole, length), sizes)
+            node = placed(graph, operand, frame.order, (*lead, length), (*whole, length), sizes)
+            return node if str(kept) == str(length) else _cut(graph, node, kept)
 
-        self.u = sequence(region.u)
-        self.pre_gate = None if region.pre_gate is None else sequence(region.pre_gate)
+        seq_len = seq_len_of(region)
+        self.u = sequence(region.u, seq_len)
+        self.pre_gate = None if region.pre_gate is None else sequence(region.pre_gate, seq_len)
         to_product = tuple(ending.dims.index(place) for place in range(len(ending.dims)))
-        self.post_gate = None if ending.post_gate is None else sequence(Operand(ending.post_gate, to_product))
+        self.post_gate: Node | None = None
+        if ending.post_gate is not None:
+            self.post_gate = sequence(Operand(ending.post_gate, to_product), ending.length)
         self.skip: Node | None = None
         if ending.skip is not None:
             operand = replace(ending.skip, dims=tuple(ending.skip.dims[i] for i in to_product))
             channels = [frame.sizes[place] for place in frame.channels]
             self.skip = placed(graph, operand, frame.channels, channels, (frame.num_channels,), sizes)
+
+
+def _cut(graph: Graph, node: Node, length: int) -> Node:
+    cut: Node = graph.call_function(aten.slice.Tensor, (node, 2, 0, length))
+    return cut
 
 
 def _op(

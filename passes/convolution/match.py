@@ -13,7 +13,7 @@ from monarch_compile.passes.capture.enclosed import CLOSED, is_opened
 from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.convolution.ending import Context, ending_of
 from monarch_compile.passes.convolution.inputs import Taken, before_casts, taken, taken_with_gate
-from monarch_compile.passes.convolution.modes import Modes
+from monarch_compile.passes.convolution.reach import Reach
 from monarch_compile.passes.convolution.region import ConvolutionRegion, Ending, Operand, Part, Site
 from monarch_compile.passes.convolution.roles import Roles, roles_of
 from monarch_compile.passes.convolution.spectra import Reader, Spectrum, transforms_above
@@ -26,14 +26,16 @@ from monarch_compile.refusal import Refusal, Refused
 def find_sites(gm: GraphModule) -> list[Site]:
     """Every long convolution of a graph and of the bodies in it, in its order; what was not understood is refused."""
     sites: list[Site] = []
+    replaced: set[Node] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         if isinstance(node.target, HigherOrderOperator):
             sites += _inside(node)
         elif is_inverse(node):
-            site = _site(node)
+            site = _site(node, replaced)
             sites += [] if site is None else [site]
+            replaced |= {*site.replaced} if isinstance(site, ConvolutionRegion) else set()
     return _without_reused(sites)
 
 
@@ -47,8 +49,11 @@ def _inside(node: Node) -> list[Site]:
     return [RefusedSite(site.anchor, Refusal("in_body", why, site.anchor)) for site in sites]
 
 
-def _site(node: Node) -> Site | None:
-    """The convolution that an inverse transform ends, its refusal, or None where there is none."""
+def _site(node: Node, replaced: Iterable[Node]) -> Site | None:
+    """The convolution that an inverse transform ends, its refusal, or None where there is none.
+
+    replaced: nodes after other inverse transforms that belong to their regions.
+    """
     try:
         inverse = INVERSE[node.target](node)
         reader = Reader()
@@ -56,7 +61,7 @@ def _site(node: Node) -> Site | None:
         if not any(len(term.factors) > 1 for term in spectrum.terms):
             return None
         _require_points(inverse, spectrum)
-        return _region(inverse, spectrum, reader)
+        return _region(inverse, spectrum, reader, replaced)
     except Refused as refused:
         return RefusedSite(node, refused.refusal) if _is_near(node, refused.refusal) else None
 
@@ -79,17 +84,17 @@ def _require_points(inverse: Transform, spectrum: Spectrum) -> None:
         raise Refused("transform_points", "a half spectrum is transformed back as if it were whole", inverse.node)
 
 
-def _region(inverse: Transform, spectrum: Spectrum, reader: Reader) -> ConvolutionRegion:
+def _region(inverse: Transform, spectrum: Spectrum, reader: Reader, replaced: Iterable[Node]) -> ConvolutionRegion:
     roles = roles_of(spectrum, inverse.source)
-    modes = Modes.of(inverse.node.graph, inverse.node)
+    reach = Reach.of(inverse.node, replaced)
     axis = roles.frame.axis
     spectra = tuple(node for node, read in reader.read.items() if _is_made_of(read, roles.u))
     rest = tuple(node for node in reader.read if node not in spectra)
-    gated = _ended(inverse, roles, taken_with_gate(roles.u, axis, modes), modes)
+    gated = _ended(inverse, roles, taken_with_gate(roles.u, axis, reach), reach)
     if not gated.serves_alone({*spectra, inverse.node}):
-        gated = _ended(inverse, roles, taken(roles.u, axis, modes), modes)
+        gated = _ended(inverse, roles, taken(roles.u, axis, reach), reach)
     own, ending = gated.taken, gated.ending
-    parts, filters_inside = _taken_parts(roles.parts, axis, modes)
+    parts, filters_inside = _taken_parts(roles.parts, axis, reach)
     inside = (*own.inside, *rest, *spectra, *filters_inside, *ending.inside, inverse.node, ending.output)
     dtype = dtype_of(inverse.node)
     assert dtype is not None
@@ -116,38 +121,27 @@ class _Gated:
 
     def serves_alone(self, spectra: Iterable[Node]) -> bool:
         """Whether nothing but the convolution reads what the gate makes."""
-        if self.taken.gate is None:
-            return True
         inside = {*self.taken.inside, *spectra, *self.ending.inside, self.ending.output}
-        product = next(i for i, node in enumerate(self.taken.inside) if _is_product(node))
-        return all(user in inside for node in self.taken.inside[: product + 1] for user in node.users)
+        return all(inside.issuperset(node.users) for node in self.taken.gated)
 
 
-def _is_product(node: Node) -> bool:
-    return str(node.target) == "aten.mul.Tensor"
-
-
-def _ended(inverse: Transform, roles: Roles, own: Taken, modes: Modes) -> _Gated:
+def _ended(inverse: Transform, roles: Roles, own: Taken, reach: Reach) -> _Gated:
     """The ending of a convolution with this input; a skip term is of what the gate makes of it."""
     plain = len(roles.parts) == 1 and not roles.parts[0].reversed
-    skipped = replace(roles.u, node=_skipped(own))
-    context = Context(inverse.points, roles.frame, modes, skipped, own.operand.size(roles.frame.axis), plain)
+    whole = own.gated[0] if own.gated else own.operand.node
+    skipped = replace(roles.u, node=before_casts(whole))
+    context = Context(inverse.points, roles.frame, reach, skipped, own.operand.size(roles.frame.axis), plain)
     return _Gated(own, ending_of(inverse, context))
 
 
-def _skipped(own: Taken) -> Node:
-    products = [node for node in own.inside if _is_product(node)] if own.gate is not None else []
-    return before_casts(products[0] if products else own.operand.node)
-
-
-def _taken_parts(parts: Iterable[Part], axis: int, modes: Modes) -> tuple[tuple[Part, ...], tuple[Node, ...]]:
+def _taken_parts(parts: Iterable[Part], axis: int, reach: Reach) -> tuple[tuple[Part, ...], tuple[Node, ...]]:
     """The parts with their filters before casts and padding, and the nodes between."""
     inside: list[Node] = []
     found = []
     for part in parts:
         terms = []
         for term in part.terms:
-            own = taken(term.operand, axis, modes)
+            own = taken(term.operand, axis, reach)
             inside += own.inside
             terms.append(replace(term, operand=own.operand))
         found.append(replace(part, terms=tuple(terms)))

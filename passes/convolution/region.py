@@ -123,6 +123,11 @@ class ConvolutionRegion:
         return self.ending.output
 
     @property
+    def replaced(self) -> tuple[Node, ...]:
+        """What follows the inverse transform, and it."""
+        return (*self.ending.inside, self.ending.output)
+
+    @property
     def seq_len(self) -> Any:
         """Of the input."""
         return self.u.size(self.frame.axis)

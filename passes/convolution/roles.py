@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from monarch_compile.passes.convolution.inputs import before_casts
 from monarch_compile.passes.convolution.region import FilterTerm, Frame, Operand, Part
 from monarch_compile.passes.convolution.spectra import Factor, Spectrum, Term
-from monarch_compile.passes.graph import shape_of, value_of
+from monarch_compile.passes.graph import dtype_of, shape_of, value_of
+from monarch_compile.passes.weights import is_computed
 from monarch_compile.refusal import Refused
 
 MOST_DIMS = 5
@@ -70,15 +72,15 @@ def _input(common: Iterable[Key], spectrum: Spectrum, node: Node) -> Key:
         return found[0]
     one, other = (_varying(Operand(*key), spectrum.axis) for key in found)
     if one == other:
-        return _shorter_filter(found, spectrum.axis)
+        return max(found, key=lambda key: _looks_like_input(key[0]))
     alone = min((*(one - other), *(other - one)))
     return found[0] if alone in one else found[1]
 
 
-def _shorter_filter(found: list[Key], axis: int) -> Key:
-    """Of two operands that are alike, the longer, or else the first."""
-    one, other = (Operand(*key).size(axis) for key in found)
-    return found[1] if isinstance(one, int) and isinstance(other, int) and other > one else found[0]
+def _looks_like_input(source: Node) -> tuple[Any, ...]:
+    """What tells the input from the filter where both have the same dims: a batch of 1, data, a dtype of fewer bits."""
+    dtype = dtype_of(before_casts(source))
+    return len(shape_of(source)), is_computed(source), 0 if dtype is None else -dtype.itemsize
 
 
 def _parts(terms: Iterable[Term], u: Key) -> tuple[Part, ...]:

@@ -15,6 +15,7 @@ from monarch_compile.passes.convolution.transforms import (
     FORWARD,
     is_complex,
     is_forward,
+    is_inverse,
     is_same,
     number_of,
 )
@@ -105,12 +106,14 @@ class Reader:
 
 
 def transforms_above(node: Node) -> frozenset[Node]:
-    """The forward transforms that a node is made of by ops on complex tensors, and on their parts."""
+    """The forward transforms that a node is made of by ops on complex tensors and on their parts, not by inverses."""
     found, pending, seen = set(), [node], {node}
     while pending:
         current = pending.pop()
         if is_forward(current):
             found.add(current)
+            continue
+        if is_inverse(current):
             continue
         above = [x for x in current.all_input_nodes if x not in seen and (is_complex(x) or x.target in BY_PARTS)]
         seen.update(above)
@@ -249,7 +252,8 @@ def _from_parts(node: Node, read: Reader) -> Spectrum:
     parts = inputs(node)[0]
     if parts.target is not aten.view_as_real.default:
         raise _unknown(node)
-    return read(inputs(parts)[0])
+    read.read[parts] = read(inputs(parts)[0])
+    return read.read[parts]
 
 
 def _transposed(node: Node, read: Reader) -> Spectrum:

@@ -19,7 +19,9 @@ def inputs(length: int, dtype: torch.dtype = torch.float64, batch: int = 2, chan
     generator = torch.Generator().manual_seed(0)
     signal, filters = (batch, channels, length), (channels, length)
     shapes = (signal, filters, filters, (channels,), signal, signal)
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    )
 
 
 def hyena(u: Tensor, k: Tensor, r: Tensor, d: Tensor, x: Tensor, z: Tensor) -> Tensor:
