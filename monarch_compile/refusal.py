@@ -1,4 +1,4 @@
-"""Why an attention stays exact: one type for it, and one table of its codes."""
+"""Why a site stays exact: one type for it, and one table of its codes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,16 @@ CODES: dict[str, Code] = {
     "backward_exact_wins": Code(
         "longer sequences, torch.no_grad() where no gradient is wanted, or policy='always'", is_choice=True
     ),
+    "channels_mixed": Code(
+        "one filter for each channel: a product that sums over channels is no depthwise convolution"
+    ),
     "claimed": Code("nothing: another form of what it shares nodes with gains more", is_choice=True),
+    "complex_result": Code("the real part of the inverse transform, or irfft instead of ifft"),
+    "complex_signal": Code("transforms of real tensors: a complex one is two convolutions"),
     "context": Code("switch grad mode or autocast before the queries are scaled or after the values are mixed"),
+    "convolution_layout": Code("a product of transforms of at most 5 dims, batch and channels side by side each"),
     "cost_exact_wins": Code("longer sequences, or policy='always'", is_choice=True),
+    "cpu_fft_wins": Code("a CUDA device, or policy='always'", is_choice=True),
     "cross_attention": Code("cross_attention=True, where a measurement shows that the approximation is good enough"),
     "custom_op": Code("scaled_dot_product_attention instead of an operator of one's own"),
     "data_dependent": Code("a batch and a length that follow from the shapes of the inputs"),
@@ -44,7 +51,12 @@ CODES: dict[str, Code] = {
         "one block; or a static length"
     ),
     "empty": Code("nothing: there is nothing to compute"),
+    "filter_per_sequence": Code("a filter that the sequences of a batch share"),
     "flex_attention": Code(NEVER + "; scaled_dot_product_attention is looked at, FlexAttention is the user's choice"),
+    "float32_result": Code(
+        "an input of 16 bits and a result that is cast to 16 bits right after the convolution, or policy='always'",
+        is_choice=True,
+    ),
     "fused_layer": Code("torch.backends.mha.set_fastpath_enabled(False), or need_weights=False"),
     "gqa": Code("tensors of (batch, num_heads, seq_len, dim), with one static number of heads for keys and values"),
     "head_dim": Code("queries and keys of one width"),
@@ -60,6 +72,7 @@ CODES: dict[str, Code] = {
     "learned_keys": Code(
         "scaled_dot_product_attention, where it is attention; nothing, where it is a layer over classes or codes"
     ),
+    "learned_spectrum": Code("a filter in the time domain, transformed in the model: rfft(filter, n)"),
     "mask_bias": Code(NEVER),
     "mask_causal": Code(NOT_YET),
     "mask_fill": Code(
@@ -102,19 +115,31 @@ CODES: dict[str, Code] = {
     ),
     "scores_view": Code("keep queries and keys as the last two dims of the scores"),
     "sdpa_raises": Code("arguments that scaled_dot_product_attention takes"),
+    "several_factors": Code("one input and one filter, or a sum of filters, in a product of transforms"),
+    "several_inputs": Code("an inverse transform for each input, and the sum after these"),
     "single_query": Code(
         "nothing: any form reads every key once, as exact attention of one query does", is_choice=True
     ),
     "softcap": Code(NEVER),
     "softmax_dim": Code("softmax over the keys, in one of the last two dims"),
+    "spectrum_op": Code(
+        "nothing but products, sums, scales, conjugates and views between the transforms and the inverse transform"
+    ),
+    "spectrum_reused": Code(
+        "the transform of the input, and its product with the filter's, must serve inverse transforms alone"
+    ),
     "symbolic_dims": Code("static num_heads and head_dim"),
     "tensor_subclass": Code("plain queries, keys and values; DTensors, in compiled graphs and outside of training"),
     "traced": Code("torch.compile with backend='monarch', or lower_exported: they read masks off the graph"),
+    "transform_dims": Code("transforms along one dim"),
+    "transform_points": Code(
+        "transforms of the input, of the filter and back along one dim, with the same number of points n"
+    ),
     "transformed": Code("attention outside of torch.func's transforms and of forward-mode differentiation"),
     "values_layout": Code("the product with the values as probabilities @ values"),
     "wide_heads": Code("heads of at most 256 features, or a CPU"),
 }
-"""Every code that an attention can stay exact with."""
+"""Every code that a site can stay exact with."""
 
 
 def remedy_for(code: str) -> str:
@@ -123,7 +148,7 @@ def remedy_for(code: str) -> str:
 
 
 class Refusal(NamedTuple):
-    """Why an attention stays exact. node: the FX node that decides it; None for a call of eager code."""
+    """Why a site stays exact. node: the FX node that decides it; None for a call of eager code."""
 
     code: str
     reason: str

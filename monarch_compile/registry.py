@@ -27,5 +27,10 @@ FAMILIES: dict[str, Modules] = {
         emitter="monarch_compile.codegen.attention.emitter",
         commands="monarch_compile.attention.commands",
     ),
+    "convolution": Modules(
+        family="monarch_compile.convolution.family",
+        frontend="monarch_compile.passes.convolution.frontend",
+        emitter="monarch_compile.codegen.convolution.emitter",
+    ),
 }
 """By name. Of two families that claim one node with the same predicted gain, the first is lowered."""

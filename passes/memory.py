@@ -159,6 +159,15 @@ def strides_are_seen(output: Node, lowered: torch.Tensor, *, in_body: bool = Fal
     left = returned.intersection(reached)
     if left and (in_body or _change_strides(left, output, reached, lowered)):
         return True
+    return _writes_to_maybe_copies(reached)
+
+
+def sharing_is_seen(output: Node) -> bool:
+    """Whether a write reaches memory that a view of `output` may or may not share, depending on strides."""
+    return _writes_to_maybe_copies([*_downstream(output)])
+
+
+def _writes_to_maybe_copies(reached: Sequence[Node]) -> bool:
     may_copy = {s for n in reached if n.target in MAY_COPY for m in (n, inputs(n)[0]) for s in storages_of(m)}
     return any(storages_of(base) & may_copy for n in reached for base in mutated_inputs(n))
 

@@ -16,6 +16,7 @@ import monarch_compile
 from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import EXACT, LOWERED, Decision
+from monarch_compile.family import family
 from monarch_compile.passes.canonical import (
     drop_inactive_dropout,
     fill_by_shape,
@@ -89,23 +90,25 @@ def _match(state: State) -> str:
 
 def _choose(state: State) -> str:
     names = _distinct([site_name(site.anchor) + place_of(site.anchor.graph) for _, site in state.sites])
-    if state.config.plan is not None:
-        state.config.plan.check_graph(names)
+    plan = state.config.plan
+    if plan is not None:
+        pairs = zip(state.sites, names, strict=True)
+        plan.check_graph(name for (own, _), name in pairs if plan.has(name) or family(own).forms is not None)
     trained = frozenset() if state.launcher.infers else trained_nodes(state.graph, state.example_inputs)
     matched = sum(not isinstance(site, RefusedSite) for _, site in state.sites)
     around = Surroundings.of(state.graph, matched, state.launcher, trained)
     layouts = Layouts()  # one for all sites: no graph changes until the pass ends
     choose = {frontend.family: frontend.choose for frontend in frontends()}
     state.choices = [
-        choose[family](site, name, state.config, around, layouts)
-        for (family, site), name in zip(state.sites, names, strict=True)
+        choose[own](site, name, state.config, around, layouts)
+        for (own, site), name in zip(state.sites, names, strict=True)
     ]
     return f"{sum(c.lowers for c in state.choices)} sites to lower"
 
 
 def _arbitrate(state: State) -> str:
     """Of sites of different families that claim one node, the one that gains most is lowered."""
-    families = [family for family, _ in state.sites]
+    families = [own for own, _ in state.sites]
     refused = 0
     order = sorted(range(len(families)), key=lambda place: -state.choices[place].gain)
     taken: dict[Node, int] = {}
@@ -132,9 +135,9 @@ def _lower(state: State) -> str:
         return "nothing lowered"
     state.before = copy_graph(state.graph)
     lower = {frontend.family: frontend.lower for frontend in frontends()}
-    for (family, _), choice in zip(state.sites, state.choices, strict=True):
+    for (own, _), choice in zip(state.sites, state.choices, strict=True):
         if choice.lowers:
-            lower[family](choice).meta[SITE_NAME] = choice.decision.name
+            lower[own](choice).meta[SITE_NAME] = choice.decision.name
     for gm in all_graphs(state.graph):
         gm.graph.eliminate_dead_code(must_be_kept)
     return f"{sum(c.lowers for c in state.choices)} sites lowered"

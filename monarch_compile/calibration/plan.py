@@ -75,6 +75,10 @@ class Plan:
         shape = [[site.name, *site.shape] for site in self.sites]
         return hashlib.sha256(json.dumps([shape, self.graphs]).encode()).hexdigest()[:16]
 
+    def has(self, name: str) -> bool:
+        """Whether the plan says anything of a site."""
+        return any(site.name == name for site in self.sites)
+
     def site(self, name: str, shape: tuple[int, ...]) -> SitePlan:
         """The entry of a site found in a model.
 

@@ -14,8 +14,9 @@ from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.attention.masks import MaskFact
 from monarch_compile.passes.attention.region import AttentionRegion, Factor, MaskTerm, Operand
 from monarch_compile.passes.capture.enclosed import enclosing
-from monarch_compile.passes.graph import FLOATS, ORIGIN, REGION, aten, dim_of, dtype_of, shape_of, values_from
+from monarch_compile.passes.graph import FLOATS, aten, dim_of, dtype_of, shape_of, values_from
 from monarch_compile.passes.memory import strides_are_seen
+from monarch_compile.passes.replacing import current, nodes_between, replace_by, sizes_in, with_strides_of
 
 
 def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> MonarchAttention:
@@ -55,7 +56,7 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(graph, ir, region)))
         result = _join_packed(graph, op, region, ir.value_dim)
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
-            sizes = [*_sizes(graph, region.pv_lead), *_sizes(graph, (region.rows,)), ir.value_dim]
+            sizes = [*sizes_in(graph, region.pv_lead), *sizes_in(graph, (region.rows,)), ir.value_dim]
             result = graph.call_function(aten.reshape.default, (result, sizes))
         if region.out_dims != tuple(range(len(region.out_dims))):
             result = graph.call_function(aten.permute.default, (result, list(region.out_dims)))
@@ -63,34 +64,16 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
             result = graph.call_function(aten.to.dtype, (result, dtype_of(output)))
         lowered = _lowered_value(op, result, region)
         if strides_are_seen(output, lowered, in_body=enclosing(graph) is not None):
-            result = _with_strides_of(graph, result, output)
-    for node in _new_nodes(op, result):
-        node.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
-    for node in _made_for(op):
-        node.meta = {key: output.meta[key] for key in REGION if key in output.meta}
-    result.meta["val"] = output.meta["val"]
-    output.replace_all_uses_with(result)
-    output.meta[REPLACED_BY] = result
-    graph.erase_node(output)
+            result = with_strides_of(graph, result, output)
+    replace_by(output, result, op)
     return op
 
 
 def _options(graph: Graph, ir: MonarchAttention, region: AttentionRegion) -> tuple[Any, ...]:
     """The operator's arguments after the tensors, in its order."""
     tiled = ir.form.tile is not None and region.grid is not None
-    grid = _sizes(graph, region.grid.sizes) if tiled and region.grid is not None else None
+    grid = sizes_in(graph, region.grid.sizes) if tiled and region.grid is not None else None
     return (ir.scale, *ir.form.arguments(), grid)
-
-
-REPLACED_BY = "monarch_compile_replaced_by"
-"""Where a replaced node notes its replacement: a later site of the same graph may have it for an operand."""
-
-
-def _current(node: Node) -> Node:
-    """The node that now stands for `node`."""
-    while REPLACED_BY in node.meta:
-        node = node.meta[REPLACED_BY]
-    return node
 
 
 def as_op_gives(like: torch.Tensor, shape: Iterable[Any]) -> torch.Tensor:
@@ -103,58 +86,13 @@ def as_op_gives(like: torch.Tensor, shape: Iterable[Any]) -> torch.Tensor:
 def _lowered_value(op: Node, result: Node, region: AttentionRegion) -> torch.Tensor:
     """A fake tensor with the strides that `result` has, computed from those of the op."""
     own = as_op_gives(region.output.meta["val"], (*region.q_shape[:3], region.v_shape[3]))
-    value: torch.Tensor = values_from({op: own}, _new_nodes(op, result)[1:])[result]
+    value: torch.Tensor = values_from({op: own}, nodes_between(op, result)[1:])[result]
     return value
-
-
-def _with_strides_of(graph: Graph, result: Node, output: Node) -> Node:
-    """A copy of `result` with the memory order of `output`, for programs that would notice another."""
-    strides = [n if isinstance(n, int) else n.node.hint or 0 for n in output.meta["val"].stride()]
-    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-    permuted = graph.call_function(aten.permute.default, (result, order))
-    copied = graph.call_function(aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
-    back: Node = graph.call_function(aten.permute.default, (copied, [order.index(d) for d in range(len(order))]))
-    return back
-
-
-def _new_nodes(op: Node, result: Node) -> list[Node]:
-    nodes = [op]
-    while nodes[-1] is not result:
-        nodes.append(next(iter(nodes[-1].users)))
-    return nodes
-
-
-def _made_for(op: Node) -> list[Node]:
-    """What was made to feed the op: nodes that say nothing of themselves yet."""
-    found, pending = [], [op]
-    while pending:
-        made = [node for node in pending.pop().all_input_nodes if node.op == "call_function" and not node.meta]
-        found += made
-        pending += made
-    return found
-
-
-def _sizes(graph: Graph, sizes: Iterable[Any]) -> list[Any]:
-    """Sizes as graph arguments: symbolic ones are read off a node that has them."""
-    return [n if isinstance(n, int) else _symbolic_size(graph, n) for n in sizes]
-
-
-def _symbolic_size(graph: Graph, size: Any) -> Node:
-    """A node holding a symbolic size: a graph input, or a dim of an earlier tensor."""
-    node: Node
-    for node in graph.nodes:
-        if isinstance(node.meta.get("val"), torch.SymInt) and str(node.meta["val"]) == str(size):
-            return node
-        for dim, n in enumerate(shape_of(node)):
-            if isinstance(n, torch.SymInt) and str(n) == str(size):
-                read: Node = graph.call_function(aten.sym_size.int, (node, dim))
-                return read
-    raise ValueError(f"no node has the symbolic size {size}")
 
 
 def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple[Any, ...]) -> Node:
     """The operand as (batch, heads, seq_len, dim), by views wherever its layout allows."""
-    node, own = _current(operand.node), shape_of(operand.node)
+    node, own = current(operand.node), shape_of(operand.node)
     order = [dim for dim in operand.dims if dim is not None]
     result = node if order == list(range(len(own))) else graph.call_function(aten.permute.default, (node, order))
     for place, dim in enumerate(operand.dims):
@@ -163,9 +101,9 @@ def _operand(graph: Graph, operand: Operand, lead: tuple[Any, ...], frame: tuple
     leads = [1 if dim is None else own[dim] for dim in operand.dims[:-2]]
     tail = [own[dim] for dim in operand.dims[-2:] if dim is not None]
     if str(leads) != str(list(lead)):
-        result = graph.call_function(aten.expand.default, (result, [*_sizes(graph, lead), -1, -1]))
+        result = graph.call_function(aten.expand.default, (result, [*sizes_in(graph, lead), -1, -1]))
     if str(list(lead)) != str(list(frame)):
-        sizes = [*_sizes(graph, frame), *_sizes(graph, tail)]
+        sizes = [*sizes_in(graph, frame), *sizes_in(graph, tail)]
         result = graph.call_function(aten.reshape.default, (result, sizes))
     return result
 
@@ -205,7 +143,7 @@ def _scaled(graph: Graph, q: Node, factors: Iterable[Factor]) -> Node:
     """The queries times the scales that are known at run time only."""
     for factor in factors:
         target = aten.div.Tensor if factor.divides else aten.mul.Tensor
-        q = graph.call_function(target, (q, _current(factor.node)))
+        q = graph.call_function(target, (q, current(factor.node)))
     return q
 
 
@@ -227,7 +165,7 @@ def _as_bias(graph: Graph, row: Node, mask: MaskTerm) -> Node:
 
 def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion, biased: bool) -> Node:
     """The mask read at query 0 and head 0, which the mask pass has proved to stand for all."""
-    row, rank = _current(mask.node), len(shape_of(mask.node))
+    row, rank = current(mask.node), len(shape_of(mask.node))
     queries = rank - (1 if mask.swapped else 2)
     if rank and queries >= 0:
         row = graph.call_function(aten.select.int, (row, queries, 0))
@@ -241,7 +179,7 @@ def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion, biased: bo
         row = graph.call_function(aten.eq.Scalar, (row, 0))
     elif dtype_of(mask.node) != torch.bool:
         row = graph.call_function(aten.ne.Scalar, (row, 0))
-    sizes = _sizes(graph, (region.lead[0], region.k_shape[2]))
+    sizes = sizes_in(graph, (region.lead[0], region.k_shape[2]))
     if mask.score_rank > 4:
         row = graph.call_function(aten.expand.default, (row, [*mask.lead[:-1], sizes[-1]]))
         return graph.call_function(aten.reshape.default, (row, sizes))
