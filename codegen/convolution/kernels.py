@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from monarch_compile.codegen.tiling import MIN_TILE, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.version import __version__
 
-HALF = torch.float16
+OPERANDS = {"half": torch.float16, "single": torch.float32}
+"""What is multiplied, by `Schedule.precision`."""
+NOISE = 0.19
+"""Products of float16 numbers leave rounding errors of a power of 1.5e-7 of that of the transform, and of the largest
+that the filter can make of the input's; a result in bfloat16, itself rounded with a power of 2.8e-6, may have .3 of
+that: 1.2 times the error of rounding alone. What has more is marked."""
+TURNS_AGAIN, MARKS_AT_ONCE = 16, 64
 SPECTRUM_UNIT, LONG_SPECTRUM_UNIT = 2.0**-4, 2.0**-5
 """The largest number of a spectrum, so that nothing leaves the range of float16. On chip: of numbers below 2, the
 transform has a norm of at most 2 POINTS, and a sum of 128 of its numbers at most 2**3.5 times that, for 2**14 points
@@ -72,82 +79,97 @@ def program(ir: LongConvolution, schedule: Schedule, specialization: Specializat
 
 
 def _on_chip(make: _Maker) -> tuple[Kernel, ...]:
-    """Sequences that a program transforms at once."""
+    """Sequences that a program transforms at once; with products of float16 numbers, some of them twice."""
+    if make.schedule.precision == "single":
+        return _transforms(make, "single")
+    again = replace(make, schedule=replace(make.schedule, main=_again(make.schedule.main), sequences=1, kept="nothing"))
+    if make.schedule.sequences > 1:
+        columns = make.schedule.main.step // make.schedule.sequences
+        again = replace(again, schedule=replace(again.schedule, main=replace(again.schedule.main, step=columns)))
+    return (*_transforms(make, "half", "marks"), *_transforms(again, "single", "marked"))
+
+
+def _again(main: Tiling) -> Tiling:
+    """Tiles of what is computed a second time, which is little: enough warps for operands of twice the size."""
+    return replace(main, num_warps=max(4, main.num_warps), turns=TURNS_AGAIN)
+
+
+def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, ...]:
+    """Tables, spectrum, and transform. role: "marks" what is to be computed again, or computes what is "marked"."""
     ir, main = make.ir, make.schedule.main
-    spectrum = Buffer("spectrum", HALF, ("channels", 2, points(ir)))
-    gain = Buffer("gain", torch.float32, ("channels",))
-    tables = _tables(make.schedule)
+    dtype = OPERANDS[precision]
+    spectrum = Buffer("spectrum", dtype, ("channels", 2, points(ir)))
+    gain = Buffer("gain", torch.float32, (2, "channels"))
+    noisy = (Buffer("noisy", torch.int8, ("batch", "channels")),)
+    tables = _tables(make.schedule, precision)
     small = Tiling(main.rows, max(MIN_TILE, points(ir) // main.rows), main.num_warps, 1)
     tile = make.schedule.sequences * main.turns
+    marked = noisy if role == "marked" else ()
+    result = (_result(ir),)
+    kernel = partial(make.kernel, precision=precision, role=role)
     return (
-        make.kernel("tables", (), tables, (max(main.rows, main.step),), SMALL),
-        make.kernel("spectrum", (_filter(ir), *tables), (spectrum, gain), ("channels",), small),
-        make.kernel(
+        kernel("tables", (), tables, (max(main.rows, main.step),), SMALL),
+        kernel("spectrum", (_filter(ir), *tables, *marked), (spectrum, gain), ("channels",), small),
+        kernel(
             "transform",
-            (*_sequences(ir), *tables, spectrum, gain),
-            (_result(ir),),
+            (*_sequences(ir), *tables, spectrum, gain, *marked),
+            {"marks": (*result, *noisy), "marked": (), "": result}[role],
             ("channels", Tiles("batch", tile)),
             main,
+            updates=result if role == "marked" else (),
         ),
     )
 
 
 def _in_memory(make: _Maker) -> tuple[Kernel, ...]:
     """Sequences whose transform has an outer factor, of which the rest goes through memory."""
-    ir, main, outer = make.ir, make.schedule.main, make.schedule.outer
+    ir, main, outer, precision = make.ir, make.schedule.main, make.schedule.outer, make.schedule.precision
     assert outer is not None
-    inner_points = points(ir) // outer.rows
+    dtype, inner_points = OPERANDS[precision], points(ir) // outer.rows
     bits = Buffer("sequence_bits", torch.int32, ("batch", "channels"))
     filter_bits = Buffer("filter_bits", torch.int32, ("channels",))
-    mixed = Buffer("mixed", HALF, ("batch", "channels", 2, points(ir)))
-    mixed_filter = Buffer("mixed_filter", HALF, ("channels", 2, points(ir)))
-    spectrum = Buffer("spectrum", HALF, ("channels", outer.rows, 2, inner_points))
+    mixed = Buffer("mixed", dtype, ("batch", "channels", 2, points(ir)))
+    mixed_filter = Buffer("mixed_filter", dtype, ("channels", 2, points(ir)))
+    spectrum = Buffer("spectrum", dtype, ("channels", outer.rows, 2, inner_points))
     gains = Buffer("gains", torch.float32, ("channels", outer.rows))
-    tables = _tables(make.schedule)
-    outer_table = Buffer("outer", HALF, (2, outer.rows, outer.rows))
+    tables = _tables(make.schedule, precision)
+    table = Buffer("outer", dtype, (2, outer.rows, outer.rows))
     u = tuple(x for x in _sequences(ir) if x.name in ("u", "pre_gate"))
-    tiles = inner_points // outer.step
-    every = (max(main.rows, main.step, outer.rows),)
+    sequences, tiles, rows = ("channels", "batch"), inner_points // outer.step, outer.rows
+    every = (max(main.rows, main.step, rows),)
+    kernel = partial(make.kernel, precision=precision)
+    of_filter = partial(kernel, of_filter=True)
     return (
-        make.kernel("tables", (), (*tables, outer_table), every, SMALL),
-        make.kernel("units", (_filter(ir),), (filter_bits,), ("channels",), LONG, of_filter=True),
-        make.kernel("units", u, (bits,), ("channels", "batch"), LONG),
-        make.kernel(
-            "outer",
-            (_filter(ir), outer_table, filter_bits),
-            (mixed_filter,),
-            ("channels", tiles),
-            outer,
-            of_filter=True,
-        ),
-        make.kernel(
-            "inner", (mixed_filter, *tables), (spectrum, gains), ("channels", outer.rows), main, of_filter=True
-        ),
-        make.kernel("outer", (*u, outer_table, bits), (mixed,), ("channels", "batch", tiles), outer),
-        make.kernel(
+        kernel("tables", (), (*tables, table), every, SMALL),
+        of_filter("units", (_filter(ir),), (filter_bits,), ("channels",), LONG),
+        of_filter("outer", (_filter(ir), table, filter_bits), (mixed_filter,), ("channels", tiles), outer),
+        of_filter("inner", (mixed_filter, *tables), (spectrum, gains), ("channels", rows), main),
+        kernel("units", u, (bits,), sequences, LONG),
+        kernel("outer", (*u, table, bits), (mixed,), (*sequences, tiles), outer),
+        kernel(
             "inner",
             (*tables, spectrum, gains),
             (),
-            ("channels", outer.rows, Tiles("batch", main.turns)),
+            ("channels", rows, Tiles("batch", main.turns)),
             main,
             updates=(mixed,),
         ),
-        make.kernel(
+        kernel(
             "outer_back",
-            (*_sequences(ir), mixed, outer_table, gains, bits, filter_bits),
+            (*_sequences(ir), mixed, table, gains, bits, filter_bits),
             (_result(ir),),
-            ("channels", "batch", tiles),
+            (*sequences, tiles),
             outer,
         ),
     )
 
 
-def _tables(schedule: Schedule) -> tuple[Buffer, ...]:
-    rows, width = schedule.main.rows, schedule.main.step
+def _tables(schedule: Schedule, precision: str) -> tuple[Buffer, ...]:
+    rows, width, dtype = schedule.main.rows, schedule.main.step, OPERANDS[precision]
     return (
-        Buffer("first", HALF, (2, rows, rows)),
-        Buffer("twiddle", HALF, (2, rows, width)),
-        Buffer("second", HALF, (2, width, width)),
+        Buffer("first", dtype, (2, rows, rows)),
+        Buffer("twiddle", dtype, (2, rows, width)),
+        Buffer("second", dtype, (2, width, width)),
     )
 
 
@@ -188,11 +210,14 @@ class _Maker:
         writes: tuple[Buffer, ...],
         grid: tuple[Any, ...],
         tiling: Tiling,
+        *,
+        precision: str,
+        role: str = "",
         updates: tuple[Buffer, ...] = (),
         of_filter: bool = False,
     ) -> Kernel:
         """One kernel, named by its template. of_filter: whether it is the one that works on the filters."""
-        name = f"convolution_{template}" + "_of_filter" * of_filter
+        name = f"convolution_{template}" + "_of_filter" * of_filter + f"_{role}" * bool(role)
         return Kernel(
             family="convolution",
             name=name,
@@ -202,7 +227,15 @@ class _Maker:
             updates=updates,
             sizes=SIZES,
             constants=tuple(self._constants().items()),
-            variables=(*self._variables().items(), ("of_filter", of_filter)),
+            variables=tuple(
+                {
+                    **self._variables(),
+                    "of_filter": of_filter,
+                    "single": precision == "single",
+                    "marks": role == "marks",
+                    "marked": role == "marked",
+                }.items()
+            ),
             grid=grid,
             tiling=tiling,
             header="\n".join(
@@ -223,6 +256,8 @@ class _Maker:
             "OUTER": outer.rows if outer else 1,
             "WIDE": outer.step if outer else 1,
             "TILE": UNITS_AT_ONCE,
+            "MARKS": MARKS_AT_ONCE,
+            "NOISE": NOISE,
             "ROWS": main.rows,
             "WIDTH": main.step,
             "COLUMNS": count // main.rows,

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
+
 from monarch_compile.codegen.tiling import MIN_TILE, Capability, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.work import MOST_POINTS, points_of
@@ -13,6 +15,7 @@ from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES
 
 KEPT = ("nothing", "twiddles", "all")
+PRECISIONS = ("half", "single")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Schedule:
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
     outer: a third factor, for transforms that no program holds: rows, and how many columns a program takes. The other
         two are then of what is left, and have tiles of one sequence that keep nothing.
+    precision: of what is multiplied. "half": of float16 numbers, where the errors cannot be seen in a result of
+        bfloat16, which is checked for each sequence, and of float32 numbers elsewhere. "single": of float32 numbers.
     """
 
     family: ClassVar[str] = "convolution"
@@ -33,6 +38,7 @@ class Schedule:
     sequences: int = 1
     kept: str = "nothing"
     outer: Tiling | None = None
+    precision: str = "half"
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
@@ -42,7 +48,7 @@ class Schedule:
 
     def __str__(self) -> str:
         outer = "" if self.outer is None else f"outer={self.outer} "
-        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept}"
+        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
@@ -52,7 +58,7 @@ TRANSFORMS: dict[int, Schedule] = {
     2048: Schedule(Tiling(64, 32, 4, 1, 8), kept="all"),
     4096: Schedule(Tiling(64, 64, 4, 1, 8)),
     8192: Schedule(Tiling(128, 64, 8, 1, 8)),
-    16384: Schedule(Tiling(128, 128, 8, 1, 4)),
+    16384: Schedule(Tiling(32, 32, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
     1 << 15: Schedule(Tiling(64, 32, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
     1 << 16: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
     1 << 17: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(32, 128, 4, 1)),
@@ -91,14 +97,17 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
     chosen = TRANSFORMS[points(ir)]
+    if ir.out_dtype is not torch.bfloat16 or chosen.outer is not None:
+        main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
+        chosen = replace(chosen, main=main, kept="nothing", precision="single")
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
 
 def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
     """Raise CodegenError where `schedule` is outside of what `ir` allows."""
     main, sequences = schedule.main, schedule.sequences
-    if schedule.kept not in KEPT:
-        raise CodegenError(f"what is kept must be one of {KEPT}; found {schedule}")
+    if schedule.kept not in KEPT or schedule.precision not in PRECISIONS:
+        raise CodegenError(f"what is kept must be one of {KEPT}, the precision of {PRECISIONS}; found {schedule}")
     if sequences < 1 or sequences & (sequences - 1):
         raise CodegenError(f"sequences of a tile must be a power of two; found {schedule}")
     if schedule.outer is not None and (sequences > 1 or schedule.kept != "nothing"):
@@ -122,7 +131,7 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
     outer = None if fields["outer"] is None else Tiling(**fields["outer"])
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], outer)
+    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], outer, fields["precision"])
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

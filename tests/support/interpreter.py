@@ -15,7 +15,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     from monarch_compile.codegen import launcher  # late: it may import triton, which tests/conftest.py must do first
 
     def allocate(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return like.new_full(tuple(shape), float("nan"), dtype=dtype)
+        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        return like.new_full(tuple(shape), poison, dtype=dtype)
 
     monkeypatch.setattr(launcher, "_allocate", allocate)
 

@@ -1,0 +1,73 @@
+"""The kernels of long convolutions on a CUDA device, against the float64 reference, over poisoned buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from monarch_compile.codegen.convolution.launch import launch
+from monarch_compile.codegen.launcher import untraced
+from monarch_compile.convolution.reference import reference
+from tests.convolution.kernel.problems import CASES, LONG, Case, check, errors, expected, tensors
+
+pytestmark = pytest.mark.gpu
+
+ROUNDED = 1.2
+"""Our error over that of float32 FFTs whose result is rounded to bfloat16."""
+LENGTHS = (1, 2, 127, 1000, 1024, 2048, 3000, 4096, 6000, 8192, 12000, 16384, 30000, 65536, 100000, 1 << 18)
+
+
+@pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_convolves(case: Case, out_dtype: torch.dtype) -> None:
+    untraced(lambda: check(case, "cuda", out_dtype))()  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_is_as_accurate_as_a_result_in_bfloat16_allows(length: int) -> None:
+    given, options = tensors(Case(3, 2, length, length, 2 * length, length, terms="daz"), "cuda")
+    wanted = expected(given, options)
+    found = untraced(lambda: launch(*given, **options, out_dtype=torch.bfloat16))()
+    rounded = reference(*given, **options)
+    assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted) + 1e-4).all()
+
+
+@pytest.mark.parametrize("points", [256, 1024, 4096, 8192, 32768])
+def test_small_results_of_large_transforms(points: int) -> None:
+    """A constant, chirps, an impulse at the end, one large number: as accurate as float32 FFTs, rounded."""
+    ramp = torch.arange(points, device="cuda", dtype=torch.float64)
+    chirp = torch.cos(torch.pi * ramp**2 / points / 64)
+    impulse = (ramp == points - 1).double()
+    slow = 1 / (1 + ramp)
+    u = torch.stack([torch.ones_like(ramp), chirp, chirp.flip(0), impulse, chirp + 1000 * impulse, ramp])[:, None]
+    u = u.bfloat16()
+    for filter in (torch.ones_like(ramp), chirp, slow, impulse.flip(0), impulse.flip(0) - impulse.flip(0).roll(1)):
+        k = filter.float()[None]
+        options = {"transform_len": 2 * points, "out_len": points, "lag": 0, "scale": 1.0}
+        wanted = reference(u.double(), k.double(), **options)
+        found = untraced(lambda k=k, o=options: launch(u, k, None, None, None, **o, out_dtype=torch.bfloat16))()
+        rounded = reference(u, k, **options)
+        assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted) + 1e-4).all()
+
+
+@pytest.mark.parametrize("length", [1000, 40000])
+def test_compiled_with_gradients(length: int) -> None:
+    def spelled(u: Tensor, k: Tensor, skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        v = u * before
+        spectrum = torch.fft.rfft(v.float(), n=2 * length) * torch.fft.rfft(k, n=2 * length)
+        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + v * skip[:, None]
+        return y.to(u.dtype) * after
+
+    given, _ = tensors(Case(4, 3, length, length, 2 * length, length, terms="daz"), "cuda")
+    results: list[list[Any]] = []
+    for function in (spelled, torch.compile(spelled, backend="monarch", options={"policy": "always", "strict": True})):
+        own = [x.detach().clone().requires_grad_() for x in given]
+        y = function(*own)
+        y.backward(torch.ones_like(y))
+        results.append([y.detach(), *(x.grad for x in own)])
+    for eager, lowered in zip(*results, strict=True):
+        difference = (eager.double() - lowered.double()).norm() / eager.double().norm()
+        assert difference < 0.01
