@@ -17,8 +17,8 @@ from monarch_compile.codegen.tiling import MIN_TILE, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.version import __version__
 
-OPERANDS = {"half": torch.float16, "single": torch.float32}
-"""What is multiplied, by `Schedule.precision`."""
+STORED = {"half": torch.float16, "single": torch.float32}
+"""What tables and what is between kernels are stored in, by `Schedule.precision`."""
 NOISE = 0.19
 """Products of float16 numbers leave rounding errors of a power of 1.5e-7 of that of the transform, and of the largest
 that the filter can make of the input's; a result in bfloat16, itself rounded with a power of 2.8e-6, may have .3 of
@@ -97,7 +97,7 @@ def _again(main: Tiling) -> Tiling:
 def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, ...]:
     """Tables, spectrum, and transform. role: "marks" what is to be computed again, or computes what is "marked"."""
     ir, main = make.ir, make.schedule.main
-    dtype = OPERANDS[precision]
+    dtype = STORED[precision]
     spectrum = Buffer("spectrum", dtype, ("channels", 2, points(ir)))
     gain = Buffer("gain", torch.float32, (2, "channels"))
     noisy = (Buffer("noisy", torch.int8, ("batch", "channels")),)
@@ -125,7 +125,7 @@ def _in_memory(make: _Maker) -> tuple[Kernel, ...]:
     """Sequences whose transform has an outer factor, of which the rest goes through memory."""
     ir, main, outer, precision = make.ir, make.schedule.main, make.schedule.outer, make.schedule.precision
     assert outer is not None
-    dtype, inner_points = OPERANDS[precision], points(ir) // outer.rows
+    dtype, inner_points = STORED[precision], points(ir) // outer.rows
     bits = Buffer("sequence_bits", torch.int32, ("batch", "channels"))
     filter_bits = Buffer("filter_bits", torch.int32, ("channels",))
     mixed = Buffer("mixed", dtype, ("batch", "channels", 2, points(ir)))
@@ -165,7 +165,7 @@ def _in_memory(make: _Maker) -> tuple[Kernel, ...]:
 
 
 def _tables(schedule: Schedule, precision: str) -> tuple[Buffer, ...]:
-    rows, width, dtype = schedule.main.rows, schedule.main.step, OPERANDS[precision]
+    rows, width, dtype = schedule.main.rows, schedule.main.step, STORED[precision]
     return (
         Buffer("first", dtype, (2, rows, rows)),
         Buffer("twiddle", dtype, (2, rows, width)),

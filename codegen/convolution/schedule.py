@@ -28,8 +28,9 @@ class Schedule:
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
     outer: a third factor, for transforms that no program holds: rows, and how many columns a program takes. The other
         two are then of what is left, and have tiles of one sequence that keep nothing.
-    precision: of what is multiplied. "half": of float16 numbers, where the errors cannot be seen in a result of
-        bfloat16, which is checked for each sequence, and of float32 numbers elsewhere. "single": of float32 numbers.
+    precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
+        bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
+        two of float16.
     """
 
     family: ClassVar[str] = "convolution"

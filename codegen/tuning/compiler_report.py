@@ -20,6 +20,7 @@ from monarch_compile.errors import CodegenError
 
 POINTERS = {
     torch.bool: "*i1",
+    torch.int8: "*i8",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
