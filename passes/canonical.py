@@ -21,6 +21,9 @@ ALIASES: dict[OpOverload, OpOverload] = {
     aten.multiply.Scalar: aten.mul.Scalar,
     aten.subtract.Tensor: aten.sub.Tensor,
     aten.special_softmax.default: aten.softmax.int,
+    aten.special_log_softmax.default: aten.log_softmax.int,
+    aten.special_logsumexp.default: aten.logsumexp.default,
+    aten.special_exp2.default: aten.exp2.default,
     aten.linalg_matmul.default: aten.matmul.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten.view.default: aten.reshape.default,
@@ -39,6 +42,7 @@ FUNCTIONAL: dict[OpOverload, OpOverload] = {
     aten.div_.Tensor: aten.div.Tensor,
     aten.logical_not_.default: aten.logical_not.default,
     aten.exp_.default: aten.exp.default,
+    aten.exp2_.default: aten.exp2.default,
     aten.neg_.default: aten.neg.default,
     aten.index_put_.default: aten.index_put.default,
 }

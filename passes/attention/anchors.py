@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 
 from torch.fx import Node
@@ -116,9 +117,14 @@ def head_mixer(anchor: Softmax) -> Node | None:
 
 
 def _above(anchor: Softmax, reach: int) -> Iterator[Node]:
-    above = lambda n: [x for x in n.all_input_nodes if x.op == "call_function"]  # noqa: E731
     first = [n for n in (anchor.scores, *anchor.masks) if n.op == "call_function"]
-    return _around(anchor, first, above, reach, GRIDS_ABOVE)
+    return _around(anchor, first, _read_by, reach, GRIDS_ABOVE)
+
+
+def _read_by(node: Node) -> list[Node]:
+    """What an op reads; of one of several outputs, such as the largest scores, what the op that gives them reads."""
+    source = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return [x for x in source.all_input_nodes if x.op == "call_function"]
 
 
 def _below(anchor: Softmax, reach: int) -> Iterator[Node]:

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from monarch_compile.passes.attention.products import MIXED, SCALES, SCORES
-from monarch_compile.passes.attention.scores import keeps_matrix
+from monarch_compile.passes.attention.scores import keeps_matrix, spans
 from monarch_compile.passes.attention.softmaxes import Softmax
 from monarch_compile.passes.constants import DROPPED, constant_of, held_by
 from monarch_compile.passes.graph import (
@@ -33,6 +33,7 @@ from monarch_compile.passes.graph import (
     shape_of,
     value_of,
 )
+from monarch_compile.passes.memory import is_mutating, is_written
 from monarch_compile.passes.views import CASTS, PARTS, TRANSPOSES, VIEWS, source_dims, swaps_matrix
 
 STEPS = 12
@@ -53,9 +54,14 @@ def may_be_misread(anchor: Node, softmax: Softmax | None) -> bool:
 
 
 def keep_from_fusion(anchor: Node) -> None:
-    """Put views that change nothing where the patterns have none: on the probabilities, or on the queries of SDPA."""
-    if anchor.target is aten.scaled_dot_product_attention.default:
-        _put_views(inputs(anchor)[0], anchor, lambda user: user is anchor)
+    """Put views that change nothing where the patterns have none: on the probabilities, or on the queries of SDPA.
+
+    Of probabilities that are written in place no view is taken, since a write by strides through one is refused: their
+    scores get the views.
+    """
+    is_written_later = is_written(anchor) and not is_mutating(anchor)
+    if anchor.target is aten.scaled_dot_product_attention.default or is_written_later:
+        _put_views(anchor.all_input_nodes[0], anchor, lambda user: user is anchor)
     else:
         _put_views(anchor, anchor.next, lambda user: True)
 
@@ -189,6 +195,12 @@ def _is_added_oddly(chain: Chain) -> bool:
         return True
     masks = [x for node in chain.scores if node.target not in SCALES for x in _others(node, chain)]
     return any(isinstance(x, Node) and len(shape_of(x)) == 1 for x in masks)
+
+
+def _is_shifted_by_key(chain: Chain) -> bool:
+    """Whether what differs by key is subtracted: the patterns take a maximum over any dim for that of the rows."""
+    subtracted = [inputs(node)[1] for node in chain.scores if node.target is aten.sub.Tensor]
+    return any(isinstance(x, Node) and spans(x, 1) for x in subtracted)
 
 
 FILLS = frozenset(
@@ -347,6 +359,7 @@ MISREAD: tuple[Callable[[Chain], bool], ...] = (
     _is_turned_oddly,
     _is_filled_oddly,
     _is_added_oddly,
+    _is_shifted_by_key,
     _is_viewed_across,
     _changes_dtype,
     _is_divided_by_another_number,

@@ -157,13 +157,14 @@ def _from_softmax(softmax: Softmax) -> AttentionRegion:
         output, product = anchor, softmax.late.product
     below = down.chain
     mixed = MIXED[product.target](product, below[-1], down.swapped)
-    if mixed is None and swapped:
+    if mixed is None and MIXED[product.target](product, below[-1], not down.swapped) is not None and swapped:
         why = f"softmax runs over dim {softmax.dim}, the product with the values sums over another"
         raise Refused("softmax_dim", why, anchor)
     if mixed is None:
         raise Refused("values_layout", "the product with the values has a layout that is not understood", product)
     interior = tuple(dict.fromkeys((*walk.seen, *softmax.inner, anchor, *below[1:], output)))
-    _require_single_use((*walk.seen, *softmax.inner), {*interior})
+    _require_single_use("the attention scores", walk.seen, {*interior})
+    _require_single_use("parts of a softmax written by hand", softmax.inner, {*interior})
     masks = (*walk.masks, *down.masks)
     leads = [m.lead for m in masks] or [shape_of(n)[:-2] for n in (*walk.seen, *below)]
     return AttentionRegion(
@@ -187,8 +188,10 @@ def _from_softmax(softmax: Softmax) -> AttentionRegion:
 def _is_swapped(softmax: Softmax) -> bool:
     """Whether its scores are (*lead, keys, queries)."""
     rank, dim = softmax.rank, softmax.dim
+    if softmax.refusal is not None:
+        raise Refused(*softmax.refusal)
     if dim is None:
-        why = "the scores are exponentiated and normalised in a way that is not softmax over the keys"
+        why = "the scores are exponentiated, and what normalises them is not known to be their sum over the keys"
         raise Refused("normalisation", why, softmax.node)
     if rank < 2 or dim < rank - 2:
         why = f"softmax runs over dim {dim}, not over the keys (one of the last two dims)"
@@ -203,12 +206,12 @@ def _masks_of(softmax: Softmax, swapped: bool) -> list[MaskTerm]:
     return [MaskTerm(mask, role, lead, swapped=swapped) for mask, role in roles]
 
 
-def _require_single_use(scores: Iterable[Node], inside: set[Node]) -> None:
+def _require_single_use(what: str, nodes: Iterable[Node], inside: set[Node]) -> None:
     """Every use of the scores must go with the rewrite: be inside, or serve nothing but what is inside."""
-    for node in scores:
+    for node in nodes:
         for user in node.users:
             if user not in inside and not _serves_only(user, inside):
-                raise Refused("scores_reused", f"the attention scores are also used by {user.name}", user)
+                raise Refused("scores_reused", f"{what} are also used by {user.name}", user)
 
 
 MAX_SERVANTS = 16

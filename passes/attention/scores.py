@@ -158,7 +158,9 @@ def _peel_sum(node: Node, walk: Walk) -> tuple[Node, Scores]:
         walk.adopt(attempt)
         return found
     if not refusals:
-        raise Refused("scores_op", "neither side of a sum is a product of queries and keys", node)
+        label = getattr(node.target, "__name__", node.op)
+        neither = "neither side of a sum is" if len(sides) == 2 else f"the first operand of {label} is not"
+        raise Refused("scores_op", f"{neither} a product of queries and keys", node)
     raise max(refusals, key=lambda pair: pair[0])[1]
 
 
@@ -184,15 +186,20 @@ def _is_float(node: Node) -> bool:
 
 def _is_top_of(value: Node, scores: Node, keys_place: int) -> bool:
     """Whether `value` is each row's largest score, by which safe softmax shifts: it cannot bring a hidden key up."""
+    keys, keepdim = len(shape_of(scores)) - keys_place, True
+    if value.target is aten.unsqueeze.default:
+        if normal_dim(inputs(value)[1], len(shape_of(value))) != keys:
+            return False
+        value, keepdim = inputs(value)[0], False
     while value.target in (aten.detach.default, aten.alias.default, aten.clone.default):
         value = inputs(value)[0]
     if getattr(value.target, "__name__", "") == "getitem" and inputs(value)[1] == 0:
         value = inputs(value)[0]
-    if value.target not in TOPS or inputs(value)[0] is not scores or not arg(value, 2, "keepdim", False):
+    if value.target not in TOPS or inputs(value)[0] is not scores or arg(value, 2, "keepdim", False) != keepdim:
         return False
     dims = arg(value, 1, "dim")
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    return [normal_dim(d, len(shape_of(scores))) for d in dims] == [len(shape_of(scores)) - keys_place]
+    return [normal_dim(d, len(shape_of(scores))) for d in dims] == [keys]
 
 
 TOPS = frozenset({aten.amax.default, aten.max.dim})

@@ -7,7 +7,7 @@ sum, late normalisation, exp of log-softmax. A spelling is a row of SOFTMAXES; w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from monarch_compile.passes.graph import (
     shape_of,
     switches_mode,
 )
-from monarch_compile.passes.memory import storages_of, writes_of
+from monarch_compile.passes.memory import Write, storages_of, writes_of
+from monarch_compile.refusal import Refusal
 
 
 class Late(NamedTuple):
@@ -43,7 +44,8 @@ class Softmax:
 
     dim: None of exponentials that nothing is known to normalise. drops: masks, each with whether a weight stays where
     it is True (or 1) or goes there. inner: what stands between the scores and the node. late: given where the node's
-    value is the softmax times values already. closed: nodes that read this node as a part of another softmax.
+    value is the softmax times values already. closed: nodes that read this node as a part of another softmax. refusal:
+    why exponentials that are normalised by hand are not read as that softmax, where it is known.
     """
 
     node: Node
@@ -54,6 +56,7 @@ class Softmax:
     inner: tuple[Node, ...] = ()
     late: Late | None = None
     closed: frozenset[Node] = frozenset()
+    refusal: Refusal | None = None
 
     @property
     def rank(self) -> int:
@@ -84,7 +87,7 @@ def softmaxes_of(graph: Graph) -> dict[Node, Softmax]:
     What is read for a softmax by hand must not be written anywhere in the graph, nor lie across a switch of grad mode
     or autocast.
     """
-    written = frozenset().union(*(write.storages for write in writes_of(graph)))
+    writes = writes_of(graph)
     found: dict[Node, Softmax] = {}
     periods: dict[Node, int] = {}
     period = 0
@@ -93,15 +96,28 @@ def softmaxes_of(graph: Graph) -> dict[Node, Softmax]:
         periods[node] = period
         rule = SOFTMAXES.get(node.target) if node.op == "call_function" else None
         softmax = rule(node, found) if rule is not None else None
-        if softmax is not None and softmax.inner:
-            read = (softmax.scores, *softmax.inner, *softmax.masks)
-            if any(storages_of(n) & written or periods[n] != period for n in read):
-                softmax = None
-        if softmax is None and node.target in EXP:
-            softmax = Softmax(node, inputs(node)[0], None, EXP[node.target])
+        refusal = _refusal_of(softmax, writes, periods) if softmax is not None and softmax.inner else None
+        if softmax is not None and refusal is not None:
+            found.update({n: replace(found[n], refusal=refusal) for n in softmax.inner if n in found})
+            softmax = None
+        if softmax is None and node.op == "call_function" and (exponent := _exponent_of(node)) is not None:
+            softmax = Softmax(node, exponent[0], None, exponent[1], refusal=refusal)
         if softmax is not None:
             found[node] = softmax
     return _without_parts(graph, found)
+
+
+def _refusal_of(softmax: Softmax, writes: Sequence[Write], periods: Mapping[Node, int]) -> Refusal | None:
+    """Why a softmax by hand is not what its ops say. periods: between which switches of a mode nodes lie."""
+    read = (softmax.scores, *softmax.inner, *softmax.masks)
+    storages = frozenset().union(*map(storages_of, read))
+    write = next((write for write in writes if write.storages & storages), None)
+    if write is not None:
+        why = f"{write.node.target} writes in place to memory that a softmax written by hand reads"
+        return Refusal("mutation", why, write.node)
+    if any(periods[n] != periods[softmax.node] for n in read):
+        return Refusal("context", "grad mode or autocast changes within a softmax written by hand", softmax.node)
+    return None
 
 
 def _without_parts(graph: Graph, found: Softmaxes) -> dict[Node, Softmax]:
@@ -148,8 +164,10 @@ def _masked_fill(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
 
 
 def _where(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
-    mask, source, other = inputs(node)
-    return _masked(node, _weights(source, dim, known), mask, True) if constant_of(other) == 0 else None
+    mask, left, right = inputs(node)
+    if constant_of(right) == 0:
+        return _masked(node, _weights(left, dim, known), mask, True)
+    return _masked(node, _weights(right, dim, known), mask, False) if constant_of(left) == 0 else None
 
 
 def _times_mask(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
@@ -162,26 +180,26 @@ def _times_mask(node: Node, dim: int, known: Softmaxes) -> Softmax | None:
 
 WEIGHTS: dict[object, Callable[[Node, int, Softmaxes], Softmax | None]] = {
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
-    **dict.fromkeys((aten.where.self, aten.where.ScalarOther), _where),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), _where),
     aten.mul.Tensor: _times_mask,
 }
 """Ops that leave weights what they are, or make them 0. Exponentials and softmaxes are weights by themselves."""
 
 
-def _summed(node: Any) -> tuple[Node, int, tuple[Node, ...]] | None:
-    """(x, dim, nodes read) where `node` is the sum of x over one dim, that dim kept with size 1."""
+def _reduced(node: Any, op: object) -> tuple[Node, int, tuple[Node, ...]] | None:
+    """(x, dim, nodes read) where `node` is x reduced by `op` over one dim, that dim kept with size 1."""
     if not isinstance(node, Node):
         return None
     if node.target is aten.unsqueeze.default:
         inner, place = inputs(node)[0], normal_dim(inputs(node)[1], len(shape_of(node)))
-        found = _sum_over(inner, keepdim=False)
+        found = _reduced_over(inner, op, keepdim=False)
         return (*found, (inner, node)) if found is not None and found[1] == place else None
-    found = _sum_over(node, keepdim=True)
+    found = _reduced_over(node, op, keepdim=True)
     return None if found is None else (*found, (node,))
 
 
-def _sum_over(node: Any, *, keepdim: bool) -> tuple[Node, int] | None:
-    if not isinstance(node, Node) or node.target is not aten.sum.dim_IntList or node.kwargs.get("dtype") is not None:
+def _reduced_over(node: Any, op: object, *, keepdim: bool) -> tuple[Node, int] | None:
+    if not isinstance(node, Node) or node.target is not op or node.kwargs.get("dtype") is not None:
         return None
     source, dims = inputs(node)[:2]
     if len(node.args) > 3 or bool(arg(node, 2, "keepdim", False)) != keepdim or len(dims or ()) != 1:
@@ -221,7 +239,7 @@ def _reciprocal(node: Node) -> tuple[Any, tuple[Node, ...]] | None:
 
 def _over_sum(node: Node, above: Any, below: Any, known: Softmaxes) -> Softmax | None:
     """weights / their sum, before or after the product with the values."""
-    total = _summed(below)
+    total = _reduced(below, aten.sum.dim_IntList)
     if total is None or not isinstance(above, Node):
         return None
     summed, dim, read = total
@@ -268,19 +286,29 @@ def _log_softmax(node: Node) -> tuple[Node, int, tuple[Node, ...]] | None:
     if node.target is not aten.sub.Tensor or arg(node, 2, "alpha", 1) != 1:
         return None
     scores, total = inputs(node)[:2]
-    if not isinstance(total, Node) or total.target is not aten.logsumexp.default or inputs(total)[0] is not scores:
-        return None
-    dims = inputs(total)[1]
-    return (scores, dims[0], (node, total)) if arg(total, 2, "keepdim", False) and len(dims) == 1 else None
+    found = _reduced(total, aten.logsumexp.default)
+    return (scores, found[1], (node, *found[2])) if found is not None and found[0] is scores else None
 
 
-EXP: dict[object, float] = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}
-"""Exponentials, with what they multiply their exponents by before e is raised to them."""
+def _exponent_of(node: Node) -> tuple[Node, float] | None:
+    """(x, factor) where `node` is e raised to factor * x."""
+    if node.target is aten.pow.Scalar:
+        base = constant_of(inputs(node)[0])
+        is_base = base is not None and 0 < base < math.inf and base != 1
+        return (inputs(node)[1], math.log(base)) if base is not None and is_base else None
+    return (inputs(node)[0], math.log(EXP[node.target])) if node.target in EXP else None
+
+
+EXP: dict[object, float] = {
+    **dict.fromkeys((aten.exp.default, aten.exp_.default, aten.exp.out), math.e),
+    **dict.fromkeys((aten.exp2.default, aten.exp2_.default, aten.exp2.out), 2.0),
+}
+"""Exponentials, with what they raise to their input. Those that write are never read as weights."""
 
 SOFTMAXES: dict[object, Callable[[Node, Softmaxes], Softmax | None]] = {
     aten.softmax.int: _softmax,
     aten._softmax.default: _softmax,
-    aten.softmax.int_out: _softmax,
+    **dict.fromkeys((aten.softmax.int_out, aten._softmax.out), _softmax),
     aten._safe_softmax.default: _softmax,
     aten.div.Tensor: _quotient,
     aten.mul.Tensor: _times_reciprocal,

@@ -296,6 +296,11 @@ def _log_sum_exp(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
 
 
+def _log_sum_exp_unsqueezed(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = scored(q, k)
+    return torch.exp(scores - scores.logsumexp(-1)[..., None]) @ v
+
+
 def _times_reciprocal(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     weights = torch.exp(scored(q, k))
     return weights * (1.0 / weights.sum(-1, keepdim=True)) @ v
@@ -303,6 +308,22 @@ def _times_reciprocal(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
 
 def _exp2(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     weights = torch.exp2(scored(q, k) * math.log2(math.e))
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def _power(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    weights = 2.0 ** (scored(q, k) * math.log2(math.e))
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def _exp_sum_filled_by_where(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    weights = torch.where(hidden(m), 0.0, torch.exp(scored(q, k)))
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def _safe_masked_late(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    scores = scored(q, k)
+    weights = torch.exp(scores - scores.amax(-1).unsqueeze(-1)) * ~hidden(m)
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
@@ -317,17 +338,22 @@ SOFTMAXES: dict[str, Program] = {
     "exp_sum": _exp_sum,
     "exp_sum_masked": _exp_sum_masked,
     "exp_sum_filled": _exp_sum_filled,
+    "exp_sum_filled_by_where": _exp_sum_filled_by_where,
     "safe_max": _safe,
     "safe_amax": _safe_amax,
     "safe_inplace": _safe_inplace,
+    "safe_masked_late": _safe_masked_late,
     "safe_then_softmax": lambda q, k, v, m: attend(scored(q, k) - scored(q, k).amax(-1, keepdim=True), v),
     "late": _late,
     "late_safe": _late_safe,
     "late_reciprocal": _late_reciprocal,
     "log_softmax_exp": lambda q, k, v, m: scored(q, k).log_softmax(-1).exp() @ v,
+    "log_softmax_exp_special": lambda q, k, v, m: torch.special.log_softmax(scored(q, k), -1).exp() @ v,
     "log_sum_exp": _log_sum_exp,
+    "log_sum_exp_unsqueezed": _log_sum_exp_unsqueezed,
     "times_reciprocal": _times_reciprocal,
     "exp2": _exp2,
+    "power": _power,
     "negated": lambda q, k, v, m: F.softmin(-scored(q, k), dim=-1) @ v,
 }
 

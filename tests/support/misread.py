@@ -75,6 +75,31 @@ def _shifted_by_another_dim(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tenso
     return weights / weights.sum(-2, keepdim=True) @ v.permute(0, 2, 1, 3)
 
 
+def _shifted_by_maxima_of_keys(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    product = scores(q, k)
+    weights = (product - product.amax(-2, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v.permute(0, 2, 1, 3)
+
+
+def _exp_into_given(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    product = scores(q, k)
+    weights = torch.exp(product - product.amax(-2, keepdim=True), out=torch.empty_like(product))
+    return weights / weights.sum(-2, keepdim=True) @ v.permute(0, 2, 1, 3)
+
+
+def _softmax_into_given(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    product = scores(q, k)
+    probs = torch.ops.aten._softmax.out(product, -2, False, out=torch.empty_like(product))
+    return probs @ v.permute(0, 2, 1, 3)
+
+
+def _probs_written_later(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    probs = scores(q, k).softmax(-2)
+    mixed = probs @ v.permute(0, 2, 1, 3)
+    probs.as_strided((SEQ_LEN,), (SEQ_LEN + 1,)).zero_()
+    return mixed
+
+
 def _by_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.permute(0, 2, 1, 3) for x in tensors)
 
@@ -105,6 +130,10 @@ MISREAD: dict[str, Program] = {
     ),
     "softmax_over_queries": lambda q, k, v, m: attend(scores(q, k), v, -2),
     "softmax_by_hand": _shifted_by_another_dim,
+    "shifted_by_maxima_of_keys": _shifted_by_maxima_of_keys,
+    "exp_into_given": _exp_into_given,
+    "softmax_into_given": _softmax_into_given,
+    "probs_written_later": _probs_written_later,
     "keys_permuted": _keys_permuted,
     "batch_second": _turned((1, 0, 2, 3)),
     "batch_third": _turned((2, 1, 0, 3)),

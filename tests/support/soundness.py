@@ -57,9 +57,9 @@ def result_as_kernels_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_from_blocks", from_blocks)
 
 
-def agrees(fn: Program, **options: Any) -> list[str]:
+def agrees(fn: Program, shape: tuple[int, ...] = (2, 3, 7, 4), **options: Any) -> list[str]:
     """Codes of the sites of `fn`, after its results, and its inputs once it has run, were seen to be eager's."""
-    own, given = make_inputs(), make_inputs()
+    own, given = make_inputs(shape), make_inputs(shape)
     expected = fn(*own)
     output, (result,) = run_passes(fn, *given, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

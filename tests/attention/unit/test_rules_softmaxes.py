@@ -82,7 +82,7 @@ def f_written_w(q, k, v, m):
     return w / z @ v
 
 
-@expect("normalisation")
+@expect("mutation")
 def f_written_alias(q, k, v, m):
     s = scored(q, k)
     x = s.view(-1)
@@ -250,7 +250,7 @@ def f_half_sum(q, k, v, m):
     return (w / w.sum(-1, keepdim=True, dtype=torch.float64)).float() @ v
 
 
-@expect("normalisation")
+@expect("context")
 def f_nograd(q, k, v, m):
     s = scored(q, k)
     with torch.no_grad():
@@ -376,7 +376,7 @@ def f_late_values_written(q, k, v, m):
     return x / z
 
 
-@expect("normalisation")
+@expect("mutation")
 def f_mask_written(q, k, v, m):
     w = weights(q, k) * m[:, None, None]
     m.fill_(True)
