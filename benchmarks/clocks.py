@@ -32,9 +32,11 @@ def cpu_clocks(seconds: float = 1.0) -> dict[str, Clock]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, with its kind."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+    """The first line of an error, with its kind; what a line announces by a colon at its end follows."""
+    first, *more = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    while first.endswith(":") and more:
+        first = f"{first} {more.pop(0)}"
+    return f"{type(error).__name__}: {first}"[:400]
 
 
 def synchronize(place: str) -> None:

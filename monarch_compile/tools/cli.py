@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
-    if args.rest and args.run not in (_quality, _speed, _compile, _models):  # whose arguments are the benchmark's own
+    if args.rest and args.run not in (_quality, _speed, _compile, _models, _convolution):  # which parse them
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         "models", help="time whole models beside plain torch.compile (needs a checkout)", add_help=False
     )
     models.set_defaults(run=_models)
+
+    convolution = kinds.add_parser(
+        "convolution", help="time every way to compute a long convolution (needs a checkout)", add_help=False
+    )
+    convolution.set_defaults(run=_convolution)
 
     tune = commands.add_parser("tune", help="look for better schedules on this GPU, for options={'autotune': True}")
     _add_tune_arguments(tune)
@@ -166,6 +171,10 @@ def _models(args: argparse.Namespace) -> int:
 
 def _speed(args: argparse.Namespace) -> int:
     return _in_this_process("benchmarks.speed", args)
+
+
+def _convolution(args: argparse.Namespace) -> int:
+    return _in_this_process("benchmarks.convolution", args)
 
 
 def _in_this_process(package: str, args: argparse.Namespace) -> int:
