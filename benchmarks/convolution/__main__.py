@@ -5,7 +5,7 @@ Inductor (the baseline), as it is, and by backend="monarch", which has to lower 
 called directly; and peers of yours, called as f(u, filter) with tensors of (batch, channels, seq_len) and (channels,
 seq_len), float32. Results go to a JSON file after each row, with Markdown tables and a plot beside it. Rows that the
 file holds already, measured with the same versions on the same device, are skipped; --fresh forgets those that are
-asked for.
+asked for (--rows operator inductor: with the baseline, so that both are of one run).
 """
 
 from __future__ import annotations

@@ -34,10 +34,13 @@ def draw(content: Content, path: Path) -> None:
     if not made:
         return
     figure, axes = plt.subplots(len(made), 2, figsize=(11, 3.8 * len(made)), squeeze=False)
+    names = dict.fromkeys(row["subject"] for row in content["rows"])
+    styles = {name: {"color": f"C{place}"} for place, name in enumerate(names)}
+    styles[AIM] = {"color": "black", "linestyle": "--"}
+    clock = content["clocks"][0]
     for (title, rows), (left, right) in zip(made.items(), axes, strict=True):
-        clock = content["clocks"][0]
-        _lines(left, times(rows, axis, clock), axis, f"ms, {clock_words(clock)}")
-        _lines(right, speedups(rows, axis, clock), axis, "times as fast as Inductor")
+        _lines(left, times(rows, axis, clock), axis, f"ms, {clock_words(clock)}", styles)
+        _lines(right, speedups(rows, axis, clock), axis, "times as fast as Inductor", styles)
         left.set_title(title, fontsize=9)
     figure.suptitle(content["environment"].get("gpu") or content["environment"]["cpu"], fontsize=10)
     figure.tight_layout()
@@ -83,10 +86,9 @@ def speedups(rows: Sequence[Mapping[str, Any]], axis: str, clock: str) -> Points
     return found | {AIM: sorted(aims)} if aims else found
 
 
-def _lines(axes: Any, points: Points, axis: str, label: str) -> None:
+def _lines(axes: Any, points: Points, axis: str, label: str, styles: Mapping[str, Mapping[str, str]]) -> None:
     for name, line in points.items():
-        style = {"linestyle": "--", "color": "black"} if name == AIM else {}
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name, **style)
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name, **styles[name])
     axes.set(xlabel={"seq_len": "sequence length", "batch": "batch"}[axis], ylabel=label, yscale="log")
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
