@@ -12,12 +12,14 @@ class Modules(NamedTuple):
     frontend: `FRONTEND`, a `monarch_compile.passes.frontends.Frontend`: from a graph to the IR and back.
     emitter: `EMITTER`, a `monarch_compile.codegen.emitters.Emitter`: from the IR to kernels.
     commands: `COMMANDS`, a `monarch_compile.tools.commands.Commands`: what it adds to the command line; "" for nothing.
+    benchmark: a package of a checkout, which `bench` runs by the family's name; "" for none.
     """
 
     family: str
     frontend: str
     emitter: str
     commands: str = ""
+    benchmark: str = ""
 
 
 FAMILIES: dict[str, Modules] = {
@@ -31,6 +33,7 @@ FAMILIES: dict[str, Modules] = {
         family="monarch_compile.convolution.family",
         frontend="monarch_compile.passes.convolution.frontend",
         emitter="monarch_compile.codegen.convolution.emitter",
+        benchmark="benchmarks.convolution",
     ),
 }
 """By name. Of two families that claim one node with the same predicted gain, the first is lowered."""

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.clocks import cpu_clocks, cuda_clocks
 from benchmarks.models.measure import Bench, Row, rows, subjects
 from benchmarks.models.present import markdown
 from benchmarks.models.problems import PRESETS, Preset
 from benchmarks.resumable import machine, opened, write
-from benchmarks.speed.measure import cpu_clocks, cuda_clocks
 from monarch_compile.cost.devices import installed
 from monarch_compile.tools.timing import one_thread
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
+from benchmarks.clocks import Clock, reason, synchronize, tidy
 from benchmarks.models.problems import Preset, Problem, words
-from benchmarks.speed.measure import Clock
 from benchmarks.speed.problems import Inputs, inputs
 from benchmarks.speed.subjects import EXACT, Call, monarch
 from monarch_compile.backend import monarch as backend  # by name it would have to be installed
@@ -109,8 +109,8 @@ def rows(bench: Bench, problem: Problem, preset: Preset, wanted: Collection[str]
         if subject.name not in wanted:
             continue
         if subject.exact and (ms is None or ms > bench.slack * fastest):
-            reason = failures or {"model": "not the fastest exact attention alone: not compiled"}
-            yield Row(problem, subject.name, ms, {}, reason)
+            why = failures or {"model": "not the fastest exact attention alone: not compiled"}
+            yield Row(problem, subject.name, ms, {}, why)
         else:
             yield _whole(bench, problem, subject, model, Row(problem, subject.name, ms, {}, failures))
 
@@ -141,9 +141,9 @@ def _alone(bench: Bench, problem: Problem, subject: Subject) -> tuple[float | No
         with subject.around():
             return bench.alone(subject.alone(inputs(problem.attention, bench.place))).p50, {}
     except Exception as error:
-        return None, {"alone": _words(error)}
+        return None, {"alone": reason(error)}
     finally:
-        _tidy(bench.place)
+        tidy(bench.place)
 
 
 @torch.no_grad()
@@ -156,15 +156,15 @@ def _whole(bench: Bench, problem: Problem, subject: Subject, model: Prepared, ro
             call = _compiled(model, subject)
             found |= _first(bench, model, call)
         except Exception as error:
-            found["failures"]["model"] = _words(error)
+            found["failures"]["model"] = reason(error)
             return Row(**found)
         for name, clock in bench.clocks.items():
             try:
                 found["times"][name] = clock(call)
             except Exception as error:
-                found["failures"][name] = _words(error)
+                found["failures"][name] = reason(error)
             finally:
-                _tidy(bench.place)
+                tidy(bench.place)
     return Row(**found)
 
 
@@ -182,7 +182,7 @@ def _first(bench: Bench, model: Prepared, call: Call) -> dict[str, Any]:
     """Compile, look at the output, and see what memory a second call takes."""
     start = time.perf_counter()
     output = call()
-    _synchronize(bench.place)
+    synchronize(bench.place)
     seconds = time.perf_counter() - start
     error = relative_error(model.reference, output.cpu())
     del output
@@ -190,23 +190,7 @@ def _first(bench: Bench, model: Prepared, call: Call) -> dict[str, Any]:
     if bench.place == "cuda":
         torch.cuda.reset_peak_memory_stats()
         call()
-        _synchronize(bench.place)
+        synchronize(bench.place)
         peak = torch.cuda.max_memory_allocated() / 2**20
     lowered, exact = (counters["monarch"][name] for name in ("lowered", "exact"))
     return {"first_call_s": seconds, "error": error, "peak_mib": peak, "lowered": lowered, "sites": lowered + exact}
-
-
-def _words(error: BaseException) -> str:
-    """The first line of an error, with its kind."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
-
-
-def _synchronize(place: str) -> None:
-    if place == "cuda":
-        torch.cuda.synchronize()
-
-
-def _tidy(place: str) -> None:
-    if place == "cuda":
-        torch.cuda.empty_cache()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 from benchmarks.models.measure import EXACT_WORD
+from benchmarks.tables import NOTHING, markdown_table, number
 
 Content = Mapping[str, Any]
-NOTHING = "–"
 
 
 def markdown(content: Content) -> str:
     """A table of every row, ratios against the best exact row of its problem, then what failed."""
     head = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
-    return "\n".join([head, "", *_table(_HEAD, _body(content)), *_failures(content), ""])
+    return "\n".join([head, "", *markdown_table(_HEAD, _body(content)), *_failures(content), ""])
 
 
 _HEAD = ("model, batch x tokens", "attention", "graph ms [p20, p80]", "faster", "plain calls, ms [p20, p80]", "faster")
@@ -47,7 +47,7 @@ def _cells(row: Mapping[str, Any], best: Mapping[str, float | None]) -> list[str
         known = baseline is not None and clock in row["times"]
         cells.append(f"{baseline / _median(row, clock):.2f}" if known else NOTHING)  # type: ignore[operator]
     lowered = NOTHING if _is_exact(row) else f"{row['lowered']} of {row['sites']}"
-    return [*cells, share(row), lowered, *(_number(row[x], d) for x, d in _LAST)]
+    return [*cells, share(row), lowered, *(number(row[x], d) for x, d in _LAST)]
 
 
 _LAST = (("error", ".2e"), ("peak_mib", ".0f"), ("first_call_s", ".1f"))
@@ -74,19 +74,11 @@ def _timing(found: Mapping[str, float] | None) -> str:
     return NOTHING if found is None else f"{found['p50']:.2f} [{found['p20']:.2f}, {found['p80']:.2f}]"
 
 
-def _number(value: float | None, style: str) -> str:
-    return NOTHING if value is None else format(value, style)
-
-
 def _failures(content: Content) -> list[str]:
     found = [
-        [name_of(row["problem"]), row["form"], _number(row["attention_ms"], ".4g"), where, why.replace("|", "\\|")]
+        [name_of(row["problem"]), row["form"], number(row["attention_ms"], ".4g"), where, why]
         for row in content["rows"]
         for where, why in row["failures"].items()
     ]
     head = ("model, batch x tokens", "attention", "alone, ms", "where", "why")
-    return ["", "### What was not measured", "", *_table(head, found)] if found else []
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return ["", "### What was not measured", "", *markdown_table(head, found)] if found else []

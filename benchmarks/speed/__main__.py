@@ -9,23 +9,23 @@ already, measured with the same versions on the same device, are skipped; --fres
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.clocks import cpu_clocks, cuda_clocks
+from benchmarks.peers import load
 from benchmarks.resumable import machine, opened, write
-from benchmarks.speed.measure import Bench, Row, cpu_clocks, cuda_clocks, rows, verdicts
+from benchmarks.speed.measure import Bench, Row, rows, verdicts
 from benchmarks.speed.present import draw, markdown
 from benchmarks.speed.problems import PRESETS, Preset, Problem
-from benchmarks.speed.subjects import Peer, peers
+from benchmarks.speed.subjects import peers
 from monarch_compile.cost.devices import installed
 from monarch_compile.tools.timing import one_thread
 
@@ -72,23 +72,6 @@ def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False, minute
         _keep(content, bench, problem, measured)
         write(path, content)
     return content
-
-
-def load(target: str) -> Peer:
-    """The function that module:function names; modules of the current folder are found.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    module_name, _, name = target.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SystemExit(f"--peer takes module:function; cannot load {target!r}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    return function
 
 
 def _keep(content: dict[str, Any], bench: Bench, problem: Problem, measured: Sequence[Row]) -> None:

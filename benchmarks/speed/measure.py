@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,17 +9,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.clocks import Clock, reason, synchronize, tidy
 from benchmarks.speed.problems import AutoForm, Inputs, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Call, Subject, monarch
 from monarch_compile.attention.work import exact_cost, monarch_cost, predict
 from monarch_compile.cost.devices import Device
-from monarch_compile.tools.timing import Timing, cuda_graph_times, time_interleaved, timing_of
+from monarch_compile.tools.timing import Timing
 
 MONARCH = "monarch"
 CLOSE = 1.1
 """A choice is right where it loses at most this factor against the other form."""
-
-Clock = Callable[[Call], Timing]
 
 
 @dataclass(frozen=True)
@@ -163,52 +161,17 @@ def _timed(bench: Bench, prepare: Callable[[], Call]) -> tuple[dict[str, Timing]
         call = prepare()
         with torch.no_grad():
             call()
-            _synchronize(bench.place)
+            synchronize(bench.place)
     except Exception as error:
-        return {}, {"call": _words(error)}
+        return {}, {"call": reason(error)}
     finally:
-        _tidy(bench.place)
+        tidy(bench.place)
     for name, clock in bench.clocks.items():
         try:
             with torch.no_grad():
                 times[name] = clock(call)
         except Exception as error:
-            failures[name] = _words(error)
+            failures[name] = reason(error)
         finally:
-            _tidy(bench.place)
+            tidy(bench.place)
     return times, failures
-
-
-def _words(error: BaseException) -> str:
-    """The first line of an error, with its kind."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
-
-
-def _synchronize(place: str) -> None:
-    if place == "cuda":
-        torch.cuda.synchronize()
-
-
-def _tidy(place: str) -> None:
-    if place == "cuda":
-        with contextlib.suppress(RuntimeError):  # after a fault on the device; the next row says so
-            torch.cuda.empty_cache()
-
-
-def cuda_clocks(rep_ms: int = 50) -> dict[str, Clock]:
-    """CUDA-graph replays on a side stream (the L2 cache stays warm between them), and plain calls (it is cleared)."""
-    import triton
-
-    def graph(call: Call) -> Timing:
-        return timing_of(cuda_graph_times(call, rep_ms))
-
-    def eager(call: Call) -> Timing:
-        return timing_of(triton.testing.do_bench(call, rep=rep_ms, return_mode="all"))
-
-    return {"graph": graph, "eager": eager}
-
-
-def cpu_clocks(seconds: float = 1.0) -> dict[str, Clock]:
-    """Plain calls for about `seconds`."""
-    return {"eager": lambda call: time_interleaved({"call": call}, seconds)["call"]}

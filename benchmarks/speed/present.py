@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.problems import AutoForm
+from benchmarks.tables import NOTHING, markdown_table, median
 
 Content = Mapping[str, Any]
-NOTHING = "–"
 PROBLEM = ("batch", "seq_len", "num_heads", "head_dim", "dtype", "masked")
 
 
@@ -30,12 +30,6 @@ def _more(content: Content) -> Iterator[tuple[str, Any]]:
         yield "Fractions of the device's ceilings: FLOP / bytes", _fractions
     if any(row["failures"] for row in content["rows"]):
         yield "What could not be measured", _failures
-
-
-def median(row: Mapping[str, Any], clock: str) -> float | None:
-    """A row's median by `clock`; None where it was not taken."""
-    timing = row["times"].get(clock)
-    return None if timing is None else float(timing["p50"])
 
 
 def name_of(row: Mapping[str, Any]) -> str:
@@ -61,7 +55,7 @@ def _by_problem(content: Content, cell: Any) -> list[str]:
     for problem, group in groupby(content["rows"], key=problem_of):
         cells = {name_of(row): cell(row) for row in group}
         table.append([problem_words(problem), *(cells.get(name, NOTHING) for name in names)])
-    return _table(["batch x N, heads x D", *names], table)
+    return markdown_table(["batch x N, heads x D", *names], table)
 
 
 def _times(content: Content) -> list[str]:
@@ -94,20 +88,16 @@ def _choices(content: Content) -> list[str]:
         right = {True: "yes", False: "**no**", None: NOTHING}[verdict["is_right"]]
         sizes = [str(x) for x in (form.num_iters, form.window, form.prefix, verdict["block_size"])]
         table.append([problem_words(problem_of(verdict)), *sizes, *times, verdict["choice"], right])
-    return _table(head, table)
+    return markdown_table(head, table)
 
 
 def _failures(content: Content) -> list[str]:
     found = (
-        [problem_words(problem_of(row)), name_of(row), clock, words.replace("|", "\\|")]
+        [problem_words(problem_of(row)), name_of(row), clock, words]
         for row in content["rows"]
         for clock, words in row["failures"].items()
     )
-    return _table(["batch x N, heads x D", "form", "where", "why"], list(found))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return markdown_table(["batch x N, heads x D", "form", "where", "why"], list(found))
 
 
 def draw(content: Content, path: Path) -> None:

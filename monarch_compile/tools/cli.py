@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monarch_compile.errors import InputError, MonarchError
+from monarch_compile.registry import FAMILIES
 from monarch_compile.tools.commands import all_commands
 from monarch_compile.version import __version__
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
-    if args.rest and args.run not in (_quality, _speed, _compile, _models):  # whose arguments are the benchmark's own
+    if args.rest and args.run not in (_quality, _speed, _compile, _models, _family):  # which parse them
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         return int(args.run(args))
@@ -77,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "models", help="time whole models beside plain torch.compile (needs a checkout)", add_help=False
     )
     models.set_defaults(run=_models)
+
+    for name, modules in FAMILIES.items():
+        if modules.benchmark:
+            own_kind = kinds.add_parser(
+                name, help=f"time {name} alone, every way to compute it (needs a checkout)", add_help=False
+            )
+            own_kind.set_defaults(run=_family, benchmark=modules.benchmark)
 
     tune = commands.add_parser("tune", help="look for better schedules on this GPU, for options={'autotune': True}")
     _add_tune_arguments(tune)
@@ -166,6 +174,10 @@ def _models(args: argparse.Namespace) -> int:
 
 def _speed(args: argparse.Namespace) -> int:
     return _in_this_process("benchmarks.speed", args)
+
+
+def _family(args: argparse.Namespace) -> int:
+    return _in_this_process(args.benchmark, args)
 
 
 def _in_this_process(package: str, args: argparse.Namespace) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.clocks import cuda_clocks
 from benchmarks.speed import __main__ as driver
-from benchmarks.speed.measure import Bench, cuda_clocks
+from benchmarks.speed.measure import Bench
 from benchmarks.speed.problems import AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, peers
 from monarch_compile import backend

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.clocks import cpu_clocks
 from benchmarks.speed import __main__ as driver
 from benchmarks.speed import measure
-from benchmarks.speed.measure import Bench, Row, Verdict, cpu_clocks
+from benchmarks.speed.measure import Bench, Row, Verdict
 from benchmarks.speed.present import draw, markdown
 from benchmarks.speed.problems import PRESETS, AutoForm, Preset, Problem, inputs
 from benchmarks.speed.subjects import EXACT, Unsupported, key_padding_blocks, monarch, peers

@@ -1,0 +1,1 @@
+"""The benchmark of long convolutions: every way to compute one, side by side."""
