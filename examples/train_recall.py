@@ -1,6 +1,6 @@
 """Train a small causal Hyena on associative recall, compiled by Inductor and by backend="monarch", side by side.
 
-    python -m examples.train_recall [--steps 400] [--length 512] [--output recall.json]
+    python -m examples.train_recall [--steps 600] [--length 512] [--output recall.json]
 
 A sequence is made of pairs, a key and its value, which is drawn anew for each sequence. Keys come back, and from the
 second time on the model is to predict the value: it must have looked it up. Both runs start from the same weights and
@@ -128,12 +128,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m examples.train_recall", description="Associative recall.")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, keys and values")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of autocast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
     parser.add_argument("--policy", choices=("auto", "always"), default="auto", help="of the monarch backend")
