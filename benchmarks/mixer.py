@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,6 @@ class Subject:
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """`model` for the shapes that it meets and no others."""
-        torch._dynamo.reset()
-        counters.clear()
         return torch.compile(model, backend=self.backend, dynamic=False)
 
 
@@ -150,13 +148,14 @@ def rows(problem: Problem, place: str, clocks: Mapping[str, Clock], path: Path |
 @torch.no_grad()
 def row_of(problem: Problem, subject: Subject, place: str, clocks: Mapping[str, Clock]) -> Row:
     """Compile and measure; whatever fails is a part of the row."""
+    _forget(place)
     torch.manual_seed(0)
     with torch.device(place):
         model = subject.architecture(problem.sizes).eval()
     tokens = problem.tokens(place)
     row = Row(problem, subject.name, num_parameters(model), {}, {}, {})
     try:
-        reference = deepcopy(model)(tokens[:1])
+        reference = model(tokens[:1])
         cast_activations(model, getattr(torch, problem.dtype))
         call = functools.partial(subject.compiled(model), tokens)
         row = replace(row, **_first(call, reference, place))
@@ -169,6 +168,15 @@ def row_of(problem: Problem, subject: Subject, place: str, clocks: Mapping[str, 
         except Exception as error:
             row.failures[name] = _words(error)
     return row
+
+
+def _forget(place: str) -> None:
+    """Free what the row before compiled, and the memory that it holds."""
+    torch._dynamo.reset()
+    counters.clear()
+    gc.collect()
+    if place == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _first(call: Callable[[], Tensor], reference: Tensor, place: str) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def shown(found: Sequence[Mapping[str, Any]]) -> str:
         head += [f"{clock}: tokens/s", "ms", "speed-up"]
     body = []
     for row in found:
-        cells = [row["subject"], f"{row['parameters'] / 1e6:.0f}M"]
+        cells = [row["subject"], f"{row['parameters'] / 1e6:.1f}M"]
         for clock in clocks:
             cells += _timing(row, clock, baseline.get(clock))
         body.append([*cells, f"{row['lowered']} of {row['lowered'] + row['exact']}", _number(row["error"], ".1e")])

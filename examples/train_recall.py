@@ -29,6 +29,7 @@ if not __package__:  # started as a script: the repository's root is not on the 
 
 from examples.curves import svg
 from examples.mixer.models import HyenaLM, Size, num_parameters
+from examples.monarch_mixer import verdict
 from examples.progress import step, table
 from monarch_compile.backend import monarch
 from monarch_compile.report.explainer import explain
@@ -153,7 +154,7 @@ def print_report(task: Task, size: Size, policy: str) -> None:
     tokens, _ = task.batches(task.seed).next()
     with task.autocast():
         report = explain(new_model(task, size), tokens, options={"policy": policy})
-    print(f"{report}\n")
+    print(f"{report}\n{verdict(report)}\n")
 
 
 def train(backend: str, model: nn.Module, compiled: Model, task: Task, steps: int, learning_rate: float) -> Run:

@@ -100,6 +100,18 @@ def test_a_model_that_fails_leaves_the_others_standing(monkeypatch, capsys: pyte
     assert "1.00x" in out
 
 
+@pytest.mark.gpu
+def test_throughput_on_a_gpu_has_both_clocks(tmp_path: Path) -> None:
+    path = tmp_path / "mixer.json"
+    assert (
+        mixer.main(["--size", "tiny", "--device", "cuda", "--batch", "2", "--lengths", "256", "--json", str(path)]) == 0
+    )
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["failures"] == {}
+        assert set(row["ms"]) == {"graph", "eager"}
+        assert row["error"] < 0.05
+
+
 def test_arguments_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert not monarch_mixer.parse_arguments(["--device", "cpu"]).measured
     on_gpu = monarch_mixer.parse_arguments(["--device", "cuda", "--size", "341m"])
@@ -140,6 +152,7 @@ def test_training_writes_the_losses_of_both_backends(tmp_path: Path, capsys, dty
     path = tmp_path / "recall.json"
     assert train_recall.main([*SMALL, "--steps", "5", "--dtype", dtype, "--output", str(path)]) == 0
     out = capsys.readouterr().out
+    assert "long convolution" in out
     assert "losses differ by 0.00e+00 in the first step, by 0.00e+00 at most" in out
     content = json.loads(path.read_text())
     assert [run["backend"] for run in content["runs"]] == ["inductor", "monarch"]
