@@ -1,1 +1,1 @@
-"""Examples, run from a checkout: ``python -m examples.demo``."""
+"""Examples, run from a checkout: ``python -m examples.demo``, ``.monarch_mixer`` or ``.train_recall``."""

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.gpu
 
 ROUNDED = 1.2
 """Our error over that of float32 FFTs whose result is rounded to bfloat16."""
+ROUNDING = 2.0**-9 / 3**0.5
+"""Of numbers that are no exact bfloat16 numbers: what ours may have where rounding happens to be exact."""
 LENGTHS = (1, 2, 127, 1000, 1024, 2048, 3000, 4096, 6000, 8192, 12000, 16384, 30000, 65536, 100000, 1 << 18)
 
 
@@ -32,7 +34,7 @@ def test_is_as_accurate_as_a_result_in_bfloat16_allows(length: int) -> None:
     wanted = expected(given, options)
     found = untraced(lambda: launch(*given, **options, out_dtype=torch.bfloat16))()
     rounded = reference(*given, **options)
-    assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted) + 1e-4).all()
+    assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted).clamp(min=ROUNDING)).all()
 
 
 @pytest.mark.parametrize("points", [256, 1024, 4096, 8192, 32768])
@@ -50,7 +52,7 @@ def test_small_results_of_large_transforms(points: int) -> None:
         wanted = reference(u.double(), k.double(), **options)
         found = untraced(lambda k=k, o=options: launch(u, k, None, None, None, **o, out_dtype=torch.bfloat16))()
         rounded = reference(u, k, **options)
-        assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted) + 1e-4).all()
+        assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted).clamp(min=ROUNDING)).all()
 
 
 @pytest.mark.parametrize("length", [1000, 40000])
