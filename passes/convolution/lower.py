@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,15 +99,11 @@ class _Tensors:
         seq_len = seq_len_of(region)
         self.u = sequence(region.u, seq_len)
         self.pre_gate = None if region.pre_gate is None else sequence(region.pre_gate, seq_len)
-        to_product = tuple(ending.dims.index(place) for place in range(len(ending.dims)))
-        self.post_gate: Node | None = None
-        if ending.post_gate is not None:
-            self.post_gate = sequence(Operand(ending.post_gate, to_product), ending.length)
+        self.post_gate = None if ending.post_gate is None else sequence(ending.post_gate, ending.length)
         self.skip: Node | None = None
         if ending.skip is not None:
-            operand = replace(ending.skip, dims=tuple(ending.skip.dims[i] for i in to_product))
             channels = [frame.sizes[place] for place in frame.channels]
-            self.skip = placed(graph, operand, frame.channels, channels, (frame.num_channels,), sizes)
+            self.skip = placed(graph, ending.skip, frame.channels, channels, (frame.num_channels,), sizes)
 
 
 def _cut(graph: Graph, node: Node, length: int) -> Node:

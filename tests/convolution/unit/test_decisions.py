@@ -51,7 +51,9 @@ def _tensors() -> tuple[Tensor, Tensor]:
 # ---- policy ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("policy", "code"), [("auto", "cpu_fft_wins"), ("never", "policy_never"), ("always", "lowered")])
+@pytest.mark.parametrize(
+    ("policy", "code"), [("auto", "cpu_fft_wins"), ("never", "policy_never"), ("always", "lowered")]
+)
 def test_policy_on_a_cpu(policy: str, code: str) -> None:
     (decision,) = decisions_of(_convolved, *_tensors(), policy=policy)
     assert decision.code == code
