@@ -76,9 +76,10 @@ def lower(region: ConvolutionRegion, ir: LongConvolution) -> Node:
         in_body = enclosing(graph) is not None
         if _order(lowered) != _order(value_of(output)) and strides_are_seen(output, lowered, in_body=in_body):
             result = with_strides_of(graph, result, output)
-    for op in ops[1:]:
-        op.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
+    origin = {key: output.meta[key] for key in ORIGIN if key in output.meta}
     replace_by(output, result, ops[0])
+    for op in ops[1:]:
+        op.meta = origin
     return ops[0]
 
 

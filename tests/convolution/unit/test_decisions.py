@@ -87,7 +87,8 @@ def _model_in_float32(u: Tensor, k: Tensor, d: Tensor) -> Tensor:
     ("program", "dtype", "length", "batch", "code"),
     [
         (_model, torch.bfloat16, 4096, 16, "lowered"),
-        (_model, torch.float16, 4096, 16, "lowered"),
+        (_model, torch.bfloat16, 1 << 21, 1, "cost_exact_wins"),
+        (_model, torch.float16, 4096, 16, "cost_exact_wins"),
         (_model, torch.float32, 4096, 16, "float32_result"),
         (_model_in_float32, torch.bfloat16, 4096, 16, "float32_result"),
     ],
@@ -285,6 +286,12 @@ def test_checks_of_what_a_cpu_graph_has_not(monkeypatch: pytest.MonkeyPatch) -> 
     source.meta["val"] = kept
     monkeypatch.setattr(checks, "active_transform", lambda: "torch.func")
     assert _code(region) == "transformed"
+
+
+def test_scales_that_are_no_numbers() -> None:
+    for scale in (float("inf"), float("nan")):
+        region = _region(lambda u, k: irfft(rfft(u, n=N) * rfft(k, n=N) * scale, n=N))  # noqa: B023
+        assert _code(region) == "scale"
 
 
 def test_a_part_of_a_tensor_does_not_leave_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
