@@ -103,7 +103,7 @@ class ConvolutionRegion:
 
     anchor: the inverse transform. u, pre_gate: in the dims of the product, padding and casts taken off. points: of the
     transform. inside: nodes that the rewrite replaces or looks through; spectra: those of them that are made of the
-    transform of u, which nothing else may read. dtype: what the graph computes in.
+    transform of u, which nothing else may read. dtype: what the graph computes in, float32 at least.
     """
 
     anchor: Node

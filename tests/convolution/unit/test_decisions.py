@@ -29,6 +29,7 @@ from monarch_compile.cost.devices import device_for
 from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.convolution import checks
 from monarch_compile.passes.convolution import choose as choosing
+from monarch_compile.passes.convolution.lower import to_ir
 from monarch_compile.passes.convolution.match import find_sites
 from monarch_compile.passes.convolution.region import ConvolutionRegion
 from monarch_compile.passes.pipeline import Rewrite, rewrite
@@ -286,6 +287,18 @@ def test_checks_of_what_a_cpu_graph_has_not(monkeypatch: pytest.MonkeyPatch) -> 
     source.meta["val"] = kept
     monkeypatch.setattr(checks, "active_transform", lambda: "torch.func")
     assert _code(region) == "transformed"
+
+
+def test_transforms_of_16_bits_are_not_taken_over() -> None:
+    """A GPU transforms float16 to complex numbers of 16 bits each; filters are not added in these."""
+    with FakeTensorMode():
+        u, k = torch.empty(2, 3, 16, device="cuda").half(), torch.empty(3, 16, device="cuda").half()
+        program = lambda u, k: irfft(rfft(u) * (rfft(k) + rfft(k).conj()), n=16)  # noqa: E731
+        traced = torch.fx.experimental.proxy_tensor.make_fx(program, pre_dispatch=True)(u, k)
+    (region,) = find_sites(traced)
+    assert isinstance(region, ConvolutionRegion)
+    ir = to_ir(region)
+    assert (ir.dtype, ir.filter_dtype, ir.out_dtype) == (torch.float16, torch.float32, torch.float16)
 
 
 def test_scales_that_are_no_numbers() -> None:
