@@ -24,12 +24,14 @@ def current(node: Node) -> Node:
 def replace_by(output: Node, result: Node, op: Node) -> None:
     """Give every reader of `output` the `result`, made from `op` by nodes of one reader each, and erase `output`.
 
-    New nodes say that they come from where `output` does; those that feed `op` are the ones without metadata.
+    New nodes say that they come from where `output` does; those that feed them are the ones without metadata.
     """
-    for node in nodes_between(op, result):
+    made = nodes_between(op, result)
+    for node in made:
         node.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
-    for node in _made_for(op):
-        node.meta = {key: output.meta[key] for key in REGION if key in output.meta}
+    for node in made:
+        for fed in _made_for(node):
+            fed.meta = {key: output.meta[key] for key in REGION if key in output.meta}
     result.meta["val"] = output.meta["val"]
     output.replace_all_uses_with(result)
     output.meta[REPLACED_BY] = result
@@ -44,9 +46,9 @@ def nodes_between(op: Node, result: Node) -> list[Node]:
     return nodes
 
 
-def _made_for(op: Node) -> list[Node]:
-    """What was made to feed the op: nodes that say nothing of themselves yet."""
-    found, pending = [], [op]
+def _made_for(node: Node) -> list[Node]:
+    """What was made to feed a node: nodes that say nothing of themselves yet."""
+    found, pending = [], [node]
     while pending:
         made = [node for node in pending.pop().all_input_nodes if node.op == "call_function" and not node.meta]
         found += made

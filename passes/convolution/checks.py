@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,6 +125,11 @@ def _check_scale(region: ConvolutionRegion, order: Order) -> Found:
     return None
 
 
+def _check_finite(region: ConvolutionRegion, order: Order) -> Found:
+    found = [scale.number for scale in all_scales(region) if not math.isfinite(scale.number)]
+    return f"it is scaled by {found[0]}" if found else None
+
+
 def _footprint(region: ConvolutionRegion) -> Footprint:
     return Footprint(region.output, region.inside, region.read)
 
@@ -165,6 +171,7 @@ CHECKS = (
     Check("device", _check_device),
     Check("dtype", _check_dtype),
     Check("scale_not_constant", _check_scale),
+    Check("scale", _check_finite),
     Check("mutation", _check_mutation),
     Check("mutation", _check_sharing),
     Check("context", _check_context),

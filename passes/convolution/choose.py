@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import predict
+from monarch_compile.convolution.work import known, predict, runs_kernels
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.passes.capture.enclosed import name_of
@@ -53,10 +53,11 @@ def _weigh(site: ConvolutionRegion, base: Decision, config: MonarchConfig, devic
     ir: LongConvolution = base.ir
     if config.policy == "never":
         return _exact(base, "cost", Refusal("policy_never", "policy is 'never'"))
-    prediction = predict(ir, installed(device), _hints(site), base.calls)
+    hints = _hints(site)
+    prediction = predict(ir, installed(device), hints, base.calls)
     gain = f"{prediction.speedup:.2f}x"
     if config.policy == "auto":
-        refusal = _stays(ir, device)
+        refusal = _stays(ir, device, hints)
         if refusal is None and not prediction.pays:
             refusal = Refusal("cost_exact_wins", f"the FFT wins; predicted gain {gain} here")
         if refusal is not None:
@@ -66,12 +67,15 @@ def _weigh(site: ConvolutionRegion, base: Decision, config: MonarchConfig, devic
     return Choice(decision, site, ir, frozenset(site.inside), prediction.speedup)
 
 
-def _stays(ir: LongConvolution, device: torch.device) -> Refusal | None:
-    """Why a site stays as it is whatever is predicted."""
+def _stays(ir: LongConvolution, device: torch.device, hints: Mapping[str, int]) -> Refusal | None:
+    """Why a site stays as it is whatever is predicted: no kernel would run, or its result be rounded too early."""
     if device.type == "cpu":
         return Refusal("cpu_fft_wins", "on a CPU the FFT wins")
     if ir.out_dtype not in HALVES or ir.dtype not in HALVES:
         return Refusal("float32_result", f"it is of {ir.dtype} and gives {ir.out_dtype}: float32 leaves it to the FFT")
+    lengths = (known(size, hints) for size in (ir.seq_len, ir.out_len))
+    if not runs_kernels(device.type, ir.dtype, ir.filter_dtype, ir.out_dtype, *lengths):
+        return Refusal("cost_exact_wins", f"no kernel gives {ir.out_dtype} of sequences this long; the FFT runs anyhow")
     return None
 
 

@@ -168,7 +168,7 @@ def _gated(ending: Ending, node: Node, gate: Any, context: Context) -> Ending | 
     dtype = dtype_of(gate)
     if dtype is None or not dtype.is_floating_point:
         return None
-    return replace(ending, output=node, post_gate=gate)
+    return replace(ending, output=node, post_gate=_in_product(Operand(gate, tuple(range(len(ending.dims)))), ending))
 
 
 def _add(ending: Ending, node: Node, context: Context) -> Ending | None:
@@ -205,8 +205,13 @@ def _skip_of(ending: Ending, node: Node, context: Context) -> Operand | None:
         return None
     for one, other in (pairs, pairs[::-1]):
         if _is_input(one, ending, context) and _is_of_channels(other, ending, context):
-            return other
+            return _in_product(other, ending)
     return None
+
+
+def _in_product(operand: Operand, ending: Ending) -> Operand:
+    """An operand in the dims of the ending, as it is in those of the product."""
+    return Operand(operand.node, tuple(operand.dims[ending.dims.index(i)] for i in range(len(ending.dims))))
 
 
 def _aligned(node: Node, result: Node) -> Operand:

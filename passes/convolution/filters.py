@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from monarch_compile.passes.convolution.placing import placed
@@ -14,10 +15,33 @@ from monarch_compile.passes.convolution.sizes import Sizes
 from monarch_compile.passes.graph import aten, dtype_of
 
 
+def needs_all_points(part: Part) -> bool:
+    """Whether a part's filter has all points of the transform: a sum of filters, or one that is reversed."""
+    return len(part.terms) > 1 or part.terms[0].reversed
+
+
 def is_plain(region: ConvolutionRegion, part: Part) -> bool:
     """Whether a part has one filter, which is taken as it is."""
-    (term, *others) = part.terms
-    return not others and not term.reversed and scales_of(region, part).result.power == 0
+    return not needs_all_points(part) and scales_of(region, part).result.power == 0
+
+
+def filter_len_of(region: ConvolutionRegion, part: Part) -> Any:
+    """The length of a part's filter as it is made."""
+    return region.points if needs_all_points(part) else part.terms[0].operand.size(region.frame.axis)
+
+
+def filter_dtype_of(region: ConvolutionRegion, part: Part) -> torch.dtype:
+    """Its dtype."""
+    dtypes = [_precise_dtype(region, term) for term in part.terms]
+    own = dtype_of(part.terms[0].operand.node)
+    if is_plain(region, part) and own is not None:
+        return own
+    return torch.float64 if torch.float64 in dtypes else region.dtype
+
+
+def _precise_dtype(region: ConvolutionRegion, term: FilterTerm) -> torch.dtype:
+    """float64 where a filter has it, else what the graph computes in."""
+    return torch.float64 if dtype_of(term.operand.node) is torch.float64 else region.dtype
 
 
 class FilterBuilder:
@@ -33,7 +57,8 @@ class FilterBuilder:
         if is_plain(self._region, part):
             return self._placed(part.terms[0])
         scales = scales_of(self._region, part).filters or (Scale(1.0, 0),) * len(part.terms)
-        terms = [self._scaled(self._whole(term), scale) for term, scale in zip(part.terms, scales, strict=True)]
+        made = self._whole if needs_all_points(part) else self._precise
+        terms = [self._scaled(made(term), scale) for term, scale in zip(part.terms, scales, strict=True)]
         total = terms[0]
         for term in terms[1:]:
             total = self._call(aten.add.Tensor, total, term)
@@ -50,12 +75,15 @@ class FilterBuilder:
         merged = (frame.num_channels, length)
         return placed(self._graph, term.operand, places, (*lead, length), merged, self._sizes)
 
+    def _precise(self, term: FilterTerm) -> Node:
+        """A filter, not rounded to less than the graph computes in."""
+        h, dtype = self._placed(term), _precise_dtype(self._region, term)
+        return h if dtype_of(term.operand.node) is dtype else self._call(aten.to.dtype, h, dtype)
+
     def _whole(self, term: FilterTerm) -> Node:
         """All points of a filter, padded with zeros or cut, and reversed in time where it is."""
         points, length = self._region.points, term.operand.size(self._region.frame.axis)
-        h = self._placed(term)
-        if dtype_of(term.operand.node) is not self._region.dtype:
-            h = self._call(aten.to.dtype, h, self._region.dtype)
+        h = self._precise(term)
         if str(points) != str(length):
             h = self._call(aten.constant_pad_nd.default, h, [0, self._difference(points, length)])
         if term.reversed:

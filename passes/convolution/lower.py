@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.fx import Graph, Node
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.op import CONVOLUTION_OP
 from monarch_compile.passes.capture.enclosed import enclosing
-from monarch_compile.passes.convolution.filters import FilterBuilder, is_plain
+from monarch_compile.passes.convolution.filters import FilterBuilder, filter_dtype_of, filter_len_of
 from monarch_compile.passes.convolution.placing import placed
 from monarch_compile.passes.convolution.region import ConvolutionRegion, Operand, Part
 from monarch_compile.passes.convolution.scales import scales_of
@@ -25,21 +24,19 @@ from monarch_compile.passes.replacing import nodes_between, replace_by, with_str
 def to_ir(region: ConvolutionRegion) -> LongConvolution:
     """The IR of a legal region; of its first part where it has two. Raises IRError where a rule of the IR is broken."""
     part = region.parts[0]
-    (term, *_), plain = part.terms, is_plain(region, part)
-    u_dtype, filter_dtype, out_dtype = (dtype_of(x) for x in (region.u.node, term.operand.node, region.output))
+    u_dtype, out_dtype = dtype_of(region.u.node), dtype_of(region.output)
     assert u_dtype is not None
-    assert filter_dtype is not None
     assert out_dtype is not None
     return LongConvolution(
         batch=dim_of(region.frame.batch_size),
         channels=dim_of(region.frame.num_channels),
         seq_len=dim_of(seq_len_of(region)),
-        filter_len=dim_of(term.operand.size(region.frame.axis) if plain else region.points),
+        filter_len=dim_of(filter_len_of(region, part)),
         transform_len=dim_of(region.points),
         out_len=dim_of(region.ending.length),
         lag=dim_of(lag_of(region, part)),
         dtype=u_dtype,
-        filter_dtype=filter_dtype if plain else region.dtype,
+        filter_dtype=filter_dtype_of(region, part),
         out_dtype=out_dtype if len(region.parts) == 1 else region.dtype,
         scale=scales_of(region, part).result.number,
         skip=region.ending.skip is not None,
@@ -79,9 +76,10 @@ def lower(region: ConvolutionRegion, ir: LongConvolution) -> Node:
         in_body = enclosing(graph) is not None
         if _order(lowered) != _order(value_of(output)) and strides_are_seen(output, lowered, in_body=in_body):
             result = with_strides_of(graph, result, output)
-    for op in ops[1:]:
-        op.meta = {key: output.meta[key] for key in ORIGIN if key in output.meta}
+    origin = {key: output.meta[key] for key in ORIGIN if key in output.meta}
     replace_by(output, result, ops[0])
+    for op in ops[1:]:
+        op.meta = origin
     return ops[0]
 
 
@@ -102,15 +100,11 @@ class _Tensors:
         seq_len = seq_len_of(region)
         self.u = sequence(region.u, seq_len)
         self.pre_gate = None if region.pre_gate is None else sequence(region.pre_gate, seq_len)
-        to_product = tuple(ending.dims.index(place) for place in range(len(ending.dims)))
-        self.post_gate: Node | None = None
-        if ending.post_gate is not None:
-            self.post_gate = sequence(Operand(ending.post_gate, to_product), ending.length)
+        self.post_gate = None if ending.post_gate is None else sequence(ending.post_gate, ending.length)
         self.skip: Node | None = None
         if ending.skip is not None:
-            operand = replace(ending.skip, dims=tuple(ending.skip.dims[i] for i in to_product))
             channels = [frame.sizes[place] for place in frame.channels]
-            self.skip = placed(graph, operand, frame.channels, channels, (frame.num_channels,), sizes)
+            self.skip = placed(graph, ending.skip, frame.channels, channels, (frame.num_channels,), sizes)
 
 
 def _cut(graph: Graph, node: Node, length: int) -> Node:

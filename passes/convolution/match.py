@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
@@ -108,7 +109,7 @@ def _region(inverse: Transform, spectrum: Spectrum, reader: Reader, replaced: It
         ending=ending,
         inside=tuple(dict.fromkeys(inside)),
         spectra=spectra,
-        dtype=dtype.to_real() if dtype.is_complex else dtype,
+        dtype=torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32,
     )
 
 

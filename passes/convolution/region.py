@@ -82,8 +82,8 @@ class Frame:
 class Ending:
     """What is computed of the inverse transform, up to the region's output.
 
-    lag, length: the points that are read, of those of the transform. number, power: scale, as in a term.
-    skip, post_gate: in the dims of the output, of which dim i is the product's dim dims[i].
+    dims: of the product, that those of the output are. lag, length: the points that are read, of those of the
+    transform. number, power: scale, as in a term. skip, post_gate: in the dims of the product.
     """
 
     output: Node
@@ -94,7 +94,7 @@ class Ending:
     power: int
     inside: tuple[Node, ...] = ()
     skip: Operand | None = None
-    post_gate: Node | None = None
+    post_gate: Operand | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ConvolutionRegion:
 
     anchor: the inverse transform. u, pre_gate: in the dims of the product, padding and casts taken off. points: of the
     transform. inside: nodes that the rewrite replaces or looks through; spectra: those of them that are made of the
-    transform of u, which nothing else may read. dtype: what the graph computes in.
+    transform of u, which nothing else may read. dtype: what the graph computes in, float32 at least.
     """
 
     anchor: Node
@@ -141,9 +141,8 @@ class ConvolutionRegion:
     def read(self) -> tuple[Node, ...]:
         """The tensors that the lowered form reads."""
         ending = self.ending
-        operands = (self.u, self.pre_gate, ending.skip, *self.filters)
-        gates = () if ending.post_gate is None else (ending.post_gate,)
-        return (*(x.node for x in operands if x is not None), *gates)
+        operands = (self.u, self.pre_gate, ending.skip, ending.post_gate, *self.filters)
+        return tuple(x.node for x in operands if x is not None)
 
 
 Site = ConvolutionRegion | RefusedSite

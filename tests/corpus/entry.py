@@ -30,7 +30,7 @@ class Entry:
     make: gives the program and its inputs; raises Absent where a library, or a model in it, is missing.
     train: captured under grad mode (and, for a module, in training mode), else under no_grad.
     want: "lowered" for bidirectional attention without a bias (coverage.py names exceptions); "exact" for what must not
-        be touched; "" where both occur.
+        be touched; "" where both occur, or it is of another family.
     """
 
     name: str

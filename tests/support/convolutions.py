@@ -162,6 +162,18 @@ def channels_last(u: Tensor, k: Tensor, r: Tensor, d: Tensor, x: Tensor, z: Tens
     return (y + u * d) * z
 
 
+def transposed_back(u: Tensor, k: Tensor, r: Tensor, d: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    n = 2 * u.shape[-1]
+    y = irfft(rfft(u, n=n) * rfft(k, n=n), n=n)[..., : n // 2]
+    return ((y + u * d[:, None]) * z).transpose(1, 2)
+
+
+def turned_before_the_skip(u: Tensor, k: Tensor, r: Tensor, d: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    n = 2 * u.shape[-1]
+    y = irfft(rfft(u, n=n) * rfft(k, n=n), n=n).permute(2, 0, 1)[: n // 2]
+    return ((y + u.permute(2, 0, 1) * d).transpose(0, 1) * z.transpose(1, 2)).transpose(0, 2)
+
+
 def uncropped(u: Tensor, k: Tensor, r: Tensor, d: Tensor, x: Tensor, z: Tensor) -> Tensor:
     n = 2 * u.shape[-1]
     return irfft(rfft(u, n=n) * rfft(k, n=n), n=n)
@@ -246,6 +258,8 @@ ONCE: tuple[Program, ...] = (
     correlated,
     centred,
     channels_last,
+    transposed_back,
+    turned_before_the_skip,
     uncropped,
     next_power,
     orthonormal,
