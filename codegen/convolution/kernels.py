@@ -24,15 +24,12 @@ NOISE = 0.19
 that the filter can make of the input's; a result in bfloat16, itself rounded with a power of 2.8e-6, may have .3 of
 that: 1.2 times the error of rounding alone. What has more is marked."""
 TURNS_AGAIN, MARKS_AT_ONCE = 16, 64
-SPECTRUM_UNIT, LONG_SPECTRUM_UNIT = 2.0**-4, 2.0**-5
-"""The largest number of a spectrum, so that nothing leaves the range of float16. On chip: of numbers below 2, the
-transform has a norm of at most 2 POINTS, and a sum of 128 of its numbers at most 2**3.5 times that, for 2**14 points
-2**18.5. With an outer factor, whose results are below 2: a sum of all of an inner transform of 2**13 points is at most
-2**20.5."""
+SPECTRUM_UNIT = 2.0**-4
+"""The largest number of a spectrum, so that nothing leaves the range of float16: of numbers below 2, the transform has
+a norm of at most 2 POINTS, and a sum of 128 of its numbers is at most 2**3.5 times that, for 2**13 points 2**17.5."""
 MAX_OFFSET = 2**31 - 1
-SMALL, LONG = Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)
-"""Of kernels without matrix products: that of the tables, and that of the units, which reads this many at once:"""
-UNITS_AT_ONCE = 4096
+SMALL = Tiling(16, 16, 4, 1)
+"""Of the kernel that prepares tables: its tiles follow from the transform's."""
 
 SIZES = ("batch", "channels", "seq_len", "out_len", "filter_len", "transform_len", "lag", "scale")
 """What a kernel may be told at run time; it takes what it reads."""
@@ -75,11 +72,11 @@ def expected(ir: LongConvolution, schedule: Schedule) -> Specialization:
 def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
     """Kernels of a bucketed IR."""
     make = _Maker(ir, schedule, specialization)
-    return Program(_in_memory(make) if schedule.outer else _on_chip(make), ("y",))
+    return Program(_kernels(make), ("y",))
 
 
-def _on_chip(make: _Maker) -> tuple[Kernel, ...]:
-    """Sequences that a program transforms at once; with products of float16 numbers, some of them twice."""
+def _kernels(make: _Maker) -> tuple[Kernel, ...]:
+    """With products of float16 numbers, some sequences are transformed twice."""
     if make.schedule.precision == "single":
         return _transforms(make, "single")
     again = replace(make, schedule=replace(make.schedule, main=_again(make.schedule.main), sequences=1, kept="nothing"))
@@ -117,49 +114,6 @@ def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, .
             ("channels", Tiles("batch", tile)),
             main,
             updates=result if role == "marked" else (),
-        ),
-    )
-
-
-def _in_memory(make: _Maker) -> tuple[Kernel, ...]:
-    """Sequences whose transform has an outer factor, of which the rest goes through memory."""
-    ir, main, outer, precision = make.ir, make.schedule.main, make.schedule.outer, make.schedule.precision
-    assert outer is not None
-    dtype, inner_points = STORED[precision], points(ir) // outer.rows
-    bits = Buffer("sequence_bits", torch.int32, ("batch", "channels"))
-    filter_bits = Buffer("filter_bits", torch.int32, ("channels",))
-    mixed = Buffer("mixed", dtype, ("batch", "channels", 2, points(ir)))
-    mixed_filter = Buffer("mixed_filter", dtype, ("channels", 2, points(ir)))
-    spectrum = Buffer("spectrum", dtype, ("channels", outer.rows, 2, inner_points))
-    gains = Buffer("gains", torch.float32, ("channels", outer.rows))
-    tables = _tables(make.schedule, precision)
-    table = Buffer("outer", dtype, (2, outer.rows, outer.rows))
-    u = tuple(x for x in _sequences(ir) if x.name in ("u", "pre_gate"))
-    sequences, tiles, rows = ("channels", "batch"), inner_points // outer.step, outer.rows
-    every = (max(main.rows, main.step, rows),)
-    kernel = partial(make.kernel, precision=precision)
-    of_filter = partial(kernel, of_filter=True)
-    return (
-        kernel("tables", (), (*tables, table), every, SMALL),
-        of_filter("units", (_filter(ir),), (filter_bits,), ("channels",), LONG),
-        of_filter("outer", (_filter(ir), table, filter_bits), (mixed_filter,), ("channels", tiles), outer),
-        of_filter("inner", (mixed_filter, *tables), (spectrum, gains), ("channels", rows), main),
-        kernel("units", u, (bits,), sequences, LONG),
-        kernel("outer", (*u, table, bits), (mixed,), (*sequences, tiles), outer),
-        kernel(
-            "inner",
-            (*tables, spectrum, gains),
-            (),
-            ("channels", rows, Tiles("batch", main.turns)),
-            main,
-            updates=(mixed,),
-        ),
-        kernel(
-            "outer_back",
-            (*_sequences(ir), mixed, table, gains, bits, filter_bits),
-            (_result(ir),),
-            (*sequences, tiles),
-            outer,
         ),
     )
 
@@ -214,10 +168,9 @@ class _Maker:
         precision: str,
         role: str = "",
         updates: tuple[Buffer, ...] = (),
-        of_filter: bool = False,
     ) -> Kernel:
-        """One kernel, named by its template. of_filter: whether it is the one that works on the filters."""
-        name = f"convolution_{template}" + "_of_filter" * of_filter + f"_{role}" * bool(role)
+        """One kernel, named by its template and role."""
+        name = f"convolution_{template}" + f"_{role}" * bool(role)
         return Kernel(
             family="convolution",
             name=name,
@@ -230,7 +183,6 @@ class _Maker:
             variables=tuple(
                 {
                     **self._variables(),
-                    "of_filter": of_filter,
                     "single": precision == "single",
                     "marks": role == "marks",
                     "marked": role == "marked",
@@ -249,13 +201,9 @@ class _Maker:
         )
 
     def _constants(self) -> dict[str, Any]:
-        main, outer, sequences = self.schedule.main, self.schedule.outer, self.schedule.sequences
-        count = points(self.ir) // (outer.rows if outer else 1)
+        main, sequences = self.schedule.main, self.schedule.sequences
+        count = points(self.ir)
         return {
-            "SHIFT": 0 if outer else 1,
-            "OUTER": outer.rows if outer else 1,
-            "WIDE": outer.step if outer else 1,
-            "TILE": UNITS_AT_ONCE,
             "MARKS": MARKS_AT_ONCE,
             "NOISE": NOISE,
             "ROWS": main.rows,
@@ -265,13 +213,12 @@ class _Maker:
             "SEQUENCES": sequences,
             "TURNS": main.turns,
             "TAU": math.tau,
-            "SPECTRUM_UNIT": LONG_SPECTRUM_UNIT if outer else SPECTRUM_UNIT,
+            "SPECTRUM_UNIT": SPECTRUM_UNIT,
         }
 
     def _variables(self) -> dict[str, Any]:
         found = self.specialization
         return {
-            "outer": self.schedule.outer is not None,
             "wraps": self.ir.wraps,
             "skips": self.ir.skip,
             "pre_gates": self.ir.pre_gate,

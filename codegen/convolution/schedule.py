@@ -26,8 +26,6 @@ class Schedule:
         tiles one after the other.
     sequences: how many sequences of the batch a tile holds side by side.
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
-    outer: a third factor, for transforms that no program holds: rows, and how many columns a program takes. The other
-        two are then of what is left, and have tiles of one sequence that keep nothing.
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
         two of float16.
@@ -38,34 +36,23 @@ class Schedule:
     main: Tiling
     sequences: int = 1
     kept: str = "nothing"
-    outer: Tiling | None = None
     precision: str = "half"
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
-        if self.outer is not None:
-            yield "outer", self.outer
 
     def __str__(self) -> str:
-        outer = "" if self.outer is None else f"outer={self.outer} "
-        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
+        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
     256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all"),
-    512: Schedule(Tiling(32, 16, 1, 1, 16), kept="all"),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all"),
     1024: Schedule(Tiling(32, 32, 1, 1, 8), kept="all"),
-    2048: Schedule(Tiling(64, 32, 4, 1, 8), kept="all"),
-    4096: Schedule(Tiling(64, 64, 4, 1, 8)),
-    8192: Schedule(Tiling(128, 64, 8, 1, 8)),
-    16384: Schedule(Tiling(32, 32, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
-    1 << 15: Schedule(Tiling(64, 32, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
-    1 << 16: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(16, 128, 4, 1)),
-    1 << 17: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(32, 128, 4, 1)),
-    1 << 18: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(64, 64, 4, 1)),
-    1 << 19: Schedule(Tiling(64, 64, 4, 1, 4), outer=Tiling(128, 64, 8, 1)),
-    1 << 20: Schedule(Tiling(128, 64, 8, 1, 4), outer=Tiling(128, 64, 8, 1)),
+    2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
@@ -98,7 +85,7 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
     chosen = TRANSFORMS[points(ir)]
-    if ir.out_dtype is not torch.bfloat16 or chosen.outer is not None:
+    if ir.out_dtype is not torch.bfloat16:
         main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
         chosen = replace(chosen, main=main, kept="nothing", precision="single")
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
@@ -111,10 +98,8 @@ def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
         raise CodegenError(f"what is kept must be one of {KEPT}, the precision of {PRECISIONS}; found {schedule}")
     if sequences < 1 or sequences & (sequences - 1):
         raise CodegenError(f"sequences of a tile must be a power of two; found {schedule}")
-    if schedule.outer is not None and (sequences > 1 or schedule.kept != "nothing"):
-        raise CodegenError(f"with an outer factor, tiles are of one sequence and nothing is kept; found {schedule}")
-    columns, outer = main.step // sequences, 1 if schedule.outer is None else schedule.outer.rows
-    if main.turns < 1 or outer * main.rows * columns != points(ir) or columns < MIN_TILE:
+    columns = main.step // sequences
+    if main.turns < 1 or main.rows * columns != points(ir) or columns < MIN_TILE:
         raise CodegenError(
             f"rows and columns must be factors of {points(ir)}, of at least {MIN_TILE}; found {schedule}"
         )
@@ -131,8 +116,7 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    outer = None if fields["outer"] is None else Tiling(**fields["outer"])
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], outer, fields["precision"])
+    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"])
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

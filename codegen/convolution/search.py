@@ -41,24 +41,13 @@ def stages(ir: LongConvolution) -> tuple[str, ...]:
 
 
 def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Schedule]:
-    """All schedules without an outer factor; with one, those of its own factors."""
-    if start.outer is not None:
-        yield from _long_variants(start, int(ir.batch))
-        return
+    """All schedules of a precision: they are few."""
     count, batch = points(bucketed(ir)), int(ir.batch)
     for rows, warps, turns, sequences, kept in itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT):
         columns = count // rows
         fits = MIN_TILE <= columns <= 2 * rows and sequences * turns <= batch and columns * sequences <= 128
         if fits and (turns > 1 or kept == "nothing"):
-            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept)
-
-
-def _long_variants(start: Schedule, batch: int) -> Iterator[Schedule]:
-    assert start.outer is not None
-    for warps, turns, wide, outer_warps in itertools.product(WARPS, TURNS, (32, 64, 128, 256), WARPS):
-        if turns <= batch:
-            outer = Tiling(start.outer.rows, wide, outer_warps, 1)
-            yield replace(start, main=replace(start.main, num_warps=warps, turns=turns), outer=outer)
+            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision)
 
 
 def inputs(ir: LongConvolution, device: torch.device) -> tuple[Any, ...]:

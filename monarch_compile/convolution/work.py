@@ -36,7 +36,7 @@ class Rates:
 GPU = Rates(fft_bytes=54.0, longer=((1 << 15, 1.35), (1 << 17, 2.5)), flops=200e12, fallback_s=25e-6)
 """Fitted to CUDA-graph replays on an H100 of 80 GB HBM3."""
 
-LEAST_POINTS, MOST_POINTS = 256, 1 << 20
+LEAST_POINTS, MOST_POINTS = 256, 8192
 """Sequences are padded to this many points at least, and to a power of two; longer ones have no kernels."""
 
 
