@@ -66,7 +66,7 @@ def run(
     tensors = {"u": _by_rows(u), "filter": filter}
     for name, tensor in (("pre_gate", pre_gate), ("post_gate", post_gate)):
         if tensor is not None:
-            tensors[name] = _by_rows(tensor.to(u.dtype))
+            tensors[name] = _by_rows(tensor)
     if skip is not None:
         tensors["skip"] = skip.to(torch.float32)
     return launcher(tensors, sizes)[0]

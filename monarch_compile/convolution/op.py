@@ -33,6 +33,8 @@ def long_convolution(
     Shapes as in `reference`. The result is contiguous.
     """
     # Functions are called by way of modules: triton_op reads all sources behind other names, in search of kernels.
+    if u.shape[-1] > transform_len:
+        u, pre_gate = u[..., :transform_len], None if pre_gate is None else pre_gate[..., :transform_len]
     tensors = (u, filter, skip, pre_gate, post_gate)
     options: dict[str, Any] = dict(zip(OPTIONS, (transform_len, out_len, lag, float(scale), out_dtype), strict=True))
     with autocasting.switched_off(u.device.type):
@@ -72,31 +74,33 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, filter, skip, pre_gate and post_gate; None where one is not `needed`.
 
-    That of u is a convolution with the filter reversed in time; that of the filter is a correlation, summed over the
-    batch.
+    Those of u and of the gates are convolutions, of u with the filter reversed in time; that of the filter is a
+    correlation, summed over the batch, by FFTs.
     """
     dtype = torch.float64 if torch.float64 in (u.dtype, filter.dtype) else torch.float32
-    v = u if pre_gate is None else u.to(dtype) * pre_gate.to(dtype)
-    grad_y = grad if post_gate is None else grad.to(dtype) * post_gate.to(dtype)
     grads: list[Tensor | None] = [None] * 5
     if needed[0] or needed[3]:
         h = fitted(filter.to(dtype), transform_len)
         reversed_filter = torch.cat((h[:, :1], h[:, 1:].flip(-1)), -1)
-        back = (transform_len - lag) % transform_len
-        grad_v = long_convolution(
-            grad_y, reversed_filter, skip, None, None, transform_len, u.shape[-1], back, scale, dtype
-        )
-        grads[0] = grad_v if pre_gate is None else grad_v * pre_gate.to(dtype)
-        grads[3] = grad_v * u.to(dtype) if needed[3] else None
+        seen = min(u.shape[-1], transform_len)
+        back = (transform_len, seen, (transform_len - lag) % transform_len, scale)
+        for place, factor in ((0, pre_gate), (3, u)):
+            if needed[place]:
+                factor = None if factor is None else factor[..., :seen]
+                g = long_convolution(grad, reversed_filter, skip, post_gate, factor, *back, u.dtype)
+                grads[place] = fitted(g, u.shape[-1])
+    if needed[1] or needed[2]:
+        v = u.to(dtype) if pre_gate is None else u.to(dtype) * pre_gate.to(dtype)
+        grad_y = grad.to(dtype) if post_gate is None else grad.to(dtype) * post_gate.to(dtype)
     if needed[1]:
-        spectrum = torch.fft.rfft(grad_y.to(dtype), transform_len) * torch.fft.rfft(v.to(dtype), transform_len).conj()
+        spectrum = torch.fft.rfft(grad_y, transform_len) * torch.fft.rfft(v, transform_len).conj()
         correlation = torch.fft.irfft(spectrum.sum(0), transform_len).roll(lag, -1) * scale
         grads[1] = fitted(correlation, filter.shape[-1])
     if needed[2]:
-        grads[2] = (grad_y.to(dtype) * v.to(dtype)).sum((0, 2))
-    if needed[4]:
-        ungated = long_convolution(u, filter, skip, pre_gate, None, transform_len, out_len, lag, scale, dtype)
-        grads[4] = grad.to(dtype) * ungated
+        grads[2] = (grad_y * v).sum((0, 2))
+    if needed[4] and post_gate is not None:
+        forward = (transform_len, out_len, lag, scale, post_gate.dtype)
+        grads[4] = long_convolution(u, filter, skip, pre_gate, grad, *forward)
     inputs = (u, filter, skip, pre_gate, post_gate)
     return tuple(
         g.to(x.dtype) if wanted and g is not None and x is not None else None

@@ -20,21 +20,40 @@ from monarch_compile.ir import Dim
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a GPU runs convolutions, beside what the cost model knows of it.
+    """How fast a GPU convolves, beside what the cost model knows of it.
 
-    fft_bytes: bytes that the real FFTs of the input and of the product, the product and casts move, for each point of
-    a transform that one kernel of cuFFT makes; longer: factor on it, by the number of points above which it holds.
-    flops: FLOP per second of the emitted kernels. fallback_s: host seconds of a call that Inductor does not generate.
+    fft_s: seconds for each point of the transform of each sequence: real FFTs, the product, casts.
+    own_s: those of the emitted kernels, by the points of their transform. filter_s: for each point of a filter.
+    fft_launches, launches: how many kernels there are. fallback_s: host seconds of a call that Inductor generates no
+    code for; fallbacks: how many of the former's launches are such.
     """
 
-    fft_bytes: float
-    longer: tuple[tuple[int, float], ...]
-    flops: float
+    fft_s: float
+    own_s: Mapping[int, float]
+    filter_s: float
+    fft_launches: int
+    launches: int
+    fallbacks: int
     fallback_s: float
 
 
-GPU = Rates(fft_bytes=54.0, longer=((1 << 15, 1.35), (1 << 17, 2.5)), flops=200e12, fallback_s=25e-6)
-"""Fitted to CUDA-graph replays on an H100 of 80 GB HBM3."""
+GPU = Rates(
+    fft_s=17e-12,
+    own_s={256: 4.0e-12, 512: 4.1e-12, 1024: 4.2e-12, 2048: 5.0e-12, 4096: 5.4e-12, 8192: 6.6e-12},
+    filter_s=6e-12,
+    fft_launches=5,
+    launches=6,
+    fallbacks=3,
+    fallback_s=25e-6,
+)
+"""Fitted to CUDA-graph replays on an H100 of 80 GB HBM3, whose copies move 3.01 TB/s; other devices are scaled."""
+FITTED_BYTES_PER_S = 3.01e12
+FFT_BYTES = 54
+"""Bytes that the FFTs move for each point."""
+CPU_POINT_S = 20e-9
+"""Elsewhere both forms are the same FFTs; about as long as a point of one takes on two cores."""
+BACK_FFT = 1.2
+"""The gradient of a filter, in FFTs of the forward pass: it is computed by FFTs in either form."""
 
 LEAST_POINTS, MOST_POINTS = 256, 8192
 """Sequences are padded to this many points at least, and to a power of two; longer ones have no kernels."""
@@ -87,7 +106,7 @@ def fft_cost(ir: LongConvolution) -> Cost:
     batch, channels, points = map(quantity, (ir.batch, ir.channels, ir.transform_len))
     rows = batch * channels
     logarithm = sympy.log(points, 2) if isinstance(points, sympy.Expr) else math.ceil(math.log2(max(2, points)))
-    return Cost(5 * rows * points * logarithm, rows * points * GPU.fft_bytes, 0)
+    return Cost(5 * rows * points * logarithm, rows * points * FFT_BYTES, 0)
 
 
 def predict(
@@ -100,23 +119,26 @@ def predict(
     """
     sizes = {name: known(getattr(ir, name), hints) for name in SIZES}
     if device.kind != "cuda" or torch.float64 in (ir.dtype, ir.filter_dtype):
-        seconds = sizes["batch"] * sizes["channels"] * sizes["transform_len"] * 20e-9
+        seconds = sizes["batch"] * sizes["channels"] * sizes["transform_len"] * CPU_POINT_S
         return Prediction(seconds, seconds)
-    points = points_of(sizes["seq_len"], sizes["out_len"])
-    first, second = factors(points)
-    rows = sizes["batch"] * sizes["channels"]
-    bandwidth = device.monarch.bytes_per_s
-    longer = next((factor for least, factor in reversed(GPU.longer) if sizes["transform_len"] >= least), 1.0)
-    fft_s = rows * sizes["transform_len"] * GPU.fft_bytes * longer / bandwidth + 5 * device.monarch.launch_s
-    moved = rows * (sizes["seq_len"] * ir.dtype.itemsize + sizes["out_len"] * ir.out_dtype.itemsize)
-    moved += sizes["channels"] * points * 40
-    products = rows * points * 8 * (first + 2 * second) / GPU.flops
-    own_s = math.hypot(products, moved / bandwidth) + 4 * device.monarch.launch_s
+    rows, seq_len, out_len = sizes["batch"] * sizes["channels"], sizes["seq_len"], sizes["out_len"]
+    slower = FITTED_BYTES_PER_S / (device.ceiling.bytes_per_s if device.ceiling else device.monarch.bytes_per_s)
+    points = points_of(seq_len, out_len)
+    gates = rows * (ir.pre_gate * seq_len + ir.post_gate * out_len) * ir.dtype.itemsize / FITTED_BYTES_PER_S
+    fft_s = (rows * sizes["transform_len"] * GPU.fft_s + gates) * slower
+    own_s = (rows * points * GPU.own_s.get(points, GPU.fft_s * 2) + sizes["channels"] * points * GPU.filter_s) * slower
+    own_s += gates * slower
+    launch_s = device.monarch.launch_s
+    exact_s, monarch_s = fft_s + GPU.fft_launches * launch_s, own_s + GPU.launches * launch_s
+    if calls.trains:
+        exact_s += 2 * BACK_FFT * fft_s
+        monarch_s += BACK_FFT * fft_s + own_s * (1 + ir.pre_gate + ir.post_gate)
     host = device.host(calls.launcher)
     if host is not None and host.kernel_s:
-        fft_s = max(fft_s, 3 * GPU.fallback_s + 2 * host.kernel_s)
-        own_s = max(own_s, GPU.fallback_s + 4 * host.kernel_s)
-    return Prediction(fft_s, own_s)
+        fused = GPU.fft_launches - GPU.fallbacks
+        exact_s = max(exact_s, GPU.fallbacks * GPU.fallback_s + fused * host.kernel_s)
+        monarch_s = max(monarch_s, GPU.launches * host.kernel_s)
+    return Prediction(exact_s, monarch_s)
 
 
 SIZES = ("batch", "channels", "seq_len", "filter_len", "transform_len", "out_len")
