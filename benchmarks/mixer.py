@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from benchmarks.clocks import Clock, cpu_clocks, cuda_clocks
 from benchmarks.resumable import machine, opened, write
-from benchmarks.speed.measure import Clock, cpu_clocks, cuda_clocks
 from examples.mixer.convolution import cast_activations
 from examples.mixer.models import SIZES, Bert, MonarchMixerEncoder, Size, num_parameters
 from examples.progress import table
