@@ -19,10 +19,10 @@ from monarch_compile.version import __version__
 
 STORED = {"half": torch.float16, "single": torch.float32}
 """What tables and what is between kernels are stored in, by `Schedule.precision`."""
-NOISE = 0.19
-"""Products of float16 numbers leave rounding errors of a power of 1.5e-7 of that of the transform, and of the largest
-that the filter can make of the input's; a result in bfloat16, itself rounded with a power of 2.8e-6, may have .3 of
-that: 1.2 times the error of rounding alone. What has more is marked."""
+NOISE = 0.1
+"""Products of float16 numbers leave rounding errors of a power of 1.1e-7 of that of the transform, and as much of what
+the filter makes of an input with a flat spectrum; a result in bfloat16, itself rounded with a power of 2.8e-6, may have
+.4 of that: 1.18 times the error of rounding alone. What has more is marked."""
 TURNS_AGAIN, MARKS_AT_ONCE = 16, 64
 SPECTRUM_UNIT = 2.0**-4
 """The largest number of a spectrum, so that nothing leaves the range of float16: of numbers below 2, the transform has
@@ -88,7 +88,7 @@ def _kernels(make: _Maker) -> tuple[Kernel, ...]:
 
 def _again(main: Tiling) -> Tiling:
     """Tiles of what is computed a second time, which is little: enough warps for operands of twice the size."""
-    return replace(main, num_warps=max(4, main.num_warps), turns=TURNS_AGAIN)
+    return replace(main, num_warps=max(4, main.num_warps), turns=max(2, min(TURNS_AGAIN, main.turns)))
 
 
 def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, ...]:
@@ -183,6 +183,7 @@ class _Maker:
             variables=tuple(
                 {
                     **self._variables(),
+                    **({"ragged_batch": True} if role == "marked" else {}),
                     "single": precision == "single",
                     "marks": role == "marks",
                     "marked": role == "marked",

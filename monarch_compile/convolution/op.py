@@ -38,7 +38,7 @@ def long_convolution(
     tensors = (u, filter, skip, pre_gate, post_gate)
     options: dict[str, Any] = dict(zip(OPTIONS, (transform_len, out_len, lag, float(scale), out_dtype), strict=True))
     with autocasting.switched_off(u.device.type):
-        if work.runs_kernels(u.device.type, u.dtype, filter.dtype, out_dtype, u.shape[-1], out_len):
+        if work.runs_kernels(u.device, u.dtype, filter.dtype, out_dtype, u.shape[-1], out_len):
             from monarch_compile.codegen.convolution.launch import launch
 
             return launch(*tensors, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ CPU_POINT_S = 20e-9
 BACK_FFT = 1.2
 """The gradient of a filter, in FFTs of the forward pass: it is computed by FFTs in either form."""
 
+LEAST_CAPABILITY = (9, 0)
 LEAST_POINTS, MOST_POINTS = 256, 8192
 """Sequences are padded to this many points at least, and to a power of two; longer ones have no kernels."""
 
@@ -78,13 +80,32 @@ def points_of(seq_len: Any, out_len: Any) -> int:
 
 
 def runs_kernels(
-    device: str, dtype: torch.dtype, filter_dtype: torch.dtype, out_dtype: torch.dtype, seq_len: Any, out_len: Any
+    device: torch.device | str,
+    dtype: torch.dtype,
+    filter_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    seq_len: Any,
+    out_len: Any,
 ) -> bool:
     """Whether the operator runs on the emitted kernels, which are as accurate as a result in bfloat16 asks for."""
     halves = (torch.float16, torch.bfloat16)
-    if device != "cuda" or dtype not in halves or out_dtype is not torch.bfloat16 or filter_dtype is torch.float64:
+    if (
+        not has_kernels(torch.device(device))
+        or dtype not in halves
+        or out_dtype is not torch.bfloat16
+        or filter_dtype is torch.float64
+    ):
         return False
     return bool(seq_len <= MOST_POINTS and out_len <= MOST_POINTS)
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels were measured on such a device: Hopper and later, whose shared memory holds all schedules. Where
+    there is none to ask, a CUDA device is taken for one."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def cost(ir: LongConvolution) -> Cost:

@@ -74,8 +74,11 @@ def _stays(ir: LongConvolution, device: torch.device, hints: Mapping[str, int]) 
     if ir.out_dtype not in HALVES or ir.dtype not in HALVES:
         return Refusal("float32_result", f"it is of {ir.dtype} and gives {ir.out_dtype}: float32 leaves it to the FFT")
     lengths = (known(size, hints) for size in (ir.seq_len, ir.out_len))
-    if not runs_kernels(device.type, ir.dtype, ir.filter_dtype, ir.out_dtype, *lengths):
-        return Refusal("cost_exact_wins", f"no kernel gives {ir.out_dtype} of sequences this long; the FFT runs anyhow")
+    if not runs_kernels(device, ir.dtype, ir.filter_dtype, ir.out_dtype, *lengths):
+        return Refusal(
+            "cost_exact_wins",
+            f"no kernel gives {ir.out_dtype} of sequences this long on this device; the FFT runs anyhow",
+        )
     return None
 
 

@@ -278,7 +278,7 @@ def test_predictions_are_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["operator"].predicted_ms == rows["inductor"].predicted_ms > 0
     assert rows["eager"].predicted_ms is rows["right"].predicted_ms is rows["right"].kernels is None
     monkeypatch.setattr(measure, "runs_kernels", lambda *arguments: True)
-    assert 0 < rows_of(made, SMALL)["operator"].predicted_ms < rows["inductor"].predicted_ms
+    assert rows_of(made, SMALL)["operator"].predicted_ms not in (0, rows["inductor"].predicted_ms)
     assert rows_of(made, FULL)["operator"].predicted_ms is None
 
 

@@ -49,13 +49,6 @@ CASES = (
     Case(2, 1, 2000, 2000, 4000, 2000, terms="d"),
     Case(1, 2, 4096, 4096, 8192, 4096),
 )
-LONG = (
-    Case(2, 1, 20000, 20000, 40000, 20000, terms="daz"),
-    Case(2, 2, 32768, 32768, 32768, 32768, terms="d"),
-    Case(1, 1, 30000, 40000, 65001, 30000, lag=9000, terms="az"),
-    Case(3, 1, 17000, 5, 17002, 17000, lag=2),
-)
-"""With an outer factor in memory."""
 
 
 def tensors(case: Case, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[list[Any], dict[str, Any]]:

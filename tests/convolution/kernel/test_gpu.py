@@ -11,7 +11,7 @@ from torch import Tensor
 from monarch_compile.codegen.convolution.launch import launch
 from monarch_compile.codegen.launcher import untraced
 from monarch_compile.convolution.reference import reference
-from tests.convolution.kernel.problems import CASES, LONG, Case, check, errors, expected, tensors
+from tests.convolution.kernel.problems import CASES, Case, check, errors, expected, tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -19,10 +19,10 @@ ROUNDED = 1.2
 """Our error over that of float32 FFTs whose result is rounded to bfloat16."""
 ROUNDING = 2.0**-9 / 3**0.5
 """Of numbers that are no exact bfloat16 numbers: what ours may have where rounding happens to be exact."""
-LENGTHS = (1, 2, 127, 1000, 1024, 2048, 3000, 4096, 6000, 8192, 12000, 16384, 30000, 65536, 100000, 1 << 18)
+LENGTHS = (1, 2, 127, 256, 500, 1000, 1024, 2000, 2048, 3000, 4096, 6000, 8192)
 
 
-@pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_convolves(case: Case, out_dtype: torch.dtype) -> None:
     untraced(lambda: check(case, "cuda", out_dtype))()  # type: ignore[arg-type, return-value]
@@ -37,7 +37,7 @@ def test_is_as_accurate_as_a_result_in_bfloat16_allows(length: int) -> None:
     assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted).clamp(min=ROUNDING)).all()
 
 
-@pytest.mark.parametrize("points", [256, 1024, 4096, 8192, 32768])
+@pytest.mark.parametrize("points", [256, 1024, 4096, 8192])
 def test_small_results_of_large_transforms(points: int) -> None:
     """A constant, chirps, an impulse at the end, one large number: as accurate as float32 FFTs, rounded."""
     ramp = torch.arange(points, device="cuda", dtype=torch.float64)
@@ -55,15 +55,17 @@ def test_small_results_of_large_transforms(points: int) -> None:
         assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted).clamp(min=ROUNDING)).all()
 
 
-@pytest.mark.parametrize("length", [1000, 40000])
-def test_compiled_with_gradients(length: int) -> None:
+@pytest.mark.parametrize(("batch", "channels", "length"), [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000)])
+def test_compiled_with_gradients(batch: int, channels: int, length: int) -> None:
+    """A filter that does not decay leaves sequences to be computed again; few sequences leave tiles not full."""
+
     def spelled(u: Tensor, k: Tensor, skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
         v = u * before
         spectrum = torch.fft.rfft(v.float(), n=2 * length) * torch.fft.rfft(k, n=2 * length)
         y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + v * skip[:, None]
         return y.to(u.dtype) * after
 
-    given, _ = tensors(Case(4, 3, length, length, 2 * length, length, terms="daz"), "cuda")
+    given, _ = tensors(Case(batch, channels, length, length, 2 * length, length, terms="daz"), "cuda")
     results: list[list[Any]] = []
     for function in (spelled, torch.compile(spelled, backend="monarch", options={"policy": "always", "strict": True})):
         own = [x.detach().clone().requires_grad_() for x in given]

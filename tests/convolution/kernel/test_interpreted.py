@@ -9,6 +9,7 @@ import torch
 
 from monarch_compile.codegen.convolution import kernels
 from monarch_compile.codegen.convolution import launch as launching
+from monarch_compile.codegen.convolution.kernels import Specialization
 from monarch_compile.codegen.convolution.launch import bucketed, launch, run
 from monarch_compile.codegen.convolution.schedule import TRANSFORMS, Schedule, check_schedule, choose_schedule
 from monarch_compile.codegen.convolution.search import inputs, variants
@@ -17,7 +18,7 @@ from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.reference import reference
 from monarch_compile.errors import CodegenError
-from tests.convolution.kernel.problems import BOUNDS, CASES, LONG, Case, check, errors, expected, tensors
+from tests.convolution.kernel.problems import BOUNDS, CASES, Case, check, errors, expected, tensors
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
@@ -38,11 +39,6 @@ def test_convolves(case: Case, out_dtype: torch.dtype) -> None:
     check(case, out_dtype=out_dtype)
 
 
-@pytest.mark.parametrize("case", LONG, ids=str)
-def test_convolves_with_an_outer_factor(case: Case) -> None:
-    check(case)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_inputs(dtype: torch.dtype) -> None:
     given, options = tensors(SHORT, dtype=dtype)
@@ -50,10 +46,9 @@ def test_other_inputs(dtype: torch.dtype) -> None:
     assert errors(found, expected(given, options)).max() < BOUNDS[torch.float32]
 
 
-@pytest.mark.parametrize("case", [SHORT, Case(4, 1, 17000, 3, 17002, 17000)], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_stays_in_its_sequence(case: Case, bad: float) -> None:
-    given, options = tensors(case)
+def test_what_is_not_finite_stays_in_its_sequence(bad: float) -> None:
+    given, options = tensors(SHORT)
     clean = launch(*given, **options, out_dtype=torch.float32)
     given[0][1, 0, 7] = bad
     found = launch(*given, **options, out_dtype=torch.float32)
@@ -64,9 +59,8 @@ def test_what_is_not_finite_stays_in_its_sequence(case: Case, bad: float) -> Non
     torch.testing.assert_close(found, clean, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", [SHORT, Case(2, 2, 17000, 3, 17002, 17000)], ids=str)
-def test_a_filter_that_is_not_finite_stays_in_its_channel(case: Case) -> None:
-    given, options = tensors(case)
+def test_a_filter_that_is_not_finite_stays_in_its_channel() -> None:
+    given, options = tensors(SHORT)
     given[1][1, 2] = float("nan")
     found = launch(*given, **options, out_dtype=torch.float32)
     assert torch.isnan(found[:, 1]).all()
@@ -82,10 +76,9 @@ def test_any_size_of_numbers(size: float) -> None:
     assert errors(found, expected(given, options)).max() < BOUNDS[torch.float32]
 
 
-@pytest.mark.parametrize(("points", "out_dtype"), [(256, torch.bfloat16), (1024, torch.bfloat16), (1 << 15, None)])
-def test_nothing_overflows_or_is_lost(points: int, out_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("points", [256, 1024])
+def test_nothing_overflows_or_is_lost(points: int) -> None:
     """Results that are small beside what the transform holds; rounding to float16 alone would show in them."""
-    out_dtype = out_dtype or torch.float32
     ramp = torch.arange(points)
     chirp = torch.cos(torch.pi * ramp**2 / points / 64)
     impulse = torch.zeros(points)
@@ -93,9 +86,9 @@ def test_nothing_overflows_or_is_lost(points: int, out_dtype: torch.dtype | None
     u = torch.stack([torch.ones(points), chirp, chirp.flip(0), impulse])[:, None]
     for filter in (torch.ones(1, points), chirp[None], impulse[None].flip(-1)):
         options = {"transform_len": 2 * points, "out_len": points, "lag": 0, "scale": 1.0}
-        found = launch(u, filter, None, None, None, **options, out_dtype=out_dtype)
+        found = launch(u, filter, None, None, None, **options, out_dtype=torch.bfloat16)
         wanted = reference(u.double(), filter.double(), **options)
-        assert errors(found, wanted).max() < BOUNDS[out_dtype] * (1 if points < 2048 else 100)
+        assert errors(found, wanted).max() < BOUNDS[torch.bfloat16]
 
 
 def test_only_what_is_marked_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +105,17 @@ def test_only_what_is_marked_is_computed_again(monkeypatch: pytest.MonkeyPatch) 
     assert errors(again[0].float(), again[1].double()).max() > 0
     assert errors(again[0].float(), expected(given, options)).max() < BOUNDS[torch.bfloat16]
     torch.testing.assert_close(single, again[1], rtol=0, atol=0)
+
+
+def test_what_computes_again_never_reads_beyond_the_batch() -> None:
+    """Its tiles are not those that the launch was found to fill."""
+    ir = bucketed(ir_of(256, batch=8))
+    full = Specialization(partial_in=False, partial_out=False, ragged_batch=False, wide_offsets=False)
+    made = kernels.program(ir, choose_schedule(ir), full).kernels
+    assert {kernel.name: dict(kernel.variables)["ragged_batch"] for kernel in made[2::3]} == {
+        "convolution_transform_marks": False,
+        "convolution_transform_marked": True,
+    }
 
 
 def test_zeros() -> None:
@@ -131,7 +135,7 @@ def test_every_schedule_of_the_search_convolves() -> None:
     assert len(found) > 20
     given = inputs(ir, torch.device("cpu"))
     wanted = expected(list(given[:5]), given[5])
-    for schedule in sorted(found, key=str)[::7]:
+    for schedule in sorted(found, key=str)[::25]:
         check_schedule(schedule, bucketed(ir))
         result = run(Launcher(bucketed(ir), schedule), *given)
         assert errors(result, wanted).max() < BOUNDS[torch.bfloat16], schedule
@@ -150,7 +154,7 @@ def test_shipped_schedules_are_legal(points: int) -> None:
         Schedule(Tiling(16, 32, 1, 1), sequences=3),
         Schedule(Tiling(16, 16, 1, 1), kept="some"),
         Schedule(Tiling(16, 16, 1, 1, 0)),
-        Schedule(Tiling(16, 32, 1, 1), sequences=2, outer=Tiling(16, 16, 1, 1)),
+        Schedule(Tiling(16, 16, 1, 1), precision="double"),
     ],
 )
 def test_what_no_schedule_may_be(schedule: Schedule) -> None:
@@ -166,7 +170,7 @@ def test_no_kernels(changes: dict[str, object]) -> None:
 
 def test_longer_than_any_transform() -> None:
     with pytest.raises(CodegenError, match="at most"):
-        choose_schedule(bucketed(ir_of(1 << 21)))
+        choose_schedule(bucketed(ir_of(8193)))
 
 
 def test_launchers_are_shared() -> None:
