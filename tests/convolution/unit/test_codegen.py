@@ -1,0 +1,125 @@
+"""The emitted text of long convolutions, and what it compiles to with no GPU at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from monarch_compile.codegen.convolution.emitter import EMITTER
+from monarch_compile.codegen.convolution.schedule import choose_schedule, read_schedule
+from monarch_compile.codegen.render import sources
+from monarch_compile.convolution import work
+from monarch_compile.convolution.ir import LongConvolution
+from monarch_compile.errors import IRError
+
+COMPILED = """
+import dataclasses, json, sys
+import torch
+from monarch_compile.codegen.convolution.emitter import EMITTER
+from monarch_compile.codegen.convolution.kernels import Specialization
+from monarch_compile.codegen.tuning.compiler_report import compile_report
+from monarch_compile.convolution.ir import LongConvolution
+reports = []
+for batch, points in json.loads(sys.stdin.read()):
+    sizes = (batch, 768, points, points, points, points, 0)
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
+    ir = EMITTER.bucketed(LongConvolution(*sizes, *dtypes, skip=True, pre_gate=True, post_gate=True))
+    for kernel in EMITTER.program_of(ir, EMITTER.choose_schedule(ir, (9, 0)), Specialization()).kernels:
+        reports.append({**dataclasses.asdict(compile_report(kernel)), "points": points, "ptx": ""})
+print(json.dumps(reports))
+"""
+SHARED_LIMIT = 227 * 1024
+
+
+def ir_of(points: int, **changes: object) -> LongConvolution:
+    sizes = {"batch": 16, "channels": 8, "seq_len": points, "filter_len": points, "transform_len": 2 * points}
+    dtypes = {"dtype": torch.bfloat16, "filter_dtype": torch.float32, "out_dtype": torch.bfloat16}
+    return LongConvolution(**{**sizes, **dtypes, "out_len": points, "lag": 0, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("causal", {"skip": True}), ("circular", {"transform_len": 1000, "lag": 3, "pre_gate": True, "post_gate": True})],
+)
+def test_golden_sources(name: str, changes: dict[str, object], check_golden: Callable[[str, str], None]) -> None:
+    ir = EMITTER.bucketed(ir_of(1000, **changes))
+    schedule = choose_schedule(ir)
+    for source in sources(EMITTER.program_of(ir, schedule, EMITTER.expected(ir, schedule))):
+        check_golden(f"convolution_{name}_{source.name}.py.txt", source.text)
+
+
+@pytest.mark.slow
+def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
+    """In a process of its own: this one may hold Triton's library in interpreted form."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        input=json.dumps([(64, 256), (1, 1024), (16, 8192)]),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for report in json.loads(run.stdout):
+        assert report["shared_bytes"] <= SHARED_LIMIT, report
+        allowed = 1024 if report["points"] > 1024 else 512
+        assert report["local_bytes"] <= allowed, f"spills: {report}"
+        if "tables" not in report["name"]:
+            assert report["has_wgmma"] or report["has_mma"], report
+
+
+def test_a_schedule_survives_a_file() -> None:
+    schedule = choose_schedule(EMITTER.bucketed(ir_of(1000)))
+    assert read_schedule(json.loads(json.dumps(asdict(schedule)))) == schedule
+
+
+@pytest.mark.parametrize(
+    ("changes", "wording"),
+    [
+        ({"batch": 0}, "at least 1"),
+        ({"lag": -1}, "lag"),
+        ({"out_len": 200, "transform_len": 100}, "no more is put out"),
+        ({"out_len": 50, "skip": True}, "skip"),
+        ({"dtype": torch.int32}, "dtypes"),
+        ({"scale": float("nan")}, "finite"),
+    ],
+)
+def test_rules_of_the_ir(changes: dict[str, object], wording: str) -> None:
+    with pytest.raises(IRError, match=wording):
+        ir_of(100, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        ({}, True),
+        ({"device": "cpu"}, False),
+        ({"dtype": torch.float32}, False),
+        ({"dtype": torch.float16}, True),
+        ({"filter_dtype": torch.float64}, False),
+        ({"out_dtype": torch.float32}, False),
+        ({"out_dtype": torch.float16}, False),
+        ({"seq_len": 8193}, False),
+        ({"out_len": 8193}, False),
+    ],
+)
+def test_what_runs_on_kernels(changes: dict[str, object], runs: bool) -> None:
+    given = {"device": "cuda", "dtype": torch.bfloat16, "filter_dtype": torch.float32, "out_dtype": torch.bfloat16}
+    assert work.runs_kernels(**{**given, "seq_len": 8192, "out_len": 1, **changes}) is runs  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "points"), [(1, 256), (256, 256), (257, 512), (8192, 8192)])
+def test_points(size: int, points: int) -> None:
+    assert work.points_of(size, 1) == work.points_of(1, size) == points
+    assert work.factors(points)[0] * work.factors(points)[1] == points
