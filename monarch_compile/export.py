@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None = None) -> ExportedProgram:
-    """`program` with attention lowered where that is legal and pays, as ``backend="monarch"`` does under `options`.
+    """`program` with its sites lowered where that is legal and pays, as ``backend="monarch"`` does under `options`.
 
     Weights are shared with `program`, which is not changed; where nothing is lowered it is returned itself. A lowered
-    site is a call of the operator monarch_compile::attention: import monarch_compile before torch.export.load.
-    AOTInductor compiles what is behind the operator into the package, which then needs this library no more.
+    site is a call of its family's operator, e.g. monarch_compile::attention: import monarch_compile before
+    torch.export.load. AOTInductor compiles what is behind the operator into the package, which then needs this library
+    no more.
 
     Args:
         program: from torch.export.export, with static or dynamic shapes (dynamic lengths need a number for block_size).
