@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from monarch_compile.convolution.ir import LongConvolution
@@ -12,7 +13,11 @@ from monarch_compile.family import Family
 
 
 def _exact_cost(decision: Decision) -> Cost | None:
-    return None if decision.ir is None else fft_cost(decision.ir)
+    """That of the FFTs, in whole bytes."""
+    if decision.ir is None:
+        return None
+    found = fft_cost(decision.ir)
+    return replace(found, bytes=round(found.bytes)) if isinstance(found.bytes, float) else found
 
 
 def _shape(decision: Decision) -> str:

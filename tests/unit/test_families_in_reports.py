@@ -158,6 +158,11 @@ def test_the_page_speaks_of_both(report: Report, tmp_path: Path) -> None:
     assert "attention alone" not in text
 
 
+def test_costs_of_a_convolution_are_numbers(report: Report) -> None:
+    content = report.to_dict()["sites"][2]
+    assert all(isinstance(content[form][name], int) for form in ("exact", "monarch") for name in ("flops", "bytes"))
+
+
 def test_symbolic_sizes_are_shown() -> None:
     decision = decision_of(convolution(batch="s0"))
     site = site_of(decision)
