@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import MOST_POINTS, cost, fft_cost, predict, runs_kernels
+from monarch_compile.convolution.work import LEAST_CAPABILITY, MOST_POINTS, cost, fft_cost, predict, runs_kernels
 from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import Decision
 from monarch_compile.family import Family
@@ -30,7 +30,11 @@ def _no_kernels(ir: LongConvolution) -> str:
     lengths = [size if isinstance(size, int) else 1 for size in (ir.seq_len, ir.out_len)]
     if runs_kernels("cuda", ir.dtype, ir.filter_dtype, ir.out_dtype, *lengths):
         return ""
-    return f"torch.fft computes it: kernels are for 16-bit inputs of at most {MOST_POINTS} points and bfloat16 results"
+    least = ".".join(map(str, LEAST_CAPABILITY))
+    return (
+        f"torch.fft computes it: kernels are for 16-bit inputs of at most {MOST_POINTS} points and bfloat16 results, "
+        f"on NVIDIA GPUs of compute capability {least} or later"
+    )
 
 
 def _no_size(ir: Any) -> None:

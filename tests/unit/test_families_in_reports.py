@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from monarch_compile import calibrate, explain
 from monarch_compile.backend import rewritten
 from monarch_compile.calls import launcher_of
 from monarch_compile.config import MonarchConfig
+from monarch_compile.convolution import work
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.decision import Decision
 from monarch_compile.family import families, lowered_in_words, sites_in_words
@@ -186,7 +187,25 @@ def test_no_kernel_is_shown_that_does_not_run(changes: dict[str, Any]) -> None:
     assert note.startswith("torch.fft computes it")
 
 
-def test_kernels_that_run_are_shown() -> None:
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """Kernels are kept by IR alone: what a test says of the device must not stay."""
+    kernels_of.cache_clear()
+    yield
+    kernels_of.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_an_older_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "has_kernels", lambda device: False)
+    kernels, note = kernels_of(convolution())
+    assert kernels == ()
+    assert "compute capability 9.0 or later" in note
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_kernels_that_run_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "has_kernels", lambda device: True)
     site = site_of(decision_of(convolution()))
     assert site.kernels
     assert site.kernel_note == ""
