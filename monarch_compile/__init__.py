@@ -1,4 +1,4 @@
-"""A torch.compile backend that lowers attention to MonarchAttention (arXiv 2505.18698) kernels.
+"""A torch.compile backend that lowers attention to MonarchAttention (arXiv 2505.18698), and long convolutions.
 
     compiled = torch.compile(model, backend="monarch")
     print(monarch_compile.explain(model, *inputs))

@@ -61,7 +61,7 @@ def monarch(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph from Dynamo: attention becomes Monarch attention where that is legal and pays.
+    """Compile a graph from Dynamo: its sites are lowered where that is legal and pays.
 
     Options are those of `MonarchConfig`; other keys go to Inductor's config.
 
@@ -141,7 +141,7 @@ def _autotune(decisions: Sequence[Decision]) -> str:
 def rewritten(
     gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig, launcher: Launcher
 ) -> Rewrite | None:
-    """The graph with attention lowered, or None where Dynamo's own graph is compiled as it is."""
+    """The graph with its sites lowered, or None where Dynamo's own graph is compiled as it is."""
     from monarch_compile.passes.pipeline import rewrite
 
     try:
@@ -191,10 +191,12 @@ def _dump_kernels(result: Rewrite) -> None:
 
 
 def _require_lowered(decisions: Sequence[Decision]) -> None:
+    from monarch_compile.family import sites_in_words
+
     missed = [d for d in decisions if d.status == EXACT and not CODES[d.code].is_choice]
     if missed:
         lines = "\n".join(
             f"  {d.name}: [{d.code}] {d.reason} (node {d.node}); would lower with: {d.remedy}" for d in missed
         )
-        sites = "1 attention site" if len(missed) == 1 else f"{len(missed)} attention sites"
+        sites = sites_in_words(decision.family for decision in missed)
         raise LoweringError(f"strict=True and {sites} cannot be lowered:\n{lines}")

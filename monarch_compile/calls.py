@@ -1,4 +1,4 @@
-"""How an attention site is called, as far as the time that its call takes depends on it."""
+"""How a site is called, as far as the time that its call takes depends on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Calls:
 
     launcher: who launches kernels: `REPLAYED`, `COMPILED` or `EAGER`.
     trains: whether a backward pass of the site follows.
-    dense_flops: FLOP of products with weights, for each query of each batch element; dense_ops: how many they are.
+    dense_flops: FLOP of products with weights, for each position of each sequence; dense_ops: how many they are.
     share: of the call of the graph.
     """
 

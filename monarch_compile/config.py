@@ -55,7 +55,7 @@ class MonarchConfig:
     window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis alone
         ("plus"). "auto": what `grids.TILES` has where `window` is "auto" too, else "box".
     policy: "auto" lowers a site where the cost model predicts a gain, "always" wherever legal, "never" nowhere.
-    min_seq_len: sites with fewer keys stay exact, under any policy.
+    min_seq_len: attention with fewer keys stays exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
         block_size and num_iters: the mean start, no window, no prefix, no tiles. A plan needs no such permission.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,

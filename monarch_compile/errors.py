@@ -16,7 +16,7 @@ class InputError(MonarchError, ValueError):
 
 
 class IRError(MonarchError, ValueError):
-    """A Monarch attention IR breaks one of its rules. The message carries the printed IR."""
+    """An IR value breaks one of its rules. The message carries the printed IR."""
 
 
 class LoweringError(MonarchError, RuntimeError):

@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def lower_exported(program: ExportedProgram, options: Mapping[str, Any] | None = None) -> ExportedProgram:
-    """`program` with attention lowered where that is legal and pays, as ``backend="monarch"`` does under `options`.
+    """`program` with its sites lowered where that is legal and pays, as ``backend="monarch"`` does under `options`.
 
     Weights are shared with `program`, which is not changed; where nothing is lowered it is returned itself. A lowered
-    site is a call of the operator monarch_compile::attention: import monarch_compile before torch.export.load.
-    AOTInductor compiles what is behind the operator into the package, which then needs this library no more.
+    site is a call of its family's operator: import monarch_compile.attention.op and monarch_compile.convolution.op,
+    which register them, before torch.export.load. AOTInductor compiles what is behind the operator into the package,
+    which then needs this library no more.
 
     Args:
         program: from torch.export.export, with static or dynamic shapes (dynamic lengths need a number for block_size).
@@ -110,7 +111,7 @@ def _give_values(gm: GraphModule) -> None:
 
     values = [node.meta.get("val") for node in gm.graph.nodes]
     fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None  # attention was found in it, hence a tensor
+    assert fake_mode is not None  # a site was found in it, hence a tensor
     for node in gm.graph.nodes:
         if node.op == "call_function":
             fake_value(node, fake_mode)

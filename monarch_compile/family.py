@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -84,19 +85,25 @@ class Trial:
 class Family:
     """A family of operators, as plain functions of its IR values and of decisions about its sites.
 
+    noun: what a site is called in the singular, e.g. "attention site"; its plural ends in s.
     cost: work of the lowered form. exact_cost: that of what a site computes today; None where it is not known.
     predict: times on a device, with a value for each symbolic size, as the site is called.
         Raises InputError where a size has no value.
+    shape: how the report says what sizes a site has, e.g. "1x8x2048x64"; "" where they are not known.
     blocks: how the report says what blocks the lowered form has, e.g. "64x64". block_size: their size, None for none.
+    no_kernels: why CUDA devices run the operator of a site without the emitted kernels; "" where they run these.
     forms: None where the lowered form is exact up to rounding. trial: what the doctor runs; None for nothing.
     """
 
     name: str
+    noun: str
     cost: Callable[[Any], Cost]
     exact_cost: Callable[[Decision], Cost | None]
     predict: Callable[[Any, Device, Mapping[str, int] | None, Calls], Prediction]
+    shape: Callable[[Decision], str]
     blocks: Callable[[Any], str]
     block_size: Callable[[Any], int | None]
+    no_kernels: Callable[[Any], str] = lambda ir: ""
     forms: Forms | None = None
     trial: Trial | None = None
 
@@ -127,3 +134,23 @@ def forms_of(name: str) -> Forms:
 def families() -> tuple[Family, ...]:
     """All of them."""
     return tuple(family(name) for name in FAMILIES)
+
+
+def sites_in_words(sites: Iterable[str]) -> str:
+    """How many sites there are, given the family of each: "1 attention site and 2 long convolutions"; "no site"."""
+    found = Counter(sites)
+    counts = [(found[own.name], own.noun) for own in families() if found[own.name]]
+    return _listed([f"{number} {noun if number == 1 else f'{noun}s'}" for number, noun in counts])
+
+
+def lowered_in_words(sites: Iterable[tuple[str, bool]]) -> str:
+    """How many are lowered, given the family of each and whether it is: "2 of 3 attention sites"; "no site" of none."""
+    found = list(sites)
+    numbers, lowered = Counter(own for own, _ in found), Counter(own for own, is_lowered in found if is_lowered)
+    counts = [(lowered[own.name], numbers[own.name], own.noun) for own in families() if numbers[own.name]]
+    return _listed([f"{part} of {whole} {noun}s" for part, whole, noun in counts])
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """The parts as in a sentence: "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "no site"

@@ -13,7 +13,9 @@ NEVER = "nothing: a Monarch matrix cannot hold it"
 
 
 class Code(NamedTuple):
-    """remedy: what the user can do. is_choice: whether the user, a plan or the cost model wants the exact form.
+    """remedy: what the user can do, true for every family that uses the code.
+
+    is_choice: whether the user, a plan or the cost model wants the exact form.
 
     Strict mode accepts what is a choice.
     """
@@ -36,16 +38,18 @@ CODES: dict[str, Code] = {
     "claimed": Code("nothing: another form of what it shares nodes with gains more", is_choice=True),
     "complex_result": Code("the real part of the inverse transform, or irfft instead of ifft"),
     "complex_signal": Code("transforms of real tensors: a complex one is two convolutions"),
-    "context": Code("switch grad mode or autocast before the queries are scaled or after the values are mixed"),
+    "context": Code("switch grad mode or autocast before or after all that the site computes, not between"),
     "convolution_layout": Code("a product of transforms of at most 5 dims, batch and channels side by side each"),
-    "cost_exact_wins": Code("longer sequences, or policy='always'", is_choice=True),
+    "cost_exact_wins": Code(
+        "sizes where a gain is predicted (for attention: longer sequences), or policy='always'", is_choice=True
+    ),
     "cpu_fft_wins": Code("a CUDA device, or policy='always'", is_choice=True),
     "cross_attention": Code("cross_attention=True, where a measurement shows that the approximation is good enough"),
     "custom_op": Code("scaled_dot_product_attention instead of an operator of one's own"),
     "data_dependent": Code("a batch and a length that follow from the shapes of the inputs"),
-    "device": Code("put queries, keys and values on one device that has kernels"),
+    "device": Code("put all tensors that the site reads on one device that has kernels"),
     "dropout_active": Code("model.eval(), or an attention dropout of 0"),
-    "dtype": Code("give queries, keys and values one dtype that has kernels"),
+    "dtype": Code("one dtype that has kernels for all tensors that the site reads, and no float64 between"),
     "dynamic_seq_len": Code(
         "a number for block_size, one torch.export.Dim for equal lengths, and an example of more than "
         "one block; or a static length"
@@ -65,8 +69,8 @@ CODES: dict[str, Code] = {
         "mode='reduce-overhead', whose CUDA graphs spare the host, larger batches, or policy='always'", is_choice=True
     ),
     "in_body": Code(
-        "move the attention out of the body; into those of cond, scan and while_loop (where none writes to its "
-        "inputs, outside of training) and of checkpoints without context_fn is looked"
+        "move the site out of the body; bodies of cond, scan and while_loop (where none writes to its inputs, outside "
+        "of training) and of checkpoints without context_fn are looked into"
     ),
     "layout": Code("dense tensors"),
     "learned_keys": Code(
@@ -92,7 +96,8 @@ CODES: dict[str, Code] = {
     "mask_split_bias": Code("a bias that is the same for every head and every query; others are not lowered yet"),
     "min_seq_len": Code("a smaller min_seq_len", is_choice=True),
     "mutation": Code(
-        "no in-place op on what the attention reads or its mask is made of: torch.where, masked_fill or cat instead"
+        "no in-place op on what the site reads, what its mask is made of, or what may be a view of its result: "
+        "torch.where, masked_fill or cat instead"
     ),
     "no_kernels": Code("a device of compute capability 8.0 or later, and triton"),
     "normalisation": Code("softmax over the keys: every weight divided by the sum of its own row, and by no more"),
@@ -107,7 +112,10 @@ CODES: dict[str, Code] = {
         "mask the scores before they are shifted, or leave the shift out: softmax ignores all but rounding"
     ),
     "scale": Code("a finite scale that is not 0"),
-    "scale_not_constant": Code("a number, a 0-d tensor or one number a head for the scale"),
+    "scale_not_constant": Code(
+        "for attention a number, a 0-d tensor or one number a head; for transforms of a symbolic length a norm other "
+        "than 'ortho'"
+    ),
     "scores_layout": Code("the product of queries and keys as matmul, bmm, baddbmm or einsum over one shared dim"),
     "scores_op": Code("nothing but scales, masks, casts and views between the product and softmax"),
     "scores_reused": Code(
@@ -128,14 +136,16 @@ CODES: dict[str, Code] = {
     "spectrum_reused": Code(
         "the transform of the input, and its product with the filter's, must serve inverse transforms alone"
     ),
-    "symbolic_dims": Code("static num_heads and head_dim"),
-    "tensor_subclass": Code("plain queries, keys and values; DTensors, in compiled graphs and outside of training"),
+    "symbolic_dims": Code(
+        "static sizes: heads and features of attention, or lengths of a convolution and of its transforms"
+    ),
+    "tensor_subclass": Code("plain tensors; for attention DTensors too, in compiled graphs and outside of training"),
     "traced": Code("torch.compile with backend='monarch', or lower_exported: they read masks off the graph"),
     "transform_dims": Code("transforms along one dim"),
     "transform_points": Code(
         "transforms of the input, of the filter and back along one dim, with the same number of points n"
     ),
-    "transformed": Code("attention outside of torch.func's transforms and of forward-mode differentiation"),
+    "transformed": Code("a call outside of torch.func's transforms and of forward-mode differentiation"),
     "values_layout": Code("the product with the values as probabilities @ values"),
     "wide_heads": Code("heads of at most 256 features, or a CPU"),
 }

@@ -16,7 +16,7 @@ import monarch_compile
 from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig
 from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.family import family
+from monarch_compile.family import family, sites_in_words
 from monarch_compile.passes.canonical import (
     drop_inactive_dropout,
     fill_by_shape,
@@ -85,7 +85,7 @@ def _fold_puts(state: State) -> str:
 
 def _match(state: State) -> str:
     state.sites = [(frontend.family, site) for frontend in frontends() for site in frontend.find(state.graph)]
-    return f"{len(state.sites)} sites found"
+    return f"{sites_in_words(own for own, _ in state.sites)} found"
 
 
 def _choose(state: State) -> str:
@@ -103,7 +103,7 @@ def _choose(state: State) -> str:
         choose[own](site, name, state.config, around, layouts)
         for (own, site), name in zip(state.sites, names, strict=True)
     ]
-    return f"{sum(c.lowers for c in state.choices)} sites to lower"
+    return f"{_to_lower(state)} to lower"
 
 
 def _arbitrate(state: State) -> str:
@@ -140,7 +140,11 @@ def _lower(state: State) -> str:
             lower[own](choice).meta[SITE_NAME] = choice.decision.name
     for gm in all_graphs(state.graph):
         gm.graph.eliminate_dead_code(must_be_kept)
-    return f"{sum(c.lowers for c in state.choices)} sites lowered"
+    return f"{_to_lower(state)} lowered"
+
+
+def _to_lower(state: State) -> str:
+    return sites_in_words(choice.decision.family for choice in state.choices if choice.lowers)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -20,15 +20,24 @@ def _exact_cost(decision: Decision) -> Cost | None:
     return exact_cost_of_shapes(*shapes, decision.dtype)
 
 
+def _shape(decision: Decision) -> str:
+    """That of the queries, and the number of keys where it is another."""
+    text = "x".join(map(str, decision.q_shape))
+    differs = decision.k_shape and decision.k_shape[2] != decision.q_shape[2]
+    return f"{text} on {decision.k_shape[2]}" if differs else text
+
+
 def _blocks(ir: MonarchAttention) -> str:
     return f"{'?' if ir.num_blocks is None else ir.num_blocks}x{ir.form.block_size}"
 
 
 FAMILY = Family(
     name="attention",
+    noun="attention site",
     cost=monarch_cost,
     exact_cost=_exact_cost,
     predict=predict,
+    shape=_shape,
     blocks=_blocks,
     block_size=lambda ir: ir.form.block_size,
     forms=Forms(read=Form, that_pay=forms_that_pay, call=AttentionCall.of),

@@ -47,9 +47,9 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The forms of all sites of a model, and what was measured with them.
+    """The forms of all sites of a model whose lowered form approximates, and what was measured with them.
 
-    sites: in the order in which they were found. graphs: the names of the sites of each captured graph that has any.
+    sites: in the order in which they were found. graphs: the names of these sites of each captured graph that has any.
     budget: what `calibrate` was asked to keep; metric: its metric's value under this plan, the worst of the samples.
     num_samples, num_passes: calls that were calibrated on, and how often the model ran on all of them.
     device: name of the device whose cost model predicted the times.

@@ -1,11 +1,11 @@
-"""`calibrate`: for each attention site exact attention or a Monarch form, as fast as an error budget allows."""
+"""`calibrate`: for each site whose lowered form approximates, the exact or a Monarch form, under an error budget."""
 
 from __future__ import annotations
 
 import logging
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.cost.devices import Device, installed
 from monarch_compile.decision import Decision
 from monarch_compile.errors import InputError
-from monarch_compile.family import Form, Occurrence, SiteCall, forms_of, total_seconds
+from monarch_compile.family import Form, Occurrence, SiteCall, family, forms_of, total_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ def calibrate(
     progress: bool = True,
 ) -> Plan:
     """Choose for each attention site exact attention or a Monarch form: least predicted time under an error budget.
+
+    Only sites whose lowered form is an approximation are in the plan. What is exact up to rounding (long convolutions)
+    runs lowered all along: there is nothing to choose, and plans say nothing of it.
 
     The model runs eagerly, without gradients, in its own train or eval mode. The metric bounds the worst call, not the
     mean. The plan's metric is a measured one; the same inputs give the same plan.
@@ -229,10 +232,10 @@ class _Search:
         return list(dict.fromkeys(found))
 
     def _decisions(self) -> dict[str, Decision]:
-        """The first decision about each site, in the order in which they were found."""
+        """The first decision about each site that has forms, in the order in which they were found."""
         found: dict[str, Decision] = {}
         for result in self._probe.rewrites:
-            for decision in result.decisions:
+            for decision in _with_forms(result.decisions):
                 found.setdefault(decision.name, decision)
         return found
 
@@ -249,7 +252,8 @@ class _Search:
     ) -> Plan:
         decisions = self._decisions()
         sites = tuple(_site_plan(d, chosen.get(name), fronts.get(name), name in ran) for name, d in decisions.items())
-        graphs = [tuple(d.name for d in result.decisions) for result in self._probe.rewrites if result.decisions]
+        named = [tuple(d.name for d in _with_forms(result.decisions)) for result in self._probe.rewrites]
+        graphs = [names for names in named if names]
         return Plan(
             sites=sites,
             graphs=tuple(dict.fromkeys(graphs)),
@@ -304,6 +308,11 @@ class _Assigned:
         """The output of one call."""
         candidate = self.assignment.get(call.site)
         return call.exact() if candidate is None or candidate.form is None else call.monarch(**asdict(candidate.form))
+
+
+def _with_forms(decisions: Iterable[Decision]) -> list[Decision]:
+    """Those about sites whose lowered form is an approximation."""
+    return [decision for decision in decisions if family(decision.family).forms is not None]
 
 
 def _key(assignment: Assignment) -> tuple[tuple[str, Candidate], ...]:

@@ -36,12 +36,13 @@ def explain(
         model: a module or function, compiled or not.
         options: as for torch.compile, those of `MonarchConfig`; of Inductor's own keys, those count that
             decide who launches kernels.
-        measure: also compare the exact and the Monarch form on these inputs. The model runs once with exact attention,
-            where each lowered site's own relative error is taken from what the exact model gives it, and once lowered,
-            for the relative error of the model's output. Both runs start from the same random state, buffers,
-            attributes and inputs, which are put back in the end; what a `Snapshot` cannot save (parameters that forward
-            writes to, globals, attributes of classes, what hooks hold) a model must not change. Without it the model
-            runs once, unchanged.
+        measure: also compare the exact and the lowered form on these inputs, where that is an approximation. The model
+            runs once with these sites exact, where the relative error of each is taken on what the exact model gives
+            it, and once lowered, for the relative error of the model's output. What is exact up to rounding (long
+            convolutions) runs lowered both times, and has no error here. Both runs start from the same random state,
+            buffers, attributes and inputs, which are put back in the end; what a `Snapshot` cannot save (parameters
+            that forward writes to, globals, attributes of classes, what hooks hold) a model must not change. Without it
+            the model runs once, unchanged.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.

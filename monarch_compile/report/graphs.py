@@ -19,7 +19,7 @@ def to_networkx(graph: Graph, prefix: str, others: Iterable[str] = (), *, after:
     """`graph` with a node for each FX node, keyed `prefix/name`, with attributes target, shape and role.
 
     `others` are the node names of the graph on the other side of the rewrite: a node missing there is "replaced"
-    (before) or "new" (after); a lowered attention is "monarch".
+    (before) or "new" (after); the operator of a lowered site is "monarch".
     """
     known = set(others)
     result = nx.DiGraph()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,7 +50,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(gain=_gain, shape=_shape, dtype=dtype_name)
+    environment.filters.update(gain=_gain, dtype=dtype_name)
     return environment
 
 
@@ -61,15 +60,16 @@ def _card(report: Report, site: Site) -> Card:
 
 
 def _rows(site: Site) -> tuple[tuple[str, str, str], ...]:
-    """(quantity, exact form, Monarch form) of what is known."""
+    """(quantity, exact form, lowered form) of what is known; a row of exponentials where there are any."""
     exact, monarch = site.exact, site.monarch
     rows = []
     if exact is not None:
         rows = [
             ("FLOPs", _count(exact.flops), _count(monarch.flops) if monarch else "–"),
             ("bytes moved", _count(exact.bytes, "B"), _count(monarch.bytes, "B") if monarch else "–"),
-            ("softmax elements", _count(exact.exps), _count(monarch.exps) if monarch else "–"),
         ]
+        if exact.exps != 0:
+            rows.append(("exponentials", _count(exact.exps), _count(monarch.exps) if monarch else "–"))
     if site.exact_s is not None and site.monarch_s is not None:
         rows.append(("predicted time", _seconds(site.exact_s), _seconds(site.monarch_s)))
     return tuple(rows)
@@ -89,7 +89,3 @@ def _seconds(value: float) -> str:
 
 def _gain(site: Site) -> str:
     return "–" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}×"
-
-
-def _shape(shape: tuple[Any, ...]) -> str:
-    return " × ".join(map(str, shape)) or "–"

@@ -1,4 +1,4 @@
-"""What the compiler did with each attention site of a model, and what it expects to gain: a value to print or save."""
+"""What the compiler did with each site of a model, and what it expects to gain: a value to print or save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monarch_compile.cost.devices import installed
 from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError, InputError
-from monarch_compile.family import family
+from monarch_compile.family import families, family, lowered_in_words
 from monarch_compile.ir import Dim
 from monarch_compile.refusal import remedy_for
 from monarch_compile.version import __version__
@@ -32,17 +32,19 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention site.
+    """One site: a place in the model that a family of operators may lower.
 
     name: module path and source line. family: of operators. status: "lowered" or "exact".
     code: a short stable identifier of the outcome.
-    reason: one sentence. ir, block_size: the Monarch form; also where a legal site was kept exact by choice.
-    q_shape, k_shape, v_shape: (batch, num_heads, seq_len, head_dim); empty where the site was not understood.
+    reason: one sentence. ir, block_size: the lowered form; also where a legal site was kept exact by choice.
+    shape: its sizes in words of its family; "" where the site was not understood.
+    q_shape, k_shape, v_shape: (batch, num_heads, seq_len, head_dim) of attention that was understood; else empty.
     exact, monarch: `Cost` of each form, None where unknown. exact_s, monarch_s: predicted seconds on `device`.
     node, source: the FX node that decided, and its line of Python.
     kernels: what a CUDA device runs for this site; kernel_note: why there are none, or when they run.
     graph: index of the captured graph that holds the site.
-    error: measured relative error of the site's output, None where it was not measured.
+    error: measured relative error of the site's output; None where it was not measured, as where the lowered form is
+        exact up to rounding.
     blocking: the token grid that blocks follow and where it was found, or why they are pieces of the sequence.
     """
 
@@ -53,6 +55,7 @@ class Site:
     reason: str
     ir: Any = None
     block_size: int | None = None
+    shape: str = ""
     q_shape: tuple[Dim, ...] = ()
     k_shape: tuple[Dim, ...] = ()
     v_shape: tuple[Dim, ...] = ()
@@ -73,8 +76,13 @@ class Site:
 
     @property
     def lowered(self) -> bool:
-        """Whether the site runs in Monarch form."""
+        """Whether the site runs in its lowered form."""
         return self.status == LOWERED
+
+    @property
+    def noun(self) -> str:
+        """What the family calls such a site, e.g. "attention site"."""
+        return family(self.family).noun
 
     @property
     def remedy(self) -> str:
@@ -83,7 +91,7 @@ class Site:
 
     @property
     def predicted_speedup(self) -> float | None:
-        """Predicted exact time over predicted Monarch time, None where unknown."""
+        """Predicted exact time over predicted time of the lowered form, None where unknown."""
         return self.exact_s / self.monarch_s if self.exact_s and self.monarch_s else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +105,7 @@ class Site:
             "remedy": self.remedy,
             "ir": None if self.ir is None else str(self.ir),
             "block_size": self.block_size,
+            "shape": self.shape,
             "q_shape": list(self.q_shape),
             "k_shape": list(self.k_shape),
             "v_shape": list(self.v_shape),
@@ -123,7 +132,7 @@ class GraphPair:
     """The captured graphs before and after lowering; a node is labelled with its `target`, `shape` and `role`.
 
     A node's key is "graph index/node name". Roles: "input", "output", "op", "replaced" (gone after lowering),
-    "monarch" (the lowered attention) and "new" (added around it).
+    "monarch" (the operator of a lowered site) and "new" (added around it).
     """
 
     before: nx.DiGraph
@@ -145,18 +154,15 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many sites were lowered, in how many graphs."""
+        """One line: how many sites of each family were lowered, in how many graphs."""
+        nothing = f"no {' or '.join(own.noun for own in families())} found"
         graphs = f"{self.num_graphs} graph{'' if self.num_graphs == 1 else 's'}"
         if not self.num_graphs:
-            return "no attention found: no graph was captured"
-        found = f"{sum(s.lowered for s in self.sites)} of {len(self.sites)} attention sites lowered"
-        failed = (
-            f"; the passes failed on {len(self.failures)}, which stay exact, whatever attention is in them"
-            if self.failures
-            else ""
-        )
+            return f"{nothing}: no graph was captured"
+        found = f"{lowered_in_words((site.family, site.lowered) for site in self.sites)} lowered"
+        failed = f"; the passes failed on {len(self.failures)}: all in them stays exact" if self.failures else ""
         error = "" if self.output_error is None else f"; relative error of the output {self.output_error:.3g}"
-        return f"{found if self.sites else 'no attention found'} in {graphs}{failed}{error}"
+        return f"{found if self.sites else nothing} in {graphs}{failed}{error}"
 
     def __str__(self) -> str:
         lines = [*_table(self.sites), *(f"failed: {failure}" for failure in self.failures), self.summary]
@@ -190,7 +196,7 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
     exact_s, monarch_s = _predicted(decision, hints)
     kernels, note = kernels_of(ir) if ir is not None and decision.status == LOWERED else ((), "")
     if kernels and decision.device != "cuda":
-        note = f"On {decision.device} Inductor compiles the reference instead; on CUDA these run."
+        note = f"On {decision.device} the reference runs instead; on CUDA these run."
     return Site(
         family=decision.family,
         name=decision.name,
@@ -199,6 +205,7 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
         reason=decision.reason,
         ir=ir,
         block_size=None if ir is None else own.block_size(ir),
+        shape=own.shape(decision),
         q_shape=decision.q_shape,
         k_shape=decision.k_shape,
         v_shape=decision.v_shape,
@@ -235,10 +242,14 @@ def _predicted(decision: Decision, hints: Mapping[str, int] | None) -> tuple[flo
 
 @lru_cache(maxsize=256)
 def kernels_of(ir: Any) -> tuple[tuple[Kernel, ...], str]:
+    """What a CUDA device runs for a lowered site, or none and the reason."""
     from monarch_compile.codegen.emitters import emitter
     from monarch_compile.codegen.launcher import schedule_for
     from monarch_compile.codegen.render import sources
 
+    missing = family(ir.family).no_kernels(ir)
+    if missing:
+        return (), missing
     try:
         schedule, own = schedule_for(ir), emitter(ir.family)
         program = own.program_of(ir, schedule, own.expected(ir, schedule))
@@ -254,7 +265,7 @@ def _cost_dict(cost: Cost | None) -> dict[str, int | str] | None:
     return {name: value if isinstance(value, int) else str(value) for name, value in values.items()}
 
 
-COLUMNS = ("site", "status", "q shape", "dtype", "blocks", "predicted", "error", "code")
+COLUMNS = ("site", "status", "shape", "dtype", "blocks", "predicted", "error", "code")
 
 
 def _table(sites: Sequence[Site]) -> list[str]:
@@ -287,8 +298,6 @@ def _cells(site: Site) -> tuple[str, ...]:
     ir = site.ir
     blocks = "-" if ir is None else family(site.family).blocks(ir)
     gain = "-" if site.predicted_speedup is None else f"{site.predicted_speedup:.2f}x"
-    shape = "x".join(map(str, site.q_shape)) or "-"
-    if site.k_shape and site.k_shape[2] != site.q_shape[2]:
-        shape += f" on {site.k_shape[2]}"
     error = "-" if site.error is None else f"{site.error:.3f}"
-    return (site.name, site.status, shape, dtype_name(site.dtype) or "-", blocks, gain, error, site.code)
+    dtype = dtype_name(site.dtype) or "-"
+    return (site.name, site.status, site.shape or "-", dtype, blocks, gain, error, site.code)

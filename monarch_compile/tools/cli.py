@@ -34,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="monarch-compile", description="Attention to MonarchAttention, compiled.")
+    parser = argparse.ArgumentParser(
+        prog="monarch-compile", description="Attention and long convolutions, compiled to Monarch form."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    explain = commands.add_parser("explain", help="report which attention sites of a model are lowered, and why")
+    explain = commands.add_parser("explain", help="report which sites of a model are lowered, and why")
     explain.add_argument(
         "target", metavar="module:function", help="a function that returns (model, args) or (model, args, kwargs)"
     )
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="transcribe speech with a lowered Whisper encoder (needs a checkout)")
     demo.set_defaults(run=_demo)
 
-    bench = commands.add_parser("bench", help="what Monarch attention gains, and what it loses")
+    bench = commands.add_parser("bench", help="what the lowered forms gain, and what they lose")
     kinds = bench.add_subparsers(required=True, metavar="kind")
     cpu = kinds.add_parser("cpu", help="time exact against Monarch attention on one CPU thread")
     for own in all_commands():

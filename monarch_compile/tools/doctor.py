@@ -147,7 +147,7 @@ def _device(place: str) -> DeviceFacts:
         capability = f"{found['cpu_capability']}, torch threads: {found['threads']}"
         return DeviceFacts(place, found["cpu"], capability, "none; Inductor compiles the reference", cost_model)
     refusal = kernel_refusal(torch.device(place))
-    kernels = "Triton" if refusal is None else f"none, attention stays exact: {refusal}"
+    kernels = "Triton" if refusal is None else f"none, all sites stay exact: {refusal}"
     major, minor = torch.cuda.get_device_capability(place)
     return DeviceFacts(place, torch.cuda.get_device_name(place), f"{major}.{minor}", kernels, cost_model, ceilings)
 

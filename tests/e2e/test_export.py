@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -158,6 +160,15 @@ def test_weights_of_layers_are_no_keys() -> None:
     program = export(Gate().eval(), _inputs())
     assert lower_exported(program, OPTIONS | {"strict": True}) is program
     assert not any("monarch_compile_weight" in node.meta for node in program.graph.nodes)
+
+
+def test_the_modules_that_docs_name_register_every_operator() -> None:
+    """In a process that compiled nothing, as one that loads a program."""
+    script = (
+        "import torch, monarch_compile.attention.op, monarch_compile.convolution.op as _\n"
+        "torch.ops.monarch_compile.attention.default, torch.ops.monarch_compile.long_convolution.default"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_it_travels(lowered: ExportedProgram) -> None:

@@ -40,9 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
 def test_torch_logs_tell_the_story_of_each_site(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     story = [line.split("] ", 1)[-1] for line in run[0].stderr.splitlines() if "pipeline.py" in line]
     text = "\n".join(story)
-    assert "match: 2 sites found" in text
-    assert "choose: 1 sites to lower" in text
-    assert "lower: 1 sites lowered" in text
+    assert "match: 2 attention sites found" in text
+    assert "choose: 1 attention site to lower" in text
+    assert "lower: 1 attention site lowered" in text
     lowered, exact, stopped = (
         next(line for line in story if said in line) for said in ("lowered [lowered]", "exact [mask_causal]", "stopped")
     )

@@ -87,13 +87,16 @@ def test_the_report_shows_it() -> None:
     assert "2.00x" in str(report)
 
 
-def test_what_has_no_forms_is_measured_and_planned_as_it_is() -> None:
+def test_what_has_no_forms_is_measured_and_left_out_of_plans() -> None:
     model, inputs = Model(), given()
     report = explain(model, *inputs, options={"policy": "always", "block_size": 1}, measure=True)
     assert [(site.family, site.error is None) for site in report.sites] == [("attention", False), ("toy", True)]
     assert report.output_error == pytest.approx(0.0, abs=1e-6)
     plan = calibrate(model, [inputs], budget=1.0, progress=False)
-    assert [site.form for site in plan.sites][1:] == [None]
+    (attention, toy) = [site.name for site in report.sites]
+    assert ([site.name for site in plan.sites], plan.graphs) == ([attention], ((attention,),))
+    (_, (planned,)) = run_passes(lambda *z: [model(*z)], *inputs, plan=plan, block_size="auto")
+    assert [(d.name, d.status) for d in planned.decisions][1] == (toy, "lowered"), "a plan says nothing of it"
 
 
 def test_a_plan_gives_no_form_to_a_family_without(tmp_path: Path) -> None:

@@ -59,4 +59,13 @@ def _nothing(value: Any) -> None:
     return None
 
 
-FAMILY = Family("toy", _cost, exact_cost=_nothing, predict=_predict, blocks=lambda ir: "-", block_size=_nothing)
+FAMILY = Family(
+    name="toy",
+    noun="gate",
+    cost=_cost,
+    exact_cost=_nothing,
+    predict=_predict,
+    shape=lambda decision: "" if decision.ir is None else f"{decision.ir.rows}x{decision.ir.columns}",
+    blocks=lambda ir: "-",
+    block_size=_nothing,
+)

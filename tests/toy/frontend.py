@@ -65,7 +65,7 @@ def choose(
     written = write_between(footprint, Order.of(site.anchor.graph))
     if written is not None:
         return Choice(kept_exact(base, "legality", Refusal("mutation", *written)))
-    if config.plan is not None and config.plan.site(name, ()).form is None:
+    if config.plan is not None and config.plan.has(name) and config.plan.site(name, ()).form is None:
         return Choice(kept_exact(base, "cost", Refusal("plan_exact", "the plan keeps it exact")))
     if config.policy == "never":
         return Choice(kept_exact(base, "cost", Refusal("policy_never", "policy is 'never'")))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.toy import frontend
 from tests.toy.family import FAMILY as TOY
 
-FAMILY = replace(TOY, name="rival")
+FAMILY = replace(TOY, name="rival", noun="rival gate")
 
 
 def _choose(*arguments: object) -> frontend.Choice:

@@ -11,6 +11,7 @@ import torch
 from torch._inductor import config
 from torch.nn.functional import scaled_dot_product_attention
 
+from monarch_compile import explain
 from monarch_compile.config import MonarchConfig
 from monarch_compile.refusal import CODES
 from tests.support.inductor import without_codegen
@@ -20,6 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MAX_WORDS = 1000
 LINE = 120
+ALWAYS = {"policy": "always"}
 
 LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")
 FENCED = re.compile(r"```.*?```", re.DOTALL)
@@ -175,10 +177,12 @@ def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {"model": scaled_dot_product_attention, "inputs": tuple(torch.randn(3, 1, 1, 512, 16))}
     snippets = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     with config.patch(force_disable_caches=True):
         for snippet in snippets:
             exec(snippet, names)
     assert [site.status for site in names["report"].sites] == ["lowered"]
+    found = explain(names["convolve"], torch.randn(2, 64, 512).bfloat16(), torch.randn(64, 512), options=ALWAYS)
+    assert found.summary == "1 of 1 long convolutions lowered in 1 graph"
     assert (tmp_path / "report.html").exists()
     assert (tmp_path / "plan.json").exists()
