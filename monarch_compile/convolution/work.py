@@ -119,7 +119,7 @@ def cost(ir: LongConvolution) -> Cost:
         flops = batch * channels * points * 8 * (first + 2 * second)
     else:
         flops = batch * channels * seq_len * 24 * sympy.sqrt(seq_len)
-    gates = ir.pre_gate * seq_len + ir.post_gate * out_len
+    gates = int(ir.pre_gate) * seq_len + int(ir.post_gate) * out_len
     moved = (seq_len + gates) * ir.dtype.itemsize + out_len * ir.out_dtype.itemsize
     return Cost(flops, batch * channels * moved + channels * 24 * seq_len, 0)
 
@@ -147,7 +147,7 @@ def predict(
     rows, seq_len, out_len = sizes["batch"] * sizes["channels"], sizes["seq_len"], sizes["out_len"]
     slower = FITTED_BYTES_PER_S / (device.ceiling.bytes_per_s if device.ceiling else device.monarch.bytes_per_s)
     points = points_of(seq_len, out_len)
-    gates = rows * (ir.pre_gate * seq_len + ir.post_gate * out_len) * ir.dtype.itemsize / FITTED_BYTES_PER_S
+    gates = rows * (int(ir.pre_gate) * seq_len + int(ir.post_gate) * out_len) * ir.dtype.itemsize / FITTED_BYTES_PER_S
     fft_s = (rows * sizes["transform_len"] * GPU.fft_s + gates) * slower
     own_s = (rows * points * GPU.own_s.get(points, GPU.fft_s * 2) + sizes["channels"] * points * GPU.filter_s) * slower
     own_s += gates * slower
