@@ -40,6 +40,39 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
+    _check_bounds(monkeypatch, interpreter)
+
+
+def _check_bounds(monkeypatch: pytest.MonkeyPatch, interpreter) -> None:  # type: ignore[no-untyped-def]
+    """Every place that a kernel reads or writes lies in a tensor that it was given."""
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    call, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    first = last = np.zeros(0, np.uint64)
+
+    def checked_call(self, *arguments, **options):  # type: ignore[no-untyped-def]
+        nonlocal first, last
+        storages = [x.untyped_storage() for x in arguments if isinstance(x, torch.Tensor)]
+        ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages)
+        first, last = (np.array(ends, np.uint64) for ends in zip(*ranges, strict=True))
+        return call(self, *arguments, **options)
+
+    def check(pointers, mask, size: int) -> None:  # type: ignore[no-untyped-def]
+        places = np.asarray(pointers.data).astype(np.uint64)[np.asarray(mask.data).astype(bool)]
+        tensor = np.searchsorted(first, places, side="right").astype(np.int64) - 1
+        inside = (tensor >= 0) & (places + np.uint64(size) <= last[tensor])
+        assert inside.all(), f"a kernel reaches outside of its tensors at {np.count_nonzero(~inside)} places"
+
+    def checked_load(self, pointers, mask, *rest):  # type: ignore[no-untyped-def]
+        check(pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):  # type: ignore[no-untyped-def]
+        check(pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(executor, "__call__", checked_call)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
 
 
 def _loops_to_run_time_bounds(interpreter) -> bool:  # type: ignore[no-untyped-def]

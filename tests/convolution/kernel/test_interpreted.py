@@ -13,7 +13,7 @@ from monarch_compile.codegen.convolution.kernels import Specialization
 from monarch_compile.codegen.convolution.launch import bucketed, launch, run
 from monarch_compile.codegen.convolution.schedule import TRANSFORMS, Schedule, check_schedule, choose_schedule
 from monarch_compile.codegen.convolution.search import inputs, variants
-from monarch_compile.codegen.launcher import Launcher
+from monarch_compile.codegen.launcher import Launcher, build
 from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.reference import reference
@@ -89,6 +89,15 @@ def test_nothing_overflows_or_is_lost(points: int) -> None:
         found = launch(u, filter, None, None, None, **options, out_dtype=torch.bfloat16)
         wanted = reference(u.double(), filter.double(), **options)
         assert errors(found, wanted).max() < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_nothing_is_read_beyond_a_batch_that_fills_its_tiles(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is computed again, in tiles of its own."""
+    monkeypatch.setattr(kernels, "NOISE", 1e30)
+    build.cache_clear()
+    check(Case(batch, 2, 256, 256, 512, 256, terms="daz"), out_dtype=torch.bfloat16)
+    build.cache_clear()
 
 
 def test_only_what_is_marked_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
