@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -165,6 +166,24 @@ def strides_are_seen(output: Node, lowered: torch.Tensor, *, in_body: bool = Fal
 def sharing_is_seen(output: Node) -> bool:
     """Whether a write reaches memory that a view of `output` may or may not share, depending on strides."""
     return _writes_to_maybe_copies([*_downstream(output)])
+
+
+def sharing_leaves(output: Node) -> bool:
+    """Whether two results of the graph lie apart that might be views of one tensor if `output` had no gaps."""
+    joined: dict[int, int] = {}
+
+    def family(storage: int) -> int:
+        while storage in joined:
+            storage = joined[storage]
+        return storage
+
+    for copy in (node for node in _downstream(output) if node.target in MAY_COPY):
+        for own, source in product(storages_of(copy), storages_of(inputs(copy)[0])):
+            if family(own) != family(source):
+                joined[family(own)] = family(source)
+    returned = next(iter(output.graph.find_nodes(op="output"))).all_input_nodes
+    left = {storage for node in returned for storage in storages_of(node)}
+    return len({family(storage) for storage in left}) < len(left)
 
 
 def _writes_to_maybe_copies(reached: Sequence[Node]) -> bool:

@@ -180,7 +180,8 @@ def known(size: Dim, hints: Mapping[str, int] | None) -> int:
     """
     if isinstance(size, int):
         return size
-    value = sympy.sympify(size).subs(dict(hints or {}))
+    values = {sympy.sympify(name): number for name, number in (hints or {}).items()}
+    value = sympy.sympify(size).subs(values)
     if not value.is_number:
         raise InputError(f"the size {size} has no value; give one for each symbol in it")
     return int(value)

@@ -19,7 +19,7 @@ from monarch_compile.passes.convolution.region import ConvolutionRegion
 from monarch_compile.passes.convolution.scales import all_scales
 from monarch_compile.passes.convolution.sizes import Sizes
 from monarch_compile.passes.graph import FLOATS, dtype_of, value_of
-from monarch_compile.passes.memory import sharing_is_seen
+from monarch_compile.passes.memory import sharing_is_seen, sharing_leaves
 from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
 from monarch_compile.refusal import Refusal
 
@@ -148,9 +148,11 @@ def _check_strided(region: ConvolutionRegion, order: Order) -> Found:
 
 def _check_sharing(region: ConvolutionRegion, order: Order) -> Found:
     """The result is contiguous, and may have been a part of another tensor: a reshape of it may copy or not."""
-    if not sharing_is_seen(region.output):
-        return None
-    return "a write reaches what may or may not be a view of the result, depending on its strides"
+    if sharing_is_seen(region.output):
+        return "a write reaches what may or may not be a view of the result, depending on its strides"
+    if sharing_leaves(region.output):
+        return "two results of the graph may or may not share memory, depending on the strides of the convolution's"
+    return None
 
 
 def _check_body(region: ConvolutionRegion, order: Order) -> Found:

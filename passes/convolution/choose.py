@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import known, predict, runs_kernels
+from monarch_compile.convolution.work import SIZES, predict, runs_kernels
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.passes.capture.enclosed import name_of
@@ -53,11 +53,11 @@ def _weigh(site: ConvolutionRegion, base: Decision, config: MonarchConfig, devic
     ir: LongConvolution = base.ir
     if config.policy == "never":
         return _exact(base, "cost", Refusal("policy_never", "policy is 'never'"))
-    hints = _hints(site)
-    prediction = predict(ir, installed(device), hints, base.calls)
+    captured = _as_captured(ir, site)
+    prediction = predict(captured, installed(device), None, base.calls)
     gain = f"{prediction.speedup:.2f}x"
     if config.policy == "auto":
-        refusal = _stays(ir, device, hints)
+        refusal = _stays(captured, device)
         if refusal is None and not prediction.pays:
             refusal = Refusal("cost_exact_wins", f"the FFT wins; predicted gain {gain} here")
         if refusal is not None:
@@ -67,18 +67,16 @@ def _weigh(site: ConvolutionRegion, base: Decision, config: MonarchConfig, devic
     return Choice(decision, site, ir, frozenset(site.inside), prediction.speedup)
 
 
-def _stays(ir: LongConvolution, device: torch.device, hints: Mapping[str, int]) -> Refusal | None:
-    """Why a site stays as it is whatever is predicted: no kernel would run, or its result be rounded too early."""
+def _stays(ir: LongConvolution, device: torch.device) -> Refusal | None:
+    """Why a site of known lengths stays as it is whatever is predicted: no kernel would run, or its result be rounded
+    too early."""
     if device.type == "cpu":
         return Refusal("cpu_fft_wins", "on a CPU the FFT wins")
     if ir.out_dtype not in HALVES or ir.dtype not in HALVES:
         return Refusal("float32_result", f"it is of {ir.dtype} and gives {ir.out_dtype}: float32 leaves it to the FFT")
-    lengths = (known(size, hints) for size in (ir.seq_len, ir.out_len))
-    if not runs_kernels(device, ir.dtype, ir.filter_dtype, ir.out_dtype, *lengths):
-        return Refusal(
-            "cost_exact_wins",
-            f"no kernel gives {ir.out_dtype} of sequences this long on this device; the FFT runs anyhow",
-        )
+    if not runs_kernels(device, ir.dtype, ir.filter_dtype, ir.out_dtype, ir.seq_len, ir.out_len):
+        why = f"no kernel gives {ir.out_dtype} of sequences this long on this device; the FFT runs anyhow"
+        return Refusal("cost_exact_wins", why)
     return None
 
 
@@ -104,9 +102,10 @@ def _undecided(name: str, node: Node) -> Decision:
     )
 
 
-def _hints(site: ConvolutionRegion) -> dict[str, int]:
-    """The values that the sizes of the IR had in the call that was captured."""
+def _as_captured(ir: LongConvolution, site: ConvolutionRegion) -> LongConvolution:
+    """The IR with the numbers that its symbolic sizes were in the call that was captured."""
     frame = site.frame
     operands = [operand.size(frame.axis) for operand in (site.u, *site.filters)]
     sizes: Iterable[Any] = (frame.batch_size, frame.num_channels, site.points, site.ending.length, *operands)
-    return {str(n): int(n.node.hint) for n in sizes if isinstance(n, torch.SymInt)}
+    numbers = {str(n): int(n.node.hint) for n in sizes if isinstance(n, torch.SymInt)}
+    return replace(ir, **{name: numbers.get(str(size := getattr(ir, name)), size) for name in SIZES})

@@ -120,11 +120,15 @@ def _cropped(ending: Ending, node: Node, dim: int, start: Any) -> Ending | None:
         start = start + size
     elif not (statically_known_true(start >= 0) and statically_known_true(start <= size)):
         return None
+    if ending.skip is not None or (ending.post_gate is not None and not is_same(start, 0)):
+        return None  # a skip term is of the whole input, and a gate begins with the first point that is put out
     return replace(ending, output=node, lag=ending.lag + start, length=shape_of(node)[dim])
 
 
 def _roll(ending: Ending, node: Node, context: Context) -> Ending | None:
-    """A roll of all points, which are periodic."""
+    """A roll of all points, which are periodic; a skip term and a gate would be rolled with them."""
+    if ending.skip is not None or ending.post_gate is not None:
+        return None
     shifts, dims = inputs(node)[1], arg(node, 2, "dims", ())
     if len(shifts) != 1 or len(dims) != 1 or not is_same(ending.length, context.points):
         return None
@@ -150,7 +154,9 @@ def _div(ending: Ending, node: Node, context: Context) -> Ending | None:
 
 
 def _scaled(ending: Ending, node: Node, factor: Any, sign: int, context: Context) -> Ending | None:
-    if ending.skip is not None or ending.post_gate is not None or not same_shape(node, ending.output):
+    if ending.skip is not None or ending.post_gate is not None:
+        return None
+    if is_complex(factor) or not same_shape(node, ending.output):
         return None
     size = number_of(factor)
     if isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) and is_same(size, context.points):

@@ -13,6 +13,7 @@ from monarch_compile.passes.constants import constant_of
 from monarch_compile.passes.convolution.reach import Reach
 from monarch_compile.passes.convolution.region import Operand
 from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
+from monarch_compile.passes.memory import is_written
 from monarch_compile.passes.views import CASTS
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
@@ -96,7 +97,7 @@ FILLS: dict[Any, int] = {
 
 
 def _is_zero(node: Node) -> bool:
-    if node.target not in FILLS:
+    if node.target not in FILLS or is_written(node):
         return False
     place = FILLS[node.target]
     return not place or constant_of(inputs(node)[place]) == 0

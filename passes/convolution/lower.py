@@ -95,7 +95,7 @@ class _Tensors:
             """(batch, channels, kept)."""
             length = operand.size(frame.axis)
             node = placed(graph, operand, frame.order, (*lead, length), (*whole, length), sizes)
-            return node if str(kept) == str(length) else _cut(graph, node, kept)
+            return node if str(kept) == str(length) else _cut(graph, node, sizes(kept))
 
         seq_len = seq_len_of(region)
         self.u = sequence(region.u, seq_len)
@@ -107,7 +107,7 @@ class _Tensors:
             self.skip = placed(graph, ending.skip, frame.channels, channels, (frame.num_channels,), sizes)
 
 
-def _cut(graph: Graph, node: Node, length: int) -> Node:
+def _cut(graph: Graph, node: Node, length: Any) -> Node:
     cut: Node = graph.call_function(aten.slice.Tensor, (node, 2, 0, length))
     return cut
 

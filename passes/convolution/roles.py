@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -94,14 +94,22 @@ def _parts(terms: Iterable[Term], u: Key) -> tuple[Part, ...]:
     return tuple(Part(is_reversed, tuple(filters)) for is_reversed, filters in found.items() if filters)
 
 
-def _frame(u: Operand, filters: Iterable[Operand], axis: int, sizes: tuple[Any, ...], node: Node) -> Frame:
+def _frame(u: Operand, filters: Sequence[Operand], axis: int, sizes: tuple[Any, ...], node: Node) -> Frame:
     own = _varying(u, axis)
     channels = frozenset().union(*(_varying(operand, axis) for operand in filters))
     others = [place for place in range(len(sizes)) if place != axis]
     shared = [place for place in others if place not in channels]
-    if len(own & channels) > 1 and not own - channels:
+    if len(own & channels) > 1 and not own - channels and not _has_batch(u, filters):
         raise Refused("filter_per_sequence", "every sequence has a filter of its own", node)
     return Frame(sizes, axis, tuple(shared), tuple(place for place in others if place in channels))
+
+
+def _has_batch(u: Operand, filters: Iterable[Operand]) -> bool:
+    """Whether the input has a dim that no filter has, be it of size 1."""
+    return any(
+        own is not None and all(one is None for one in others)
+        for own, *others in zip(u.dims, *(operand.dims for operand in filters), strict=True)
+    )
 
 
 def _require_views(u: Operand, frame: Frame, node: Node) -> None:

@@ -20,7 +20,7 @@ from monarch_compile.passes.convolution.transforms import (
     number_of,
 )
 from monarch_compile.passes.einsum import einsum_letters
-from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of
+from monarch_compile.passes.graph import arg, aten, inputs, normal_dim, shape_of, value_of
 from monarch_compile.passes.views import source_dims
 from monarch_compile.refusal import Refused
 
@@ -115,10 +115,15 @@ def transforms_above(node: Node) -> frozenset[Node]:
             continue
         if is_inverse(current):
             continue
-        above = [x for x in current.all_input_nodes if x not in seen and (is_complex(x) or x.target in BY_PARTS)]
+        above = [x for x in current.all_input_nodes if x not in seen and _leads_up(x)]
         seen.update(above)
         pending += above
     return frozenset(found)
+
+
+def _leads_up(node: Node) -> bool:
+    """Whether a complex tensor may be made of a node by way of it: a complex one, its parts, or several of them."""
+    return is_complex(node) or node.target in BY_PARTS or isinstance(value_of(node), (tuple, list))
 
 
 BY_PARTS = frozenset(
@@ -139,7 +144,7 @@ BY_PARTS = frozenset(
 def _unknown(node: Node) -> Refused:
     if not transforms_above(node):
         return Refused("learned_spectrum", f"{node.name} is no transform of a filter, but a spectrum itself", node)
-    return Refused("spectrum_op", f"{node.target} in the frequency domain is not understood", node)
+    return Refused("spectrum_op", f"{node.name} in the frequency domain is not understood", node)
 
 
 def _forward(node: Node, read: Reader) -> Spectrum:
@@ -197,6 +202,8 @@ def _mul(node: Node, read: Reader) -> Spectrum:
     one, other = inputs(node)[:2]
     if not is_complex(one):
         one, other = other, one
+    if not is_complex(one):
+        raise _unknown(node)
     if is_complex(other):
         first, second = read(one), read(other)
         rank = len(shape_of(node))

@@ -78,8 +78,19 @@ def _of_complex(node: Node) -> Transform:
     return Transform(node, source, axis, shape_of(source)[axis], CODES[code])
 
 
-def _many(node: Node) -> Transform:
-    raise Refused("transform_dims", f"{node.target} transforms several dims", node)
+def _of_dims(node: Node, *, half: bool) -> Transform:
+    source, (axis, points) = inputs(node)[0], _only_dim(node)
+    points = shape_of(source)[axis] if points in (None, -1) else points
+    return Transform(node, source, axis, points, MODES[arg(node, 3, "norm")], half)
+
+
+def _only_dim(node: Node) -> tuple[int, Any]:
+    """The dim of an op that may transform several ones, and its length there, if given."""
+    source, lengths, dims = inputs(node)[0], arg(node, 1, "s"), arg(node, 2, "dim")
+    if dims is None:  # the last ones that have a length, else all
+        dims = [*range(-len(shape_of(source) if lengths is None else lengths), 0)]
+    axis = _single_axis(node, source, dims)
+    return axis, None if lengths is None else number_of(lengths[0])
 
 
 FORWARD: dict[Any, Callable[[Node], Transform]] = {
@@ -87,10 +98,10 @@ FORWARD: dict[Any, Callable[[Node], Transform]] = {
     aten.fft_fft.default: lambda node: _function(node, half=False),
     aten._fft_r2c.default: _of_real,
     aten._fft_c2c.default: _of_complex,
-    aten.fft_rfft2.default: _many,
-    aten.fft_rfftn.default: _many,
-    aten.fft_fft2.default: _many,
-    aten.fft_fftn.default: _many,
+    aten.fft_rfft2.default: lambda node: _of_dims(node, half=True),
+    aten.fft_rfftn.default: lambda node: _of_dims(node, half=True),
+    aten.fft_fft2.default: lambda node: _of_dims(node, half=False),
+    aten.fft_fftn.default: lambda node: _of_dims(node, half=False),
 }
 """Of a real tensor, or of one that was made complex."""
 
@@ -100,6 +111,11 @@ def _inverse_function(node: Node, *, gives_real: bool) -> Transform:
     axis = normal_dim(arg(node, 2, "dim", -1), len(shape_of(source)))
     power = -MODES[arg(node, 3, "norm")]
     return Transform(node, source, axis, shape_of(node)[axis], power, gives_real=gives_real)
+
+
+def _inverse_of_dims(node: Node, *, gives_real: bool) -> Transform:
+    source, (axis, _) = inputs(node)[0], _only_dim(node)
+    return Transform(node, source, axis, shape_of(node)[axis], -MODES[arg(node, 3, "norm")], gives_real=gives_real)
 
 
 def _to_real(node: Node) -> Transform:
@@ -119,10 +135,10 @@ INVERSE: dict[Any, Callable[[Node], Transform]] = {
     aten.fft_ifft.default: lambda node: _inverse_function(node, gives_real=False),
     aten._fft_c2r.default: _to_real,
     aten._fft_c2c.default: _to_complex,
-    aten.fft_irfft2.default: _many,
-    aten.fft_irfftn.default: _many,
-    aten.fft_ifft2.default: _many,
-    aten.fft_ifftn.default: _many,
+    aten.fft_irfft2.default: lambda node: _inverse_of_dims(node, gives_real=True),
+    aten.fft_irfftn.default: lambda node: _inverse_of_dims(node, gives_real=True),
+    aten.fft_ifft2.default: lambda node: _inverse_of_dims(node, gives_real=False),
+    aten.fft_ifftn.default: lambda node: _inverse_of_dims(node, gives_real=False),
 }
 
 
