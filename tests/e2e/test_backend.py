@@ -60,7 +60,13 @@ def test_extreme_block_sizes_are_exact(block_size: int) -> None:
     assert counters["monarch"]["lowered"] == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"num_iters": 3, "init": "mean", "pad": "pre"}], ids=["default", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="default"),
+        pytest.param({"num_iters": 3, "init": "mean", "pad": "pre"}, id="all", marks=pytest.mark.nightly),
+    ],
+)
 def test_real_blocks_agree_with_the_reference(options: dict[str, object]) -> None:
     model, x, visible = Block().eval(), torch.randn(3, 41, 24), key_padding(3, 41)
     options = {"block_size": 7} | options

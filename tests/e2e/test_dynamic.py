@@ -116,6 +116,7 @@ def test_dims_that_are_marked_dynamic(dims: Sequence[int]) -> None:
     assert num_graphs() == 1
 
 
+@pytest.mark.nightly
 def test_options_beside_the_block_size_hold_for_every_length() -> None:
     options = {"num_iters": 2, "init": "mean", "pad": "pre", "prefix": 3}
     call = compiled(policy="always", **options)

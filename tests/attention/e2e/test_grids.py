@@ -116,6 +116,7 @@ def test_a_grid_and_the_tokens_before_it_are_found(num_tokens: int) -> None:
     assert report.to_dict()["sites"][0]["blocking"] == report.sites[0].blocking
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("options", "tile", "window", "window_shape"),
     [
@@ -143,8 +144,8 @@ def test_options_that_ask_for_pieces(options: dict[str, Any]) -> None:
     assert (site.ir.form.tile, site.ir.form.window, site.ir.form.prefix) == (None, 1, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_layers", [2, pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_layers", [2, 3])
 def test_images_of_several_sizes(num_layers: int, poisoned: Any) -> None:
     """With two symbolic sizes, whose product alone is a dim of the sites' tensors."""
     model = ViT(num_layers=num_layers).eval()
@@ -158,7 +159,7 @@ def test_images_of_several_sizes(num_layers: int, poisoned: Any) -> None:
     assert not poisoned.overwritten
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_steps() -> None:
     model, x = ViT(num_layers=1), image()
     run = compiled(model)

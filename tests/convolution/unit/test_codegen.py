@@ -64,7 +64,7 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
     environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     run = subprocess.run(
         [sys.executable, "-c", COMPILED],
-        input=json.dumps([(64, 256), (1, 1024), (16, 8192)]),
+        input=json.dumps([(64, 256), (16, 8192)]),
         capture_output=True,
         text=True,
         env=environment,
