@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from monarch_compile.calls import Launcher
 from monarch_compile.config import MonarchConfig
-from monarch_compile.decision import LOWERED, Decision
+from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.passes.capture.enclosed import all_graphs, name_of
-from monarch_compile.passes.graph import source_of
+from monarch_compile.passes.graph import dtype_of, source_of, value_of
 from monarch_compile.refusal import Refusal
 
 
@@ -59,6 +61,29 @@ def kept_exact(base: Decision, stage: str, refusal: Refusal) -> Decision:
     if refusal.node is None:
         return decision
     return replace(decision, node=name_of(refusal.node), source=source_of(refusal.node))
+
+
+def undecided(family: str, name: str, anchor: Node, output: Node | None = None) -> Decision:
+    """What is known of a site before anything is decided. output: the node of its result, where it was matched."""
+    node = output or anchor
+    return Decision(
+        family=family,
+        name=name,
+        status=EXACT,
+        stage="match",
+        code="",
+        reason="",
+        node=name_of(node),
+        source=source_of(node),
+        dtype=dtype_of(anchor),
+        device=_device_of(anchor),
+    )
+
+
+def _device_of(node: Node) -> str:
+    """Where a node's (first) tensor is: one that it gives, or, if it only writes, one that it is given."""
+    values = pytree.tree_leaves([value_of(n) for n in (node, *node.all_input_nodes)])
+    return next((x.device.type for x in values if isinstance(x, torch.Tensor)), "cpu")
 
 
 @dataclass

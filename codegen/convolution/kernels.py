@@ -79,16 +79,15 @@ def _kernels(make: _Maker) -> tuple[Kernel, ...]:
     """With products of float16 numbers, some sequences are transformed twice."""
     if make.schedule.precision == "single":
         return _transforms(make, "single")
-    again = replace(make, schedule=replace(make.schedule, main=_again(make.schedule.main), sequences=1, kept="nothing"))
-    if make.schedule.sequences > 1:
-        columns = make.schedule.main.step // make.schedule.sequences
-        again = replace(again, schedule=replace(again.schedule, main=replace(again.schedule.main, step=columns)))
+    again = replace(make, schedule=_again(make.schedule))
     return (*_transforms(make, "half", "marks"), *_transforms(again, "single", "marked"))
 
 
-def _again(main: Tiling) -> Tiling:
+def _again(schedule: Schedule) -> Schedule:
     """Tiles of what is computed a second time, which is little: enough warps for operands of twice the size."""
-    return replace(main, num_warps=max(4, main.num_warps), turns=max(2, min(TURNS_AGAIN, main.turns)))
+    main, turns = schedule.main, max(2, min(TURNS_AGAIN, schedule.main.turns))
+    main = replace(main, step=main.step // schedule.sequences, num_warps=max(4, main.num_warps), turns=turns)
+    return replace(schedule, main=main, sequences=1, kept="nothing")
 
 
 def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, ...]:

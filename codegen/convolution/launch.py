@@ -11,7 +11,7 @@ from torch import Tensor
 
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
-from monarch_compile.convolution.ir import LongConvolution
+from monarch_compile.convolution.ir import LongConvolution, looks_back
 from monarch_compile.convolution.work import points_of
 
 MOST_BATCH = 64
@@ -76,16 +76,6 @@ def _by_rows(x: Tensor) -> Tensor:
     """`x` with the positions of a sequence side by side: a program reads whole sequences, and it would read a cache
     line for each number of one that lies otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def looks_back(seq_len: Any, filter_len: Any, transform_len: Any, lag: Any) -> bool:
-    """Whether outputs depend on inputs before them and on their own alone, the filter's first number at lag 0.
-
-    Symbolic sizes are not guarded on: where it is not known, it is False, which is right for all.
-    """
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(lag == 0) and statically_known_true(transform_len - seq_len >= filter_len - 1))
 
 
 def bucketed(ir: LongConvolution) -> LongConvolution:

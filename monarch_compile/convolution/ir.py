@@ -16,6 +16,16 @@ from monarch_compile.errors import IRError
 from monarch_compile.ir import DTYPE_NAMES, Dim
 
 
+def looks_back(seq_len: Any, filter_len: Any, transform_len: Any, lag: Any) -> bool:
+    """Whether outputs depend on inputs before them and on their own alone, the filter's first number at lag 0.
+
+    Symbolic sizes are not guarded on: where it is not known, it is False, which is right for all.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(lag == 0) and statically_known_true(transform_len - seq_len >= filter_len - 1))
+
+
 @dataclass(frozen=True)
 class LongConvolution:
     """A depthwise convolution, circular in a transform of `transform_len` points.
@@ -56,11 +66,8 @@ class LongConvolution:
     def wraps(self) -> bool:
         """Whether an output may depend on inputs after it, or on more than the lags from 0 on; where sizes are
         symbolic, it may."""
-        lengths = (self.transform_len, self.seq_len, self.filter_len)
-        numbers = [size for size in lengths if isinstance(size, int)]
-        if len(numbers) < len(lengths) or self.lag != 0:
-            return True
-        return numbers[0] - numbers[1] < numbers[2] - 1
+        sizes = (self.seq_len, self.filter_len, self.transform_len, self.lag)
+        return any(isinstance(size, str) for size in sizes) or not looks_back(*sizes)
 
     def __str__(self) -> str:
         return _text(self)

@@ -6,8 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from monarch_compile.attention.form import ACROSS, Form
 from monarch_compile.attention.lengths import chosen_form, cost_refusal
@@ -15,19 +13,20 @@ from monarch_compile.attention.work import predict
 from monarch_compile.calibration.plan import SitePlan, site_shape
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import installed
-from monarch_compile.decision import EXACT, LOWERED, Decision
+from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import PlanError
 from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
 from monarch_compile.passes.attention.grids import site_grid
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
 from monarch_compile.passes.attention.sizes import guard_equal_sizes
-from monarch_compile.passes.capture.enclosed import name_of
 from monarch_compile.passes.elements.layouts import Layouts
-from monarch_compile.passes.graph import dim_of, dtype_of, source_of, value_of
-from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
+from monarch_compile.passes.graph import dim_of
+from monarch_compile.passes.state import Choice, RefusedSite, kept_exact, undecided
 from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.refusal import Refusal, kernel_refusal
+
+FAMILY = "attention"
 
 
 def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, layouts: Layouts) -> Choice:
@@ -40,11 +39,11 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     """
     if isinstance(site, RefusedSite):
         _planned(name, (), config)
-        return _exact(_undecided(name, site.anchor), "match", site.refusal)
+        return _exact(undecided(FAMILY, name, site.anchor), "match", site.refusal)
     guard_equal_sizes(site)
     context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
-    base = _describe(site, _undecided(name, site.anchor, site.output), ",".join(kinds) or "none")
+    base = _describe(site, undecided(FAMILY, name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
     grid, blocking = site_grid(site, config, layouts)
     site, base = replace(site, grid=grid), replace(base, blocking=blocking)
@@ -103,29 +102,6 @@ def _planned(name: str, shape: tuple[int, ...], config: MonarchConfig) -> SitePl
 
 def _exact(base: Decision, stage: str, refusal: Refusal) -> Choice:
     return Choice(kept_exact(base, stage, refusal))
-
-
-def _undecided(name: str, anchor: Node, output: Node | None = None) -> Decision:
-    """What is known of a site before anything is decided. output: the node of its result, where it was matched."""
-    node = output or anchor
-    return Decision(
-        family="attention",
-        name=name,
-        status=EXACT,
-        stage="match",
-        code="",
-        reason="",
-        node=name_of(node),
-        source=source_of(node),
-        dtype=dtype_of(anchor),
-        device=_device_of(anchor),
-    )
-
-
-def _device_of(node: Node) -> str:
-    """Where a node's (first) tensor is: one that it gives, or, if it only writes, one that it is given."""
-    values = pytree.tree_leaves([value_of(n) for n in (node, *node.all_input_nodes)])
-    return next((x.device.type for x in values if isinstance(x, torch.Tensor)), "cpu")
 
 
 def _describe(region: AttentionRegion, decision: Decision, mask: str) -> Decision:

@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.passes.attention.anchors import is_no_attention
-from monarch_compile.passes.attention.choose import choose
+from monarch_compile.passes.attention.choose import FAMILY, choose
 from monarch_compile.passes.attention.fusion import keep_from_fusion, may_be_misread
 from monarch_compile.passes.attention.heads import share_heads
 from monarch_compile.passes.attention.lower import as_op_gives, lower
@@ -17,8 +17,6 @@ from monarch_compile.passes.attention.softmaxes import softmaxes_of
 from monarch_compile.passes.capture.enclosed import all_graphs, copy_graph
 from monarch_compile.passes.frontends import Frontend
 from monarch_compile.passes.state import Choice, Pass, State
-
-FAMILY = "attention"
 
 
 def _hoist_scales(state: State) -> str:

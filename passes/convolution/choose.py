@@ -7,21 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.work import SIZES, predict, runs_kernels
 from monarch_compile.cost.devices import installed
-from monarch_compile.decision import EXACT, LOWERED, Decision
-from monarch_compile.passes.capture.enclosed import name_of
+from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.passes.convolution.checks import first_refusal
 from monarch_compile.passes.convolution.inputs import HALVES
 from monarch_compile.passes.convolution.lower import to_ir
 from monarch_compile.passes.convolution.region import ConvolutionRegion, Site
 from monarch_compile.passes.elements.layouts import Layouts
-from monarch_compile.passes.graph import dtype_of, source_of, value_of
-from monarch_compile.passes.state import Choice, RefusedSite, kept_exact
+from monarch_compile.passes.graph import dtype_of, value_of
+from monarch_compile.passes.state import Choice, RefusedSite, kept_exact, undecided
 from monarch_compile.passes.surroundings import Surroundings
 from monarch_compile.refusal import Refusal, kernel_refusal
 
@@ -34,8 +32,8 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     A plan says nothing of it: the lowered form is as exact as what it stands for.
     """
     if isinstance(site, RefusedSite):
-        return _exact(_undecided(name, site.anchor), "match", site.refusal)
-    base = _undecided(name, site.output)
+        return _exact(undecided(FAMILY, name, site.anchor), "match", site.refusal)
+    base = undecided(FAMILY, name, site.output)
     refusal = first_refusal(site)
     if refusal is not None:
         return _exact(base, "legality", refusal)
@@ -82,24 +80,6 @@ def _stays(ir: LongConvolution, device: torch.device) -> Refusal | None:
 
 def _exact(base: Decision, stage: str, refusal: Refusal) -> Choice:
     return Choice(kept_exact(base, stage, refusal))
-
-
-def _undecided(name: str, node: Node) -> Decision:
-    """What is known of a site before anything is decided."""
-    value = value_of(node)
-    device = value.device.type if isinstance(value, torch.Tensor) else "cpu"
-    return Decision(
-        family=FAMILY,
-        name=name,
-        status=EXACT,
-        stage="match",
-        code="",
-        reason="",
-        node=name_of(node),
-        source=source_of(node),
-        dtype=dtype_of(node),
-        device=device,
-    )
 
 
 def _as_captured(ir: LongConvolution, site: ConvolutionRegion) -> LongConvolution:
