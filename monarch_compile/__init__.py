@@ -3,6 +3,8 @@
     compiled = torch.compile(model, backend="monarch")
     print(monarch_compile.explain(model, *inputs))
 
+`compress_` makes block low-rank layers of a trained model's linear layers.
+
 Options of the backend: `MonarchConfig`. Without torch.compile: `monarch_compile.integrations`.
 """
 
@@ -26,31 +28,42 @@ if TYPE_CHECKING:
     from monarch_compile.calibration.plan import Plan
     from monarch_compile.calibration.search import calibrate
     from monarch_compile.export import lower_exported
+    from monarch_compile.linear.compression.compress import compress_
+    from monarch_compile.linear.compression.configs import BlastLinearConfig, MonarchLinearConfig
+    from monarch_compile.linear.compression.report import CompressionReport
     from monarch_compile.report.explainer import explain
     from monarch_compile.report.report import Report
 
 __all__ = [
+    "BlastLinearConfig",
     "CodegenError",
+    "CompressionReport",
     "ConfigError",
     "IRError",
     "InputError",
     "LoweringError",
     "MonarchConfig",
     "MonarchError",
+    "MonarchLinearConfig",
     "Plan",
     "PlanError",
     "Report",
     "__version__",
     "calibrate",
+    "compress_",
     "explain",
     "lower_exported",
     "monarch_attention",
 ]
 
 _LATER = {
+    "BlastLinearConfig": "linear.compression.configs",
+    "CompressionReport": "linear.compression.report",
+    "MonarchLinearConfig": "linear.compression.configs",
     "Plan": "calibration.plan",
     "Report": "report.report",
     "calibrate": "calibration.search",
+    "compress_": "linear.compression.compress",
     "explain": "report.explainer",
     "lower_exported": "export",
 }

@@ -1,1 +1,1 @@
-"""Block low-rank linears: the weight is a grid of blocks, each of low rank (Monarch), or with shared factors (BLAST)."""
+"""Block low-rank linears: the weight is a grid of blocks of low rank (Monarch), or of shared factors (BLAST)."""

@@ -33,7 +33,8 @@ def reference(
 ) -> Tensor:
     """x (..., in_features) -> (..., out_features), contiguous.
 
-    Factors are as in `BlockLinear`; those of BLAST, where there is a `coupling`. All tensors are of one dtype, in which everything is computed. bias: (out_features,), in the order of the output.
+    Factors are as in `BlockLinear`; those of BLAST, where there is a `coupling`. All tensors are of one dtype, in which
+    everything is computed. bias: (out_features,), in the order of the output.
     """
     z = between(x, first, coupling)
     y = features(outwards(z, second, coupling is not None), output_order)

@@ -1,0 +1,1 @@
+"""`compress_`: dense linear layers of a trained model become block linears."""

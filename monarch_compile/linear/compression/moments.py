@@ -1,0 +1,102 @@
+"""Second moments of what layers are given: the mean of x x^T over all tokens of a few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monarch_compile.errors import InputError
+from monarch_compile.linear.compression.layers import Layer
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+MOST_BYTES = 2**30
+"""Of moments that are held at one time, unless those of a single layer take more."""
+
+
+def as_calls(calls: Any) -> list[Call]:
+    """A list of calls, or one, each a tensor, a tuple of positional arguments, a dict of keyword arguments, or both.
+
+    Raises:
+        InputError: it is something else, or empty.
+    """
+    found = [_as_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    if not found:
+        raise InputError("calls must hold at least one call; found an empty list")
+    return found
+
+
+def _as_call(call: Any) -> Call:
+    if isinstance(call, Tensor):
+        return (call,), {}
+    if isinstance(call, Mapping):
+        return (), dict(call)
+    if isinstance(call, tuple):
+        is_both = len(call) == 2 and isinstance(call[0], tuple) and isinstance(call[1], dict)
+        return call if is_both else (call, {})
+    raise InputError(f"a call must be a tensor, a tuple or a dict of arguments; found {type(call)}")
+
+
+def groups_of(layers: Sequence[Layer], most_bytes: int | None = None) -> Iterator[list[Layer]]:
+    """The layers in order, as many at a time as there is room for the moments of."""
+    room, group = most_bytes or MOST_BYTES, list[Layer]()
+    used = 0
+    for layer in layers:
+        needed = 8 * layer.weight.shape[1] ** 2
+        if group and used + needed > room:
+            yield group
+            group, used = [], 0
+        group.append(layer)
+        used += needed
+    if group:
+        yield group
+
+
+def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call]) -> dict[str, Tensor]:
+    """(in_features, in_features) in float64, by the layers' names; none for a layer that no call reaches.
+
+    The model runs without gradients, in its own mode.
+
+    Raises:
+        InputError: a layer is given an infinity or NaN.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            rows = x.detach().reshape(-1, x.shape[-1]).double()
+            sums[name] = sums[name] + rows.mT @ rows if name in sums else rows.mT @ rows
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return note
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            handle = layer.module.register_forward_pre_hook(noting(layer.name), with_kwargs=True)
+            stack.callback(handle.remove)
+        for args, kwargs in calls:
+            model(*args, **kwargs)
+    found = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+    for name, moment in found.items():
+        if not bool(moment.isfinite().all()):
+            raise InputError(f"the input of {name} has an infinity or NaN in these calls")
+    return found
+
+
+DAMPING = 1e-6
+"""Of the mean second moment: directions that the calls do not show are chosen by the weight."""
+
+
+def blocks_of_moment(moment: Tensor, num_blocks: int, damping: float = DAMPING) -> Tensor:
+    """(K, P, P): the second moments of each block of the input with itself."""
+    width = moment.shape[0] // num_blocks
+    by_block = moment.reshape(num_blocks, width, num_blocks, width)
+    blocks = torch.stack([by_block[b, :, b] for b in range(num_blocks)])
+    added = damping * float(moment.diagonal().mean())
+    return blocks + added * torch.eye(width, dtype=moment.dtype, device=moment.device)
