@@ -32,6 +32,10 @@ CODES: dict[str, Code] = {
     "backward_exact_wins": Code(
         "longer sequences, torch.no_grad() where no gradient is wanted, or policy='always'", is_choice=True
     ),
+    "block_order": Code("views and transposes alone between the two products, as a Monarch matrix or BLAST has them"),
+    "block_rank": Code("as many numbers from each block of the first factor for each block of the second"),
+    "block_reused": Code("what is between the two products must serve the second one alone"),
+    "block_step": Code("nothing but views between the two products: scales and activations after the second one"),
     "channels_mixed": Code(
         "one filter for each channel: a product that sums over channels is no depthwise convolution"
     ),
@@ -99,6 +103,7 @@ CODES: dict[str, Code] = {
         "no in-place op on what the site reads, what its mask is made of, or what may be a view of its result: "
         "torch.where, masked_fill or cat instead"
     ),
+    "no_gain": Code("policy='always', which changes no numbers but rounding", is_choice=True),
     "no_kernels": Code("a device of compute capability 8.0 or later, and triton"),
     "normalisation": Code("softmax over the keys: every weight divided by the sum of its own row, and by no more"),
     "plan_exact": Code("another plan: this one keeps the site exact", is_choice=True),

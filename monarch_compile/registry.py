@@ -38,5 +38,11 @@ FAMILIES: dict[str, Modules] = {
         benchmark="benchmarks.convolution",
         occurs_with=("fft", "long_convolution"),
     ),
+    "linear": Modules(
+        family="monarch_compile.linear.family",
+        frontend="monarch_compile.passes.linear.frontend",
+        emitter="monarch_compile.codegen.linear.emitter",
+        occurs_with=("bmm", "matmul", "einsum", "block_linear"),
+    ),
 }
 """By name. Of two families that claim one node with the same predicted gain, the first is lowered."""

@@ -1,0 +1,1 @@
+"""Block linears: found in a graph, proved, and lowered."""
