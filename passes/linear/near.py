@@ -56,6 +56,8 @@ def near_miss(last: Roles) -> None:
 
     Blocks that read only their own block of the product before, as experts do, are no near miss.
     """
+    if is_computed(last.weight_node):
+        return
     passed = STEPS | REORDERS
     source, between = source_of_moves(last.other_node, passed)
     before = product_of(source)
