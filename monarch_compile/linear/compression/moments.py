@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monarch_compile.calibration.snapshot import Snapshot
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.layers import Layer
 
@@ -59,7 +60,7 @@ def groups_of(layers: Sequence[Layer], most_bytes: int | None = None) -> Iterato
 def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call]) -> dict[str, Tensor]:
     """(in_features, in_features) in float64, by the layers' names; none for a layer that no call reaches.
 
-    The model runs without gradients, in its own mode.
+    The model runs without gradients, in its own mode; random state, buffers and attributes are put back afterwards.
 
     Raises:
         InputError: a layer is given an infinity or NaN.
@@ -80,7 +81,9 @@ def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call])
         for layer in layers:
             handle = layer.module.register_forward_pre_hook(noting(layer.name), with_kwargs=True)
             stack.callback(handle.remove)
+        state = stack.enter_context(Snapshot(model, list(calls)))
         for args, kwargs in calls:
+            state.restore()
             model(*args, **kwargs)
     found = {name: total / counts[name] for name, total in sums.items() if counts[name]}
     for name, moment in found.items():
