@@ -115,7 +115,7 @@ def checked_grid(architecture: Described, tokens: int) -> tuple[int, ...]:
     """
     found = num_tokens(architecture)
     if tokens != found:
-        raise ValueError(f"{architecture.name} has {found} tokens, {architecture.prefix} before its grid; found {tokens}")
+        raise ValueError(f"{architecture.name} has {found} tokens, its prefix among them; found {tokens}")
     assert architecture.grid is not None
     return architecture.grid
 

@@ -17,14 +17,14 @@ from benchmarks.models.rotary import grid_positions, rotary_table, rotated
 class JointDiffuser:
     """Blocks of FLUX.1 (https://github.com/black-forest-labs/flux) on latents of 16 channels, packed 2 x 2.
 
-    double: blocks in which text and image have weights of their own. single: blocks after them with one set of weights.
+    depth: blocks. double: those in which text and image have weights of their own; the others follow, with one set.
     prefix: tokens of the text, of `text_width` features. rotary_dims: features of a head that turn with each axis; of
     the first axis, which counts images, every position is 0.
     """
 
     name: str
+    depth: int
     double: int
-    single: int
     width: int
     num_heads: int
     grid: tuple[int, int]
@@ -32,11 +32,6 @@ class JointDiffuser:
     prefix: int = 512
     text_width: int = 4096
     channels: int = 16
-
-    @property
-    def depth(self) -> int:
-        """All blocks."""
-        return self.doubles + self.singles
 
     @property
     def head_dim(self) -> int:
@@ -101,10 +96,8 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """text, image: (batch, tokens, width), as are the outputs; condition: (batch, width)."""
         of_text, of_image = self.text.parts(condition), self.image.parts(condition)
-        pairs = zip(
-            self.text.heads(modulated(text, *of_text[:2])), self.image.heads(modulated(image, *of_image[:2])), strict=True
-        )
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        heads = self.text.heads(modulated(text, *of_text[:2])), self.image.heads(modulated(image, *of_image[:2]))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*heads, strict=True))
         y = F.scaled_dot_product_attention(rotated(q, table), rotated(k, table), v).transpose(1, 2).flatten(2)
         first, last = y.split([text.shape[1], image.shape[1]], dim=1)
         return self.text.after(text, first, of_text), self.image.after(image, last, of_image)
@@ -140,7 +133,7 @@ class Joint(nn.Module):
         self.image = nn.Linear(4 * architecture.channels, width)
         self.text = nn.Linear(architecture.text_width, width)
         self.doubles = nn.ModuleList(DoubleBlock(width, heads) for _ in range(architecture.double))
-        self.singles = nn.ModuleList(SingleBlock(width, heads) for _ in range(architecture.single))
+        self.singles = nn.ModuleList(SingleBlock(width, heads) for _ in range(architecture.depth - architecture.double))
         self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, 4 * architecture.channels)
 
     def forward(self, latents: Tensor, text: Tensor, condition: Tensor) -> Tensor:
