@@ -100,6 +100,18 @@ def _of_repeat(seen: Layouts, node: Node) -> Layout:
     return tuple(found)
 
 
+def _of_repeat_interleave(seen: Layouts, node: Node) -> Layout | None:
+    """Each place is repeated along one dim; without a dim all are flattened first."""
+    source, given = inputs(node)[0], arg(node, 2, "dim")
+    if given is None:
+        return None
+    found, dim = [*seen.layout(source)], normal_dim(given, len(shape_of(node)))
+    size, why = shape_of(node)[dim], "each place along it is repeated"
+    is_alike = is_one(shape_of(source)[dim]) or found[dim].is_free
+    found[dim] = free(node, dim, size, why) if is_alike else other(node, dim, size, why)
+    return tuple(found)
+
+
 def _of_complex(seen: Layouts, node: Node) -> Layout:
     return seen.layout(inputs(node)[0])[:-1]
 
@@ -315,6 +327,7 @@ MOVES: dict[object, Rule] = {
     **dict.fromkeys(TRANSPOSES, _of_transpose),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _of_expand),
     aten.repeat.default: _of_repeat,
+    **dict.fromkeys((aten.repeat_interleave.self_int, aten.repeat_interleave.self_Tensor), _of_repeat_interleave),
     aten.view_as_complex.default: _of_complex,
     aten.view_as_real.default: _of_real,
     aten.unfold.default: _of_windows,
