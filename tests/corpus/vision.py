@@ -114,7 +114,9 @@ DIFFUSERS: dict[str, Transformer] = {
         want="",
     ),
     "SD3Transformer2DModel": Transformer(
-        {**JOINT, "num_layers": 1, "pooled_projection_dim": 32, "pos_embed_max_size": 16}, _sd3, "tokens come after a grid"
+        {**JOINT, "num_layers": 1, "pooled_projection_dim": 32, "pos_embed_max_size": 16},
+        _sd3,
+        "tokens come after a grid",
     ),
     "AuraFlowTransformer2DModel": Transformer(
         {**JOINT, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "pos_embed_max_size": 64}, _auraflow, (15, 8, 8)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus.vision import DIFFUSERS
 from support.grids import (
     DIM,
     SDPA,
@@ -28,7 +29,6 @@ from support.grids import (
 )
 from torch import Tensor, nn
 
-from corpus.vision import DIFFUSERS
 from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
 from monarch_compile.passes.graph import inputs, source_of
