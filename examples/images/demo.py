@@ -23,7 +23,9 @@ SIDE = 64
 REPEATS = 3
 MONARCH = Setting("monarch", {"policy": "auto"}, "blocks are tiles of the image, whose grid is found in the graph")
 ROWS = Setting(
-    "monarch, rows", {"policy": "auto", "grid": None, "prefix": 1}, "blocks are pieces of the image's rows, as of a text"
+    "monarch, rows",
+    {"policy": "auto", "grid": None, "prefix": 1},
+    "blocks are pieces of the image's rows, as of a text",
 )
 SETTINGS = (EXACT, MONARCH, ROWS)
 
