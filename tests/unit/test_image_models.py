@@ -15,6 +15,7 @@ from benchmarks.models.measure import Prepared
 from benchmarks.models.present import markdown
 from benchmarks.models.problems import DINO_L, FLUX, PRESETS, TINY_IMAGES, TINY_VIT, WAN, FoundForm, on_grid
 from benchmarks.models.rotary import grid_positions, rotary_table, rotated
+from monarch_compile.attention.lengths import exact_wins
 from monarch_compile.attention.site_call import AttentionCall
 from monarch_compile.calibration.instrument import with_attention
 from monarch_compile.calibration.metrics import relative_error
@@ -79,6 +80,13 @@ def test_attention_alone_has_the_form_that_the_compiler_finds(architecture: Desc
     lowered = sites_of(architecture)[0]
     assert (ir.grid, ir.form.prefix, ir.form.tile) == (lowered["grid"], lowered["prefix"], lowered["tile"])
     assert (ir.form.window, ir.seq_len_q) == (lowered["window"], num_tokens(architecture))
+
+
+@pytest.mark.parametrize(("side", "pays"), [(32, False), (48, False), (64, True), (128, True)])
+def test_a_text_of_512_tokens_is_worth_its_price_from_large_images_on(side: int, pays: bool) -> None:
+    ir = FoundForm("auto").ir(on_grid(replace(FLUX, grid=(side, side)), 1), DEVICES["h100"])
+    assert ir.form.prefix == 512
+    assert (exact_wins(ir, DEVICES["h100"], auto=True, batch=1, seq_len=ir.seq_len_k) is None) is pays
 
 
 def test_inputs_of_another_number_of_tokens_are_refused() -> None:
