@@ -283,7 +283,9 @@ def _one_after_another(node: Node, dim: int, axes: Sequence[Axis], sizes: Sequen
     before = [is_placed(axis) for axis in axes[:-1]]
     if any(before):
         after = grid is not None or is_placed(axes[-1])
-        why = "two grids are joined one after the other" if after or sum(before) > 1 else "tokens come after a grid"
+        why = "tokens come after a grid, where only those before it have a form"
+        if after or sum(before) > 1:
+            why = "two grids are joined one after the other"
         return other(node, dim, size, why)
     if grid is None:
         blamed = axes[-1].explained
