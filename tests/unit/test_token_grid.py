@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from corpus.vision import DIFFUSERS
 from support.grids import (
     DIM,
     SDPA,
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
 from monarch_compile.passes.graph import inputs, source_of
+from tests.corpus.vision import DIFFUSERS
 
 IMAGE, SQUARE = (2, 3, 48, 64), (2, 3, 48, 48)
 Grid = tuple[int, ...]
