@@ -32,13 +32,13 @@ FLUX = JointDiffuser(
     "flux-6", depth=6, double=2, width=3072, num_heads=24, grid=(64, 64), rotary_dims=(16, 56, 56), prefix=512
 )
 WAN = VideoDiffuser("wan-4", depth=4, width=1536, num_heads=12, hidden=8960, grid=(21, 30, 52), text=512)
+"""Of Flux and Wan, as many layers as the name says: the models themselves have more."""
 TINY_IMAGES: tuple[Described, ...] = (
     ImageEncoder("dinov2-tiny", depth=2, width=32, num_heads=2, grid=(8, 8)),
     ImageDiffuser("dit-tiny/2", depth=2, width=32, num_heads=2, grid=(8, 8)),
     JointDiffuser("flux-tiny", 2, 1, width=32, num_heads=2, grid=(8, 8), rotary_dims=(4, 6, 6), prefix=7),
     VideoDiffuser("wan-tiny", depth=2, width=32, num_heads=2, hidden=48, grid=(4, 4, 6), text=7),
 )
-"""The number at the end of a name is that of the layers, of which the models themselves have more."""
 
 
 @dataclass(frozen=True)
