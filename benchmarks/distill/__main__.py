@@ -35,6 +35,8 @@ from monarch_compile.family import SiteCall
 RESULTS = Path(__file__).parents[1] / "results"
 LEARNS, FROZEN, RANDOM = "distilled", "control: frozen", "control: random targets"
 KINDS = (LEARNS, FROZEN, RANDOM)
+FROZEN_STEPS = 10
+"""As good as more, where a step moves nothing."""
 
 
 def random_target(call: SiteCall) -> Tensor:
@@ -100,7 +102,8 @@ def measure(
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     calls, unseen = ([x.to(args.device) for x in inputs] for inputs in (data.calls, data.unseen))
-    schedule = Schedule(args.steps, 0.0 if kind == FROZEN else args.lr, args.seed)
+    frozen = Schedule(min(args.steps, FROZEN_STEPS), 0.0, args.seed)
+    schedule = frozen if kind == FROZEN else Schedule(args.steps, args.lr, args.seed)
     target: Behaviour = random_target if kind == RANDOM else exact
     settings = Settings(parse_options(options)[0], schedule, checkpoint=checkpoint, progress=False, target=target)
     report = distilled(copy.deepcopy(data.model), calls, unseen, settings)
