@@ -16,6 +16,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import (
     CodegenError,
     ConfigError,
+    DistillationError,
     InputError,
     IRError,
     LoweringError,
@@ -27,6 +28,8 @@ from monarch_compile.version import __version__
 if TYPE_CHECKING:
     from monarch_compile.calibration.plan import Plan
     from monarch_compile.calibration.search import calibrate
+    from monarch_compile.distillation.distill import distill
+    from monarch_compile.distillation.report import DistillReport
     from monarch_compile.export import lower_exported
     from monarch_compile.linear.compression.compress import compress_
     from monarch_compile.linear.compression.configs import BlastLinearConfig, MonarchLinearConfig
@@ -39,6 +42,8 @@ __all__ = [
     "CodegenError",
     "CompressionReport",
     "ConfigError",
+    "DistillReport",
+    "DistillationError",
     "IRError",
     "InputError",
     "LoweringError",
@@ -51,6 +56,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress_",
+    "distill",
     "explain",
     "lower_exported",
     "monarch_attention",
@@ -59,11 +65,13 @@ __all__ = [
 _LATER = {
     "BlastLinearConfig": "linear.compression.configs",
     "CompressionReport": "linear.compression.report",
+    "DistillReport": "distillation.report",
     "MonarchLinearConfig": "linear.compression.configs",
     "Plan": "calibration.plan",
     "Report": "report.report",
     "calibrate": "calibration.search",
     "compress_": "linear.compression.compress",
+    "distill": "distillation.distill",
     "explain": "report.explainer",
     "lower_exported": "export",
 }
