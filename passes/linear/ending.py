@@ -61,7 +61,7 @@ def _as_features(
     """The order of features in the last dim of a node, and of tokens in the others."""
     shape = shape_of(node)
     out_features = math.prod(last.sizes((*last.batch, *last.columns)))
-    if not shape or shape[-1] != out_features:
+    if not shape or not isinstance(shape[-1], int) or shape[-1] != out_features:  # nothing symbolic is guarded on
         return None
     places = symbols_of("e", len(shape))
     read = elements.read(node, tuple(places))
@@ -114,7 +114,7 @@ def _with_bias(ending: Ending, taken: frozenset[Node]) -> Ending:
     if not isinstance(bias, Node) or dtype_of(bias) is not dtype_of(node) or dtype_of(user) is not dtype_of(node):
         return ending
     sizes = shape_of(bias)
-    is_row = bool(sizes) and sizes[-1] == features and all(isinstance(n, int) and n == 1 for n in sizes[:-1])
+    is_row = str(sizes[-1:]) == str((features,)) and all(isinstance(n, int) and n == 1 for n in sizes[:-1])
     if not is_row or len(sizes) > len(shape_of(node)):
         return ending
     inside = (*ending.inside, node)

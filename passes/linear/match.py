@@ -37,7 +37,7 @@ def find_sites(gm: GraphModule) -> list[Site]:
             sites += reversed(_inside(node))
             continue
         product = product_of(node) if node not in taken else None
-        site = None if product is None else _site(product, frozenset(taken))
+        site = None if product is None else _site(product, taken)
         if site is not None:
             sites.append(site)
         if isinstance(site, BlockLinearRegion):
@@ -55,8 +55,11 @@ def _inside(node: Node) -> list[Site]:
     return [RefusedSite(site.anchor, Refusal("in_body", why, site.anchor)) for site in sites]
 
 
-def _site(last: Product, taken: frozenset[Node]) -> Site | None:
-    """The block linear that a product ends, the reason why it is none where it is close to one, or None."""
+def _site(last: Product, taken: set[Node]) -> Site | None:
+    """The block linear that a product ends, the reason why it is none where it is close to one, or None.
+
+    taken: nodes that belong to other regions; the product before one that is refused is taken, too.
+    """
     if last.is_elementwise:
         return None
     refused: RefusedSite | None = None
@@ -65,12 +68,13 @@ def _site(last: Product, taken: frozenset[Node]) -> Site | None:
         if roles is None or not (roles.batch and roles.columns and roles.sums):
             continue
         try:
-            region = _region(roles, taken)
+            region = _region(roles, frozenset(taken))
             if region is not None:
                 return region
             near_miss(roles)
         except Refused as refusal:
             if not is_computed(roles.weight_node):
+                taken.add(source_of_moves(roles.other_node)[0])
                 refused = refused or RefusedSite(last.node, refusal.refusal)
     return refused
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monarch_compile.calibration.inputs import Call, calls_of
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.configs import BlastLinearConfig, Config, MonarchLinearConfig
 from monarch_compile.linear.compression.factors import Factors, Spectrum, blast_factors, refitted, squared
 from monarch_compile.linear.compression.layers import FilterFn, Layer, block_module, find_layers
-from monarch_compile.linear.compression.moments import Call, as_calls, blocks_of_moment, groups_of, moments_of
+from monarch_compile.linear.compression.moments import blocks_of_moment, groups_of, moments_of
 from monarch_compile.linear.compression.ranks import Curve, ranks_within
 from monarch_compile.linear.compression.report import CompressedLayer, CompressionReport
 from monarch_compile.linear.modules import MODULES, BlockLinearModule, common_divisors, size_of
@@ -56,7 +57,7 @@ def compress_(
         raise InputError(f"config must be a MonarchLinearConfig or a BlastLinearConfig; found {type(config)}")
     if isinstance(model, nn.Linear):
         raise InputError("the model is itself a linear layer, which cannot be replaced in place: put it in a module")
-    given = None if calls is None else as_calls(calls)
+    given = None if calls is None else calls_of(calls)
     layers, kept = find_layers(model, filter_fn)
     _require_fit(layers, config)
     with torch.no_grad():

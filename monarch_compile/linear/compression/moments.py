@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from monarch_compile.calibration.inputs import Call
 from monarch_compile.calibration.snapshot import Snapshot
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.layers import Layer
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
 MOST_BYTES = 2**30
 """Of moments that are held at one time, unless those of a single layer take more."""
-
-
-def as_calls(calls: Any) -> list[Call]:
-    """A list of calls, or one, each a tensor, a tuple of positional arguments, a dict of keyword arguments, or both.
-
-    Raises:
-        InputError: it is something else, or empty.
-    """
-    found = [_as_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    if not found:
-        raise InputError("calls must hold at least one call; found an empty list")
-    return found
-
-
-def _as_call(call: Any) -> Call:
-    if isinstance(call, Tensor):
-        return (call,), {}
-    if isinstance(call, Mapping):
-        return (), dict(call)
-    if isinstance(call, tuple):
-        is_both = len(call) == 2 and isinstance(call[0], tuple) and isinstance(call[1], dict)
-        return call if is_both else (call, {})
-    raise InputError(f"a call must be a tensor, a tuple or a dict of arguments; found {type(call)}")
 
 
 def groups_of(layers: Sequence[Layer], most_bytes: int | None = None) -> Iterator[list[Layer]]:

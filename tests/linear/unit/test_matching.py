@@ -90,6 +90,18 @@ def test_writes_after_the_result_keep_it_where_sharing_could_be_seen() -> None:
         torch.testing.assert_close(output, model(x))
 
 
+def test_symbolic_sizes_are_not_guarded_on() -> None:
+    def last_dim_is_symbolic(m: Factors, x: Tensor) -> Tensor:
+        return einsum_four_dims(m, x).T.contiguous() + x[:, 0]
+
+    x = given(10).detach()  # as many tokens as features
+    torch._dynamo.mark_dynamic(x, 0)
+    model = Factors(last_dim_is_symbolic)
+    output, (result,) = run_passes(model, x)
+    assert [d.code for d in result.decisions] == ["lowered"]
+    torch.testing.assert_close(output, model(x))
+
+
 def test_weights_that_are_inputs_or_computed() -> None:
     def program(m: Factors, x: Tensor) -> Tensor:
         z = torch.einsum("mbp,blrp->mlbr", x.reshape(-1, m.blocks, 6), m.wide1 * 2)
