@@ -71,7 +71,8 @@ def _site(last: Product, taken: set[Node]) -> Site | None:
             region = _region(roles, frozenset(taken))
             if region is not None:
                 return region
-            near_miss(roles)
+            if source_of_moves(roles.other_node)[0] not in taken:
+                near_miss(roles)
         except Refused as refusal:
             if not is_computed(roles.weight_node):
                 taken.add(source_of_moves(roles.other_node)[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.capture import run_passes
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ WIDTH, ROWS, RANK = 2, 3, 2
 
 
 class Layer(nn.Module):
-    """A layer whose moves are drawn: `draw` is asked again in the same way at every call."""
+    """A layer whose moves are drawn: `answers` say which of its options it takes, one after the other."""
 
-    def __init__(self, data: st.DataObject, blocks: int, kind: str, dynamic: bool) -> None:
+    def __init__(self, answers: list[int], blocks: int, kind: str, dynamic: bool) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         shapes = {
@@ -31,14 +31,11 @@ class Layer(nn.Module):
         }
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)))
-        self.data, self.blocks, self.kind, self.dynamic = data, blocks, kind, dynamic
-        self.answers: list[Any] = []
+        self.answers, self.blocks, self.kind, self.dynamic = answers, blocks, kind, dynamic
         self.asked = 0
 
     def choose(self, options: list[Any]) -> Any:
-        """One of some options; the same as in the first call."""
-        if self.asked == len(self.answers):
-            self.answers.append(self.data.draw(st.integers(0, 11)))
+        """One of some options."""
         self.asked += 1
         return options[self.answers[self.asked - 1] % len(options)]
 
@@ -88,15 +85,16 @@ class Layer(nn.Module):
         return self.moved(y, 1)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.data(), st.sampled_from([2, 3]), st.sampled_from(["monarch", "blast"]),
+    st.lists(st.integers(0, 59), min_size=12, max_size=12), st.sampled_from([2, 3]),
+    st.sampled_from(["monarch", "blast"]),
     st.lists(st.integers(1, 4), max_size=3), st.booleans(),
 )  # fmt: skip
 def test_numbers_and_gradients_stay(
-    data: st.DataObject, blocks: int, kind: str, tokens: list[int], dynamic: bool
+    answers: list[int], blocks: int, kind: str, tokens: list[int], dynamic: bool
 ) -> None:
-    layer = Layer(data, blocks, kind, dynamic)
+    layer = Layer(answers, blocks, kind, dynamic)
     generator = torch.Generator().manual_seed(1)
     size = math.prod(tokens) * blocks * WIDTH
     x = torch.randn(size, generator=generator, dtype=torch.float64).reshape(*tokens, blocks * WIDTH)
@@ -111,6 +109,7 @@ def test_numbers_and_gradients_stay(
         s for n, s in zip(expected.shape, expected.stride(), strict=True) if n != 1
     ]
     codes = [d.code for d in result.decisions]
+    event(f"{kind}: {codes}")
     assert codes in (["lowered"], ["block_order"])
     assert [node.target for node in result.after.graph.nodes].count(LINEAR_OP) == codes.count("lowered")
     weight = torch.linspace(0.5, 2, expected.numel(), dtype=torch.float64).reshape(expected.shape)
