@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from monarch_compile.codegen.emitters import IR, Schedule, Specialization, emitter
+from monarch_compile.codegen.emitters import IR, Emitter, Schedule, Specialization, emitter
 from monarch_compile.codegen.program import Kernel, Program, extent
 from monarch_compile.codegen.render import render
 from monarch_compile.codegen.source import is_interpreted
@@ -40,12 +40,15 @@ class Loaded(NamedTuple):
 
 
 class Launcher:
-    """The loaded kernels of one IR under one schedule, and the order in which they run."""
+    """The loaded kernels of one IR under one schedule, and the order in which they run.
 
-    def __init__(self, ir: IR, schedule: Any) -> None:
+    own: the emitter whose program they are; None: that of the IR's family.
+    """
+
+    def __init__(self, ir: IR, schedule: Any, own: Emitter | None = None) -> None:
         self.ir = ir
         self.schedule = schedule
-        self._emitter = emitter(ir.family)
+        self._emitter = own or emitter(ir.family)
         self._wrap = _wrapper()
         self._loaded: dict[Specialization, Loaded] = {}
 

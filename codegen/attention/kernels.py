@@ -346,6 +346,7 @@ def constants_of(
         **dims,
         **tiles,
         "SCALE": repr(ir.scale * math.log2(math.e)),
+        "NATURAL_SCALE": repr(ir.scale),
         "LOG2E": math.log2(math.e),
         "LN2": math.log(2.0),
         "HIDDEN": HIDDEN,

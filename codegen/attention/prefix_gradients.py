@@ -1,0 +1,96 @@
+"""What the kernels of gradients leave to torch where a form has a prefix: all that has as many rows as the prefix.
+
+Index letters: p a key or a row of the prefix, n any position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monarch_compile.attention.groups import split_mask
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixGradients:
+    """The first `prefix` rows of attention, which see every key, and its first keys, which every row sees.
+
+    q (E, H, N, D), k (E, H_kv, N, D), v (E, H_kv, N, D_v); key_mask (E, N), bool or a centred bias.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    scale: float
+    prefix: int
+
+    def lse_of_rows(self) -> Tensor:
+        """(E, H, P) float32: log of the total weight of each row of the prefix; -inf where it sees no key."""
+        return self._scores(self.k, self.key_mask).logsumexp(-1).unflatten(2, (-1, self.prefix)).flatten(1, 2)
+
+    def delta_of_rows(self, dz: Tensor, z: Tensor) -> Tensor:
+        """(E, H, P) float32: dz . z of each row of the prefix."""
+        dz, z = (self._first(x).float() for x in (dz, z))
+        return (dz * z).sum(-1).contiguous()
+
+    def add(
+        self,
+        dz: Tensor,
+        z: Tensor,
+        lse: Tensor,
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        weights: Tensor,
+        dscores: Tensor,
+        rows: Tensor,
+    ) -> None:
+        """Writes the gradients of the prefix's rows and keys into dq, dk, dv (E, heads, N, dim) and dbias (E, N).
+
+        weights, dscores: (E, H, N, p) of all rows but the prefix's with the prefix's keys. rows: (E, H, p, N), dscores of
+        the prefix's rows with all keys but the prefix's.
+        """
+        dq, dk, dv, dbias = gradients
+        prefix = self.prefix
+        near_weights, near_dscores = self._among_themselves(dz, z, lse)  # (E, H_kv, G * P, p)
+        q, dz_lead = (self._by_key_head(self._first(x)).float() for x in (self.q, dz))
+        of_keys = self._by_key_head(dscores[:, :, prefix:, :prefix])  # (E, H_kv, G * n, p)
+        dk_lead = (of_keys.mT @ self._by_key_head(self.q[:, :, prefix:])).float() + near_dscores.mT @ q
+        dv_lead = self._by_key_head(weights[:, :, prefix:, :prefix]).mT @ self._by_key_head(dz[:, :, prefix:])
+        of_rows = self._by_key_head(rows[:, :, :prefix, prefix:])  # (E, H_kv, G * P, n)
+        dq_lead = (of_rows @ self.k[:, :, prefix:]).float() + near_dscores @ self._first(self.k).float()
+        dq_lead = (self.scale * dq_lead).unflatten(2, (-1, prefix)).flatten(1, 2)
+        self._first(dq).copy_(dq_lead)
+        self._first(dk).copy_(self.scale * dk_lead)
+        self._first(dv).copy_(dv_lead.float() + near_weights.mT @ dz_lead)
+        if dbias is not None:
+            of_bias = of_keys.float().sum((1, 2)) + near_dscores.sum((1, 2))
+            dbias[:, :prefix].copy_(of_bias)
+
+    def _among_themselves(self, dz: Tensor, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """(E, H_kv, G * P, p) float32: weights of the prefix's rows with its keys, and gradients of their scores."""
+        mask = None if self.key_mask is None else self.key_mask[:, : self.prefix]
+        scores = self._scores(self._first(self.k), mask)
+        row_lse = self._by_key_head(self._first(lse).unsqueeze(-1))
+        weights = (scores - row_lse.masked_fill(row_lse == float("-inf"), float("inf"))).exp()
+        delta = self._by_key_head(self.delta_of_rows(dz, z).unsqueeze(-1))
+        dweights = self._by_key_head(self._first(dz)).float() @ self._first(self.v).float().mT
+        return weights, weights * (dweights - delta)
+
+    def _scores(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """(E, H_kv, G * P, keys) float32: of the prefix's rows with some keys."""
+        scores = self.scale * self._by_key_head(self._first(self.q)).float() @ k.float().mT
+        if key_mask is None:
+            return scores
+        seen, bias = split_mask(key_mask, torch.float32)
+        scores = scores if bias is None else scores + bias[:, None, None, :]
+        return scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+
+    def _by_key_head(self, x: Tensor) -> Tensor:
+        """From (E, H, rows, ...) to (E, H_kv, G * rows, ...)."""
+        return x.unflatten(1, (self.k.shape[1], -1)).flatten(2, 3)
+
+    def _first(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.ops.aten.slice.Tensor(x, 2, 0, self.prefix)  # indexing would ask for a device
+        return found
