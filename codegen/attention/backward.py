@@ -48,6 +48,11 @@ class BackwardRole:
     updates: tuple[str, ...] = ()
 
     @property
+    def gives_keys(self) -> bool:
+        """Whether it gives the gradients of keys."""
+        return "dk" in self.writes
+
+    @property
     def reads_keys(self) -> bool:
         """Whether it is of stage 1 and the exact groups, not of stage 2."""
         return "k" in self.reads
@@ -64,6 +69,7 @@ ATTEND_ALL = BackwardRole(
 )
 QUERIES = BackwardRole("summarize_queries_backward", "queries", (*_STAGE_1, "mean"), (), ("dq",))
 KEYS = BackwardRole("summarize_keys_backward", "keys", (*_STAGE_1, "shift"), ("dk", "dv"))
+ALL_OF_BLOCK = BackwardRole("summarize_keys_backward", "keys", (*_STAGE_1, "mean", "shift"), ("dk", "dv"), ("dq",))
 
 GRADIENTS = ("dq", "dk", "dv")
 
@@ -71,7 +77,8 @@ GRADIENTS = ("dq", "dk", "dv")
 def backward_roles(schedule: GradientSchedule) -> tuple[BackwardRole, ...]:
     """The kernels after those that make the summaries, in the order in which they are launched."""
     stage_2 = (ATTEND_ALL,) if schedule.whole else (ATTEND_QUERIES, ATTEND_SUMMARIES)
-    return (*stage_2, QUERIES, KEYS)
+    stage_1 = (ALL_OF_BLOCK,) if schedule.fused else (QUERIES, KEYS)
+    return stage_2 + stage_1
 
 
 def backward_program(
@@ -84,7 +91,7 @@ def backward_program(
     buffers = {buffer.name: buffer for buffer in (*buffers_of(ir).values(), *_buffers(ir))}
     summarize = kernel_of(ONLY, without_exact_keys(ir), schedule.summaries, specialization, buffers)
     kernels = [_kernel(role, ir, schedule, specialization, buffers) for role in backward_roles(schedule)]
-    outputs = (*GRADIENTS, *_of_bias(ir), *_of_prefix(QUERIES, ir)[1], *_of_prefix(KEYS, ir)[1])
+    outputs = (*GRADIENTS, *_of_bias(ir), *_of_prefix(ALL_OF_BLOCK, ir)[1])
     return Program((summarize, *kernels), outputs)
 
 
@@ -122,7 +129,7 @@ def _kernel(
     near, prefix = _exact(role, ir), _of_prefix(role, ir)
     mask = ("key_mask",) if role.reads_keys and ir.mask is not MaskKind.NONE else ()
     reads = tuple(buffers[name] for name in (*role.reads, *near, *mask, *prefix[0]))
-    writes = (*role.writes, *(_of_bias(ir) if role is KEYS else ()), *prefix[1])
+    writes = (*role.writes, *(_of_bias(ir) if role.gives_keys else ()), *prefix[1])
     aligned = [name for x in reads if x.name in STRIDED_ROWS for name, dim in x.strides if dim < len(x.dims) - 1]
     variables = {
         **_choices(ir, schedule),
@@ -159,7 +166,8 @@ def _of_prefix(role: BackwardRole, ir: MonarchAttention) -> tuple[tuple[str, ...
     """What a kernel reads and writes for a prefix."""
     if not ir.form.prefix or not role.reads_keys:
         return (), ()
-    return ((), ("prefix_weights", "prefix_dscores")) if role is QUERIES else (("delta_of_prefix",), ("prefix_rows",))
+    of_keys = ("prefix_weights", "prefix_dscores") if "dq" in role.updates else ()
+    return (("delta_of_prefix",), (*of_keys, "prefix_rows")) if role.gives_keys else ((), of_keys)
 
 
 def _grid(
@@ -167,7 +175,7 @@ def _grid(
 ) -> tuple[Size | Tiles, ...]:
     block = ir.form.block_size
     if role.reads_keys:
-        return "key_heads" if role is KEYS else "heads", "num_blocks", Tiles(block, tiling.rows)
+        return "key_heads" if role.gives_keys else "heads", "num_blocks", Tiles(block, tiling.rows)
     return ("heads", block) if schedule.whole else ("heads", block, Tiles("num_blocks", tiling.rows))
 
 
@@ -179,6 +187,8 @@ def _choices(ir: MonarchAttention, schedule: GradientSchedule) -> dict[str, Any]
         "summarizes": True,
         "near": ir.form.has_exact_keys,
         "whole": schedule.whole,
+        "alone": schedule.whole and schedule.represent.step == schedule.represent.rows,
+        "fused": schedule.fused,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         "window": ir.form.window,
         "prefix": ir.form.prefix,
@@ -202,12 +212,11 @@ def _masks(role: BackwardRole, ir: MonarchAttention, tiling: Tiling, specializat
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value, block = ir.head_dim, ir.value_dim, ir.form.block_size
     partial_block, partial_tile = specialization.partial_block, specialization.partial_tile
-    rows, step = (tiling.step, tiling.rows) if role is KEYS else (tiling.rows, tiling.step)
+    rows, step = (tiling.step, tiling.rows) if role.gives_keys else (tiling.rows, tiling.step)
     ragged_j, ragged_i = block % rows != 0, block % step != 0
     partial_rows = ragged_j if role.reads_keys else partial_tile
     masked = ir.mask is not MaskKind.NONE
     inside = "is_key" if ragged_i or partial_block else ""
-    streamed = rows if role is KEYS else step
     return {
         "masked": masked,
         "biased": ir.mask is MaskKind.KEY_BIAS,
@@ -220,7 +229,8 @@ def _masks(role: BackwardRole, ir: MonarchAttention, tiling: Tiling, specializat
         "in_block": "in_block" if ragged_j else "",
         "real_mask": "is_real" if partial_rows or partial_block else "",
         "inside_mask": inside,
-        "near_mask": "is_near" if partial_block or block % streamed or ir.form.tile is not None else "",
+        "near_masked": partial_block or block % tiling.step != 0 or ir.form.tile is not None,
+        "near_tile": "TILE_J" if role.gives_keys else "TILE_I",
         "block_mask": "is_block" if partial_tile else "",
         "head_mask": "is_head" if padded(head) != head else "",
         "head_stored_mask": "is_head_stored" if padded(head) != pitch(head) else "",

@@ -25,6 +25,7 @@ class GradientSchedule:
     represent: rows b, step l (stage 2: gradients of the summaries).
     queries: rows j, step i (stage 1 and exact groups: gradients of the queries).
     keys: rows i, step j (the same: gradients of keys and values).
+    fused: whether a block fits the rows of `keys`, which then also gives the gradients of `queries`.
     whole: whether all blocks fit the rows of `represent`, which then also gives stage 2's gradients of the queries.
     """
 
@@ -36,6 +37,7 @@ class GradientSchedule:
     queries: Tiling
     keys: Tiling
     whole: bool = False
+    fused: bool = False
 
     @property
     def dot_precision(self) -> str:
@@ -63,7 +65,7 @@ class GradientSchedule:
 
     def __str__(self) -> str:
         tilings = " ".join(f"{name}={tiling}" for name, tiling in self.tilings())
-        return f"{tilings}{' whole' * self.whole} dot={self.dot_precision}"
+        return f"{tilings}{' whole' * self.whole}{' fused' * self.fused} dot={self.dot_precision}"
 
 
 MOST_WHOLE = {64: 128, 128: 64}
@@ -137,6 +139,8 @@ def check_gradient_schedule(schedule: GradientSchedule, ir: MonarchAttention) ->
     """Raise CodegenError where `schedule` is for other kernels than those of the gradients."""
     if not isinstance(schedule, GradientSchedule):
         raise CodegenError(f"{schedule} does not tile the gradients of {ir}")
+    if schedule.fused and schedule.keys.rows < ir.form.block_size:
+        raise CodegenError(f"a block of {ir} does not fit the rows of keys in {schedule}")
 
 
 def without_exact_keys(ir: MonarchAttention) -> MonarchAttention:
