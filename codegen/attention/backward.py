@@ -187,7 +187,6 @@ def _choices(ir: MonarchAttention, schedule: GradientSchedule) -> dict[str, Any]
         "summarizes": True,
         "near": ir.form.has_exact_keys,
         "whole": schedule.whole,
-        "alone": schedule.whole and schedule.represent.step == schedule.represent.rows,
         "fused": schedule.fused,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         "window": ir.form.window,

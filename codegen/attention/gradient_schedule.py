@@ -8,11 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.codegen.attention.schedule import Schedule, check_supported, choose_schedule
-from monarch_compile.codegen.tiling import DTYPE_BYTES, Capability, Tiling, padded
+from monarch_compile.codegen.attention.schedule import (
+    WARP_ACCUMULATORS,
+    WARP_SCORES,
+    Schedule,
+    check_supported,
+    choose_schedule,
+)
+from monarch_compile.codegen.tiling import DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
 from monarch_compile.errors import CodegenError
 
 
@@ -68,49 +74,64 @@ class GradientSchedule:
         return f"{tilings}{' whole' * self.whole}{' fused' * self.fused} dot={self.dot_precision}"
 
 
-MOST_WHOLE = {64: 128, 128: 64}
-"""The most blocks whose summaries and sums of gradients fit one program, by the largest padded head or value dim of
-16-bit elements; none of wider heads or of float32."""
+class Row(NamedTuple):
+    """A tiling for blocks of at most `most` keys (`keys`), or for at most `most` blocks (`represent`).
 
-TABLE: dict[tuple[int, int], dict[str, Tiling]] = {
-    (2, 64): {
-        "attend": Tiling(64, 64, 4, 2),
-        "represent": Tiling(64, 64, 4, 2),
-        "queries": Tiling(64, 64, 4, 2),
-        "keys": Tiling(64, 64, 4, 2),
-    },
-    (2, 128): {
-        "attend": Tiling(64, 64, 4, 2),
-        "represent": Tiling(64, 64, 8, 2),
-        "queries": Tiling(64, 64, 8, 2),
-        "keys": Tiling(64, 64, 8, 2),
-    },
-    (2, 256): {
-        "attend": Tiling(64, 32, 8, 1),
-        "represent": Tiling(32, 32, 8, 1),
-        "queries": Tiling(32, 32, 8, 1),
-        "keys": Tiling(32, 32, 8, 1),
-    },
-    (4, 64): {
-        "attend": Tiling(32, 32, 4, 1),
-        "represent": Tiling(32, 32, 4, 1),
-        "queries": Tiling(32, 32, 4, 1),
-        "keys": Tiling(32, 32, 4, 1),
-    },
-    (4, 128): {
-        "attend": Tiling(32, 32, 8, 1),
-        "represent": Tiling(16, 32, 8, 1),
-        "queries": Tiling(16, 32, 8, 1),
-        "keys": Tiling(16, 32, 8, 1),
-    },
-    (4, 256): {
-        "attend": Tiling(16, 16, 8, 1),
-        "represent": Tiling(16, 16, 8, 1),
-        "queries": Tiling(16, 16, 8, 1),
-        "keys": Tiling(16, 16, 8, 1),
-    },
+    covers: whether its rows hold a whole block, or all blocks, so that its kernel also gives gradients of queries.
+    windowed: whether it is also for forms with a window.
+    """
+
+    most: float
+    tiling: Tiling
+    covers: bool = False
+    windowed: bool = True
+
+
+class Rows(NamedTuple):
+    """The tilings of each kernel; the first row that fits counts."""
+
+    attend: Tiling
+    represent: tuple[Row, ...]
+    queries: Tiling
+    keys: tuple[Row, ...]
+
+
+def _streamed(attend: Tiling, represent: Tiling, queries: Tiling, keys: Tiling) -> Rows:
+    """Where neither a block nor all blocks fit one program."""
+    return Rows(attend, (Row(math.inf, represent),), queries, (Row(math.inf, keys),))
+
+
+TABLE: dict[tuple[int, int], Rows] = {
+    (2, 64): Rows(
+        attend=Tiling(64, 64, 4, 3),
+        represent=(
+            Row(64, Tiling(64, 64, 4, 2), covers=True),
+            Row(128, Tiling(128, 64, 8, 3), covers=True),
+            Row(math.inf, Tiling(64, 32, 4, 3)),
+        ),
+        queries=Tiling(64, 64, 4, 2),
+        keys=(
+            Row(64, Tiling(64, 64, 4, 3), covers=True),
+            Row(128, Tiling(128, 32, 4, 3), covers=True, windowed=False),
+            Row(math.inf, Tiling(64, 64, 4, 2)),
+        ),
+    ),
+    (2, 128): Rows(
+        attend=Tiling(64, 64, 4, 2),
+        represent=(Row(64, Tiling(64, 32, 8, 2), covers=True), Row(math.inf, Tiling(64, 32, 8, 2))),
+        queries=Tiling(64, 64, 4, 2),
+        keys=(Row(math.inf, Tiling(64, 32, 4, 2)),),
+    ),
+    (2, 256): _streamed(Tiling(64, 32, 8, 1), *[Tiling(32, 32, 8, 1)] * 3),
+    (4, 64): _streamed(*[Tiling(32, 32, 4, 1)] * 4),
+    (4, 128): _streamed(Tiling(32, 32, 8, 1), *[Tiling(16, 32, 8, 1)] * 3),
+    (4, 256): _streamed(*[Tiling(16, 16, 8, 1)] * 4),
 }
-"""By bytes of an element and the largest padded head or value dim."""
+"""By bytes of an element and the largest padded head or value dim. The rows of 16-bit elements of up to 64 features were
+chosen from what an H100 took (benchmarks/results/h100_backward_tilings.json), the others from registers."""
+
+WIDTHS = {"attend": (2, 1), "represent": (1, 2), "queries": (2, 1), "keys": (1, 2)}
+"""Tensors of keys' and of values' features that a program of each kernel has for its rows, and for a step, at most."""
 
 
 def choose_gradient_schedule(ir: MonarchAttention, capability: Capability | None = None) -> GradientSchedule:
@@ -120,23 +141,23 @@ def choose_gradient_schedule(ir: MonarchAttention, capability: Capability | None
         CodegenError: no kernel exists for the dtype, the head size or the form.
     """
     check_supported(ir)
-    width = max(64, padded(ir.head_dim), padded(ir.value_dim))
-    size = DTYPE_BYTES[ir.dtype]
-    blocks: float = math.inf if ir.num_blocks is None else ir.num_blocks
-    tilings: dict[str, Any] = {}
-    for name, tiling in TABLE[size, width].items():
-        most = ir.form.block_size if name in ("queries", "keys") else blocks
-        tilings[name] = _fit(tiling, most)
-    whole = size == 2 and blocks <= MOST_WHOLE.get(width, 0)
-    if whole:
-        represent = tilings["represent"]
-        rows = padded(int(blocks))
-        tilings["represent"] = replace(represent, rows=rows, num_warps=8 if rows > 64 else represent.num_warps)
-    return GradientSchedule(summaries=choose_schedule(without_exact_keys(ir), capability), whole=whole, **tilings)
+    table = TABLE[DTYPE_BYTES[ir.dtype], max(64, padded(ir.head_dim), padded(ir.value_dim))]
+    blocks, block, limit = ir.num_blocks or math.inf, ir.form.block_size, shared_limit(capability)
+    represent, whole = _chosen(table.represent, "represent", blocks, ir, limit)
+    keys, fused = _chosen(table.keys, "keys", block, ir, limit)
+    return GradientSchedule(
+        summaries=choose_schedule(without_exact_keys(ir), capability),
+        attend=_within(_fit(table.attend, blocks, ir), "attend", ir, limit),
+        represent=represent,
+        queries=_within(_fit(table.queries, block, ir), "queries", ir, limit),
+        keys=keys,
+        whole=whole,
+        fused=fused,
+    )
 
 
 def check_gradient_schedule(schedule: GradientSchedule, ir: MonarchAttention) -> None:
-    """Raise CodegenError where `schedule` is for other kernels than those of the gradients."""
+    """Raise CodegenError where `schedule` is not of the kernels that the gradients of `ir` have."""
     if not isinstance(schedule, GradientSchedule):
         raise CodegenError(f"{schedule} does not tile the gradients of {ir}")
     if schedule.fused and schedule.keys.rows < ir.form.block_size:
@@ -148,9 +169,42 @@ def without_exact_keys(ir: MonarchAttention) -> MonarchAttention:
     return ir.changed(window=None)
 
 
-def _fit(tiling: Tiling, most: float) -> Tiling:
-    """Tiles no larger than what they cover."""
-    if math.isinf(most):
-        return tiling
-    largest = padded(int(most))
-    return replace(tiling, rows=min(tiling.rows, largest), step=min(tiling.step, largest))
+def shared_bytes(tiling: Tiling, name: str, ir: MonarchAttention) -> int:
+    """An upper estimate of the shared memory of one program: its rows, its weights, and every stage of its stream."""
+    rows, step = WIDTHS[name]
+    features = padded(ir.head_dim) + padded(ir.value_dim)
+    held = features * (rows * tiling.rows + tiling.num_stages * step * tiling.step)
+    return DTYPE_BYTES[ir.dtype] * (held + 2 * tiling.rows * tiling.step) + 1024
+
+
+def _chosen(rows: tuple[Row, ...], name: str, most: float, ir: MonarchAttention, limit: int) -> tuple[Tiling, bool]:
+    """The tiling of a kernel that covers `most` places, and whether its rows cover all of them."""
+    for row in rows:
+        if most > row.most or (ir.form.window is not None and not row.windowed):
+            continue
+        tiling = _within(_fit(row.tiling, most, ir), name, ir, limit)
+        if not row.covers or tiling.rows >= most:
+            return tiling, row.covers
+    raise CodegenError(f"no tiling of the gradients of {ir} fits {limit} bytes of shared memory")
+
+
+def _fit(tiling: Tiling, most: float, ir: MonarchAttention) -> Tiling:
+    """Tiles no larger than the `most` places that they cover, and warps that still have work."""
+    rows, step = (int(min(size, padded(int(min(most, size))))) for size in (tiling.rows, tiling.step))
+    accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
+    useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
+    return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
+
+
+def _within(tiling: Tiling, name: str, ir: MonarchAttention, limit: int) -> Tiling:
+    """`tiling` with fewer stages, then smaller steps, then fewer rows, until its shared memory is under `limit` bytes."""
+    while shared_bytes(tiling, name, ir) > limit:
+        if tiling.num_stages > 1:
+            tiling = replace(tiling, num_stages=tiling.num_stages - 1)
+        elif tiling.step > MIN_TILE:
+            tiling = replace(tiling, step=tiling.step // 2)
+        elif tiling.rows > MIN_TILE:
+            tiling = replace(tiling, rows=tiling.rows // 2)
+        else:
+            raise CodegenError(f"no tiling of the gradients of {ir} fits {limit} bytes of shared memory")
+    return tiling
