@@ -81,15 +81,16 @@ class Launcher:
         for kernel, function, parameters, released in loaded.steps:
             for buffer in kernel.writes:  # spelled out: a call of eager code waits for it
                 shape = [sizes[size] if size.__class__ is str else size for size in buffer.dims]
-                tensor = values[buffer.name] = _allocate(like, shape, buffer.dtype)
+                values[buffer.name] = _allocate(like, shape, buffer.dtype)
                 if buffer.strides:
-                    values.update(buffer.stride_values(tensor.stride()))
+                    values.update(buffer.stride_values(values[buffer.name].stride()))
             programs: Any = 1
             for size in kernel.grid:
                 programs *= sizes[size] if size.__class__ is str else extent(size, sizes)
             arguments = [values[name] for name in parameters]
             tiling = kernel.tiling
             self._wrap(function)[programs,](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+            del arguments
             for name in released:
                 del values[name]
         return tuple(values[name] for name in loaded.outputs)

@@ -64,14 +64,15 @@ _SUMMARIES = ("da", "dy", "local", "mean", "shift")
 
 ATTEND_QUERIES = BackwardRole("attend_queries_backward", "attend", (*_STAGE_2, "z"), ("dq", "delta"))
 ATTEND_SUMMARIES = BackwardRole("attend_summaries_backward", "represent", (*_STAGE_2, "delta"), _SUMMARIES)
-ATTEND_ALL = BackwardRole(
-    "attend_summaries_backward", "represent", (*_STAGE_2, "z"), (*_SUMMARIES, "dq", "delta")
-)
+ATTEND_ALL = BackwardRole("attend_summaries_backward", "represent", (*_STAGE_2, "z"), (*_SUMMARIES, "dq", "delta"))
 QUERIES = BackwardRole("summarize_queries_backward", "queries", (*_STAGE_1, "mean"), (), ("dq",))
 KEYS = BackwardRole("summarize_keys_backward", "keys", (*_STAGE_1, "shift"), ("dk", "dv"))
 ALL_OF_BLOCK = BackwardRole("summarize_keys_backward", "keys", (*_STAGE_1, "mean", "shift"), ("dk", "dv"), ("dq",))
 
 GRADIENTS = ("dq", "dk", "dv")
+
+TILE_NAMES = {"attend": ("L", "B"), "represent": ("B", "L"), "queries": ("J", "I"), "keys": ("I", "J")}
+"""Of the rows and of the steps of each tiling."""
 
 
 def backward_roles(schedule: GradientSchedule) -> tuple[BackwardRole, ...]:
@@ -81,9 +82,7 @@ def backward_roles(schedule: GradientSchedule) -> tuple[BackwardRole, ...]:
     return stage_2 + stage_1
 
 
-def backward_program(
-    ir: MonarchAttention, schedule: GradientSchedule, specialization: Specialization
-) -> Program:
+def backward_program(ir: MonarchAttention, schedule: GradientSchedule, specialization: Specialization) -> Program:
     """The kernels of the gradients of a canonical IR, and what they pass to each other.
 
     Its outputs are dq, dk, dv; dbias where the mask is a bias; and with a prefix, its tensors that are left to sum up.
@@ -154,8 +153,11 @@ def _kernel(
 
 
 def _exact(role: BackwardRole, ir: MonarchAttention) -> tuple[str, ...]:
-    """What the exact groups need of the rows."""
-    return ("dz", "lse", "delta") if role.reads_keys and ir.form.has_exact_keys else ()
+    """What the exact groups need of the rows: of the prefix's alone, in the kernel of keys, where there is no window."""
+    if not role.reads_keys or not ir.form.has_exact_keys:
+        return ()
+    of_rest = ir.form.window is not None or "dq" in role.updates
+    return ("dz", "lse", "delta") if of_rest else ("dz", "lse")
 
 
 def _of_bias(ir: MonarchAttention) -> tuple[str, ...]:
@@ -201,7 +203,7 @@ def _choices(ir: MonarchAttention, schedule: GradientSchedule) -> dict[str, Any]
 def _constants(
     role: BackwardRole, ir: MonarchAttention, tiling: Tiling, specialization: Specialization
 ) -> dict[str, Any]:
-    rows, steps = {"attend": "LB", "represent": "BL", "queries": "JI", "keys": "IJ"}[role.tiling]
+    rows, steps = TILE_NAMES[role.tiling]
     tiles = {f"TILE_{rows}": tiling.rows, f"TILE_{steps}": tiling.step}
     tiles |= {f"TILES_{rows}": -(-ir.form.block_size // tiling.rows), "TILE_P": LEAD_TILE}
     return constants_of(ir, specialization, tiles, keys_of_neighbours(ir, apart=True))

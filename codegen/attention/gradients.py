@@ -1,4 +1,4 @@
-"""Gradients of Monarch attention on their kernels: the forward pass that keeps what they need, and the backward pass."""
+"""Gradients of Monarch attention on kernels: the forward pass that keeps what they need, and the backward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from monarch_compile.attention.form import Form
@@ -82,8 +81,7 @@ def launch_with_lse(
     with on_device(q):
         z, lse = outputs(launcher, q, k, v, key_mask, grid)
     if form.prefix:
-        rows = PrefixGradients(q, k, v, key_mask, scale, form.prefix).lse_of_rows()
-        _first(lse, form.prefix).copy_(rows)
+        PrefixGradients(q, k, v, key_mask, scale, form.prefix).write_lse(lse)
     return z.transpose(1, 2), lse
 
 
@@ -147,9 +145,3 @@ def _launcher_with_lse(ir: MonarchAttention, capability: Capability | None, inte
 @functools.cache
 def _backward_launcher(ir: MonarchAttention, capability: Capability | None, interpreted: bool) -> Launcher:
     return Launcher(ir, choose_gradient_schedule(ir, capability), BACKWARD)
-
-
-def _first(x: Tensor, rows: int) -> Tensor:
-    """The first rows of x (E, H, N, ...); indexing would ask for a device."""
-    found: Tensor = torch.ops.aten.slice.Tensor(x, 2, 0, rows)
-    return found

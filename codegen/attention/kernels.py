@@ -155,7 +155,9 @@ def buffers_of(ir: MonarchAttention) -> dict[str, Buffer]:
     per_block: tuple[Size, ...] = ("heads", rows_of(ir), "num_blocks")
     mask_dtype = f32 if ir.mask is MaskKind.KEY_BIAS else torch.bool  # a bias is centred in float32
     found = (
-        Buffer("q", dtype, ("batch", "num_heads", "seq_len_q", head), strides_of("q_batch", "q_head", "q_row", "q_dim")),
+        Buffer(
+            "q", dtype, ("batch", "num_heads", "seq_len_q", head), strides_of("q_batch", "q_head", "q_row", "q_dim")
+        ),
         Buffer(
             "k", dtype, ("batch", "num_kv_heads", "seq_len_k", head), strides_of("k_batch", "k_head", "k_row", "k_dim")
         ),

@@ -27,9 +27,9 @@ class PrefixGradients:
     scale: float
     prefix: int
 
-    def lse_of_rows(self) -> Tensor:
-        """(E, H, P) float32: log of the total weight of each row of the prefix; -inf where it sees no key."""
-        return self._scores(self.k, self.key_mask).logsumexp(-1).unflatten(2, (-1, self.prefix)).flatten(1, 2)
+    def write_lse(self, lse: Tensor) -> None:
+        """Writes the logarithms of the total weights of the prefix's rows into lse (E, H, N), float32."""
+        self._first(lse).copy_(self._by_head(self._scores(self.k, self.key_mask).logsumexp(-1)))
 
     def delta_of_rows(self, dz: Tensor, z: Tensor) -> Tensor:
         """(E, H, P) float32: dz . z of each row of the prefix."""
@@ -48,29 +48,28 @@ class PrefixGradients:
     ) -> None:
         """Writes the gradients of the prefix's rows and keys into dq, dk, dv (E, heads, N, dim) and dbias (E, N).
 
-        weights, dscores: (E, H, N, p) of all rows but the prefix's with the prefix's keys. rows: (E, H, p, N), dscores of
-        the prefix's rows with all keys but the prefix's.
+        weights, dscores: (E, H, N, p) of all rows but the prefix's with the prefix's keys; p up to a tile's size.
+        rows: (E, H, p, N), dscores of the prefix's rows with all keys but the prefix's.
         """
         dq, dk, dv, dbias = gradients
         prefix = self.prefix
         near_weights, near_dscores = self._among_themselves(dz, z, lse)  # (E, H_kv, G * P, p)
-        q, dz_lead = (self._by_key_head(self._first(x)).float() for x in (self.q, dz))
-        of_keys = self._by_key_head(dscores[:, :, prefix:, :prefix])  # (E, H_kv, G * n, p)
-        dk_lead = (of_keys.mT @ self._by_key_head(self.q[:, :, prefix:])).float() + near_dscores.mT @ q
-        dv_lead = self._by_key_head(weights[:, :, prefix:, :prefix]).mT @ self._by_key_head(dz[:, :, prefix:])
-        of_rows = self._by_key_head(rows[:, :, :prefix, prefix:])  # (E, H_kv, G * P, n)
-        dq_lead = (of_rows @ self.k[:, :, prefix:]).float() + near_dscores @ self._first(self.k).float()
-        dq_lead = (self.scale * dq_lead).unflatten(2, (-1, prefix)).flatten(1, 2)
-        self._first(dq).copy_(dq_lead)
+        q_lead, dz_lead = (self._by_key_head(self._first(x)).float() for x in (self.q, dz))
+        q_rest, dz_rest = (self._by_key_head(self._rest(x)) for x in (self.q, dz))
+        weights, dscores = (self._by_key_head(_cut(self._rest(x), 3, 0, prefix)) for x in (weights, dscores))
+        dk_lead = (dscores.mT @ q_rest).float() + near_dscores.mT @ q_lead
+        dv_lead = (weights.mT @ dz_rest).float() + near_weights.mT @ dz_lead
+        rows = self._by_key_head(_cut(self._first(rows), 3, prefix, None))
+        dq_lead = (rows @ self._rest(self.k)).float() + near_dscores @ self._first(self.k).float()
+        self._first(dq).copy_(self.scale * self._by_head(dq_lead))
         self._first(dk).copy_(self.scale * dk_lead)
-        self._first(dv).copy_(dv_lead.float() + near_weights.mT @ dz_lead)
+        self._first(dv).copy_(dv_lead)
         if dbias is not None:
-            of_bias = of_keys.float().sum((1, 2)) + near_dscores.sum((1, 2))
-            dbias[:, :prefix].copy_(of_bias)
+            _cut(dbias, 1, 0, prefix).copy_(dscores.float().sum((1, 2)) + near_dscores.sum((1, 2)))
 
     def _among_themselves(self, dz: Tensor, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """(E, H_kv, G * P, p) float32: weights of the prefix's rows with its keys, and gradients of their scores."""
-        mask = None if self.key_mask is None else self.key_mask[:, : self.prefix]
+        mask = None if self.key_mask is None else _cut(self.key_mask, 1, 0, self.prefix)
         scores = self._scores(self._first(self.k), mask)
         row_lse = self._by_key_head(self._first(lse).unsqueeze(-1))
         weights = (scores - row_lse.masked_fill(row_lse == float("-inf"), float("inf"))).exp()
@@ -89,8 +88,22 @@ class PrefixGradients:
 
     def _by_key_head(self, x: Tensor) -> Tensor:
         """From (E, H, rows, ...) to (E, H_kv, G * rows, ...)."""
-        return x.unflatten(1, (self.k.shape[1], -1)).flatten(2, 3)
+        return torch.unflatten(x, 1, (self.k.shape[1], -1)).flatten(2, 3)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """From (E, H_kv, G * P, ...) to (E, H, P, ...)."""
+        return torch.unflatten(x, 2, (-1, self.prefix)).flatten(1, 2)
 
     def _first(self, x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.aten.slice.Tensor(x, 2, 0, self.prefix)  # indexing would ask for a device
-        return found
+        """What x (E, heads, N, ...) holds of the prefix."""
+        return _cut(x, 2, 0, self.prefix)
+
+    def _rest(self, x: Tensor) -> Tensor:
+        """What it holds of all other positions."""
+        return _cut(x, 2, self.prefix, None)
+
+
+def _cut(x: Tensor, dim: int, start: int, end: int | None) -> Tensor:
+    """A view of a part of x along a dim; indexing would ask for a device."""
+    found: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, end)
+    return found

@@ -124,7 +124,7 @@ def test_head_sizes(dims: tuple[int, int]) -> None:
     check_backward(Case(11, 4, *dims, window=1, prefix=1, batch=1), torch.float32, "cpu")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_any_case(data: st.DataObject) -> None:
     """Lengths, forms and masks that nobody chose."""
@@ -132,12 +132,12 @@ def test_any_case(data: st.DataObject) -> None:
     group = draw(st.sampled_from((1, 2)))
     block_size = draw(st.integers(1, 9))
     case = Case(
-        draw(st.integers(block_size + 4, 40)),
+        draw(st.integers(block_size + 4, 30)),
         block_size,
         16,
         16,
-        batch=2,
-        num_heads=2,
+        batch=draw(st.sampled_from((1, 2))),
+        num_heads=group,
         group=group,
         pad=draw(st.sampled_from(("post", "pre"))),
         mask=draw(st.sampled_from(("none", "some", "blocks", "bias"))),
@@ -171,7 +171,7 @@ def test_logsumexps(case: Case) -> None:
 
 def test_hidden_keys_and_blind_rows_have_no_gradient() -> None:
     case = Case(23, 5, 16, 16, window=1, prefix=2, mask="blocks")
-    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    *_, mask = tensors(case, torch.float32, "cpu")
     assert mask is not None
     _, lse, dq, dk, dv = run_backward(case, torch.float32, "cpu")
     assert (lse[-1] == float("-inf")).all()
