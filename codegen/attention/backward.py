@@ -153,7 +153,7 @@ def _kernel(
 
 
 def _exact(role: BackwardRole, ir: MonarchAttention) -> tuple[str, ...]:
-    """What the exact groups need of the rows: of the prefix's alone, in the kernel of keys, where there is no window."""
+    """What the exact groups need of the rows; the kernel of keys, where there is no window, of the prefix alone."""
     if not role.reads_keys or not ir.form.has_exact_keys:
         return ()
     of_rest = ir.form.window is not None or "dq" in role.updates

@@ -29,7 +29,7 @@ class PrefixGradients:
 
     def write_lse(self, lse: Tensor) -> None:
         """Writes the logarithms of the total weights of the prefix's rows into lse (E, H, N), float32."""
-        self._first(lse).copy_(self._by_head(self._scores(self.k, self.key_mask).logsumexp(-1)))
+        _write(self._first(lse), self._by_head(self._scores(self.k, self.key_mask).logsumexp(-1)))
 
     def delta_of_rows(self, dz: Tensor, z: Tensor) -> Tensor:
         """(E, H, P) float32: dz . z of each row of the prefix."""
@@ -61,11 +61,11 @@ class PrefixGradients:
         dv_lead = (weights.mT @ dz_rest).float() + near_weights.mT @ dz_lead
         rows = self._by_key_head(_cut(self._first(rows), 3, prefix, None))
         dq_lead = (rows @ self._rest(self.k)).float() + near_dscores @ self._first(self.k).float()
-        self._first(dq).copy_(self.scale * self._by_head(dq_lead))
-        self._first(dk).copy_(self.scale * dk_lead)
-        self._first(dv).copy_(dv_lead)
+        _write(self._first(dq), self.scale * self._by_head(dq_lead))
+        _write(self._first(dk), self.scale * dk_lead)
+        _write(self._first(dv), dv_lead)
         if dbias is not None:
-            _cut(dbias, 1, 0, prefix).copy_(dscores.float().sum((1, 2)) + near_dscores.sum((1, 2)))
+            _write(_cut(dbias, 1, 0, prefix), dscores.float().sum((1, 2)) + near_dscores.sum((1, 2)))
 
     def _among_themselves(self, dz: Tensor, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """(E, H_kv, G * P, p) float32: weights of the prefix's rows with its keys, and gradients of their scores."""
@@ -83,8 +83,8 @@ class PrefixGradients:
         if key_mask is None:
             return scores
         seen, bias = split_mask(key_mask, torch.float32)
-        scores = scores if bias is None else scores + bias[:, None, None, :]
-        return scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+        scores = scores if bias is None else scores + bias.unsqueeze(1).unsqueeze(1)
+        return torch.where(seen.unsqueeze(1).unsqueeze(1), scores, float("-inf"))
 
     def _by_key_head(self, x: Tensor) -> Tensor:
         """From (E, H, rows, ...) to (E, H_kv, G * rows, ...)."""
@@ -107,3 +107,8 @@ def _cut(x: Tensor, dim: int, start: int, end: int | None) -> Tensor:
     """A view of a part of x along a dim; indexing would ask for a device."""
     found: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, end)
     return found
+
+
+def _write(part: Tensor, values: Tensor) -> None:
+    """Copies values into a view; the method of tensors would ask for a device."""
+    torch.ops.aten.copy_.default(part, values)

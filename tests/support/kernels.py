@@ -13,7 +13,6 @@ from monarch_compile.codegen.attention.specialization import UNKNOWN, Specializa
 from monarch_compile.codegen.render import sources
 from monarch_compile.codegen.source import KernelSource
 
-
 OF_GRIDS = ("EXTENT", "counts_", "NEIGHBOURS")
 """Lines that say where a token of a grid is may be longer than others."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from monarch_compile.attention.form import Form
+from monarch_compile.codegen import launcher
 from monarch_compile.codegen.attention.gradient_schedule import GradientSchedule
 from monarch_compile.codegen.attention.gradients import backward_refusal, launch_backward, launch_with_lse
 from monarch_compile.codegen.attention.launch import launch
@@ -191,6 +194,31 @@ def test_scale_that_is_not_positive() -> None:
         found.append(launch_backward(dz, sign * q, k, v, None, z, lse, scale=sign * 0.3, **options))
     torch.testing.assert_close(found[0][0], -found[1][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[0][1:3], found[1][1:3], rtol=1e-5, atol=1e-6)
+
+
+def test_summaries_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last buffers are allocated, those of the kernels that are done are free."""
+    allocate = launcher._allocate
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[list[torch.Size]] = []
+
+    def noted(*arguments: Any) -> Tensor:
+        alive.append([tensor.shape for tensor in (x() for x in made) if tensor is not None])
+        found = allocate(*arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    case = WINDOWS[0]
+    q, k, v, _ = tensors(case, torch.float32, "cpu")
+    z, lse = launch_with_lse(q, k, v, None, **case.options)
+    monkeypatch.setattr(launcher, "_allocate", noted)
+    for change in (_small, _one_step):
+        del made[:], alive[:]
+        with scheduled(change):
+            launch_backward(z, q, k, v, None, z, lse, **case.options)
+        summaries = torch.Size((1, case.block_size, 6, 16))
+        assert alive[2].count(summaries) == 2  # a and y, while c is allocated
+        assert alive[-1].count(summaries) == 2  # da and dy
 
 
 def test_expanded_gradients() -> None:

@@ -25,7 +25,6 @@ from monarch_compile.codegen.attention.gradient_schedule import (
     shared_bytes,
 )
 from monarch_compile.codegen.attention.gradients import WITH_LSE
-from monarch_compile.codegen.attention.kernels import canonical
 from monarch_compile.codegen.attention.schedule import choose_schedule
 from monarch_compile.codegen.attention.specialization import UNKNOWN, Specialization, expected
 from monarch_compile.codegen.render import sources
