@@ -126,7 +126,7 @@ TABLE: dict[tuple[int, int], Rows] = {
         ),
     ),
     (2, 256): _streamed(Tiling(64, 32, 8, 1), *[Tiling(32, 32, 8, 1)] * 3),
-    (4, 64): _streamed(*[Tiling(32, 32, 4, 1)] * 4),
+    (4, 64): _streamed(*[Tiling(32, 32, 4, 1)] * 3, Tiling(16, 32, 4, 1)),
     (4, 128): _streamed(Tiling(32, 32, 8, 1), *[Tiling(16, 32, 8, 1)] * 3),
     (4, 256): _streamed(*[Tiling(16, 16, 8, 1)] * 4),
 }
@@ -195,7 +195,7 @@ def _chosen(rows: tuple[Row, ...], name: str, most: float, ir: MonarchAttention,
 def _fit(tiling: Tiling, most: float, ir: MonarchAttention) -> Tiling:
     """Tiles no larger than the `most` places that they cover, and warps that still have work."""
     rows, step = (int(min(size, padded(int(min(most, size))))) for size in (tiling.rows, tiling.step))
-    accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
+    accumulators = 2 * rows * (padded(ir.head_dim) + padded(ir.value_dim))  # sums, and tiles of weights as large
     useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 
