@@ -5,8 +5,9 @@ Options are the operator's arguments after its tensors, in their order (`OPTIONS
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +67,35 @@ def by_reference(
             everything[place] = x
         return reference(*everything, **own)  # type: ignore[arg-type]
 
-    grads = dict(zip(places, torch.func.vjp(again, *(tensors[place] for place in places))[1](grad), strict=True))
+    with _without_hooks():
+        grads = dict(zip(places, torch.func.vjp(again, *(tensors[place] for place in places))[1](grad), strict=True))
     return tuple(grads.get(place) for place in range(len(tensors)))
 
 
 def are_wanted(tensors: Sequence[Tensor | None], form: Form, *, is_cross: bool) -> bool:
     """Whether a call with these tensors will be differentiated, in a form whose gradients have kernels."""
     return is_trained(tensors) and differentiated_by_kernels(form, is_cross=is_cross)
+
+
+@contextlib.contextmanager
+def _popped_hooks() -> Iterator[None]:
+    popped = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        popped.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(popped):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _without_hooks() -> contextlib.AbstractContextManager[None]:
+    """A context without hooks on saved tensors, which torch.func refuses.
+
+    There are some where a compiled function is called under a checkpoint; AOTAutograd lets them rest while it traces.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _popped_hooks()
 
 
 @functools.lru_cache(maxsize=1024)
