@@ -150,9 +150,7 @@ def _backward(ctx: Any, grad: Tensor, *_of_lse: Tensor) -> tuple[Any, ...]:
         if results and not torch.is_grad_enabled():
             found = attention_backward(grad, q, k, v, key_mask, *results, *ctx.options)
             own = (x if needed else None for x, needed in zip(found, wanted, strict=True))
-            grads = tuple(
-                g if g is None else g.to(x.dtype) for g, x in zip(own, (q, k, v, key_mask), strict=True)
-            )
+            grads = tuple(g if g is None else g.to(x.dtype) for g, x in zip(own, (q, k, v, key_mask), strict=True))
         else:
             grads = gradients.by_reference(grad, (q, k, v, key_mask), wanted, ctx.options)
     return (*grads, *[None] * len(OPTIONS))

@@ -1,7 +1,7 @@
 """What exact and Monarch attention cost, and which of them to run: FLOPs and bytes, a device, a predicted time.
 
-The counts are those of `stages`. Times are a roofline with the rates of a `Device`. Everything here is a pure function of
-its arguments.
+The counts are those of `stages`. Times are a roofline with the rates of a `Device`. Everything here is a pure
+function of its arguments.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> tuple[int, ...]:
 
 
 class _Counts(NamedTuple):
-    """What both forms compute and move; `rows`: the exact rows of a prefix, `tiled`: as tiles have it, `back`: kernels of
-    the Monarch form's backward pass."""
+    """What both forms compute and move; `rows`: the exact rows of a prefix, `tiled`: as tiles have it, `back`:
+    kernels of the Monarch form's backward pass."""
 
     exact_flops: int
     exact_bytes: int

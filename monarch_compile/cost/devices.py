@@ -191,7 +191,7 @@ never_slower_h100.json for replays, of which each copies the graph's inputs)."""
 
 # Fitted to CUDA-graph replays on an H100 of 80 GB HBM3 (benchmarks/results/h100_rates.json): the fastest of cuDNN,
 # flash and memory-efficient attention, two kernels for the Monarch form, and steps of training through Inductor.
-# The float64 rates are guesses, and kernels of the backward pass are taken to be as fast as those of the forward pass.
+# The float64 rates are guesses, and so are those of the backward kernels: half of the forward pass's.
 _H100 = Device(
     name="h100",
     kind="cuda",
@@ -202,7 +202,7 @@ _H100 = Device(
     overlap=1.6,
     exact_back=Backward(Rates(half=170e12, single=13e12, double=8e12), launch_s=20e-6),
     monarch_back=Backward(values_per_s=85e9, exps_per_s=42e9, launch_s=60e-6, near=1.25),
-    gradients=Form(Rates(half=290e12, single=27e12, double=20e12), bytes_per_s=3.4e12, launch_s=2.8e-6),
+    gradients=Form(Rates(half=145e12, single=13e12, double=10e12), bytes_per_s=1.7e12, launch_s=2.8e-6),
     wide_gain=1.4,
     dense=Rates(half=500e12, single=400e12, double=50e12),
     replayed=_REPLAYED,
@@ -252,7 +252,7 @@ DEVICES: dict[str, Device] = {
         overlap=2.0,
         exact_back=Backward(Rates(half=60e12, single=6e12, double=3e12), launch_s=20e-6),
         monarch_back=Backward(values_per_s=40e9, exps_per_s=20e9, launch_s=60e-6, near=1.25),
-        gradients=Form(Rates(half=90e12, single=12e12, double=5e12), bytes_per_s=1.5e12, launch_s=4e-6),
+        gradients=Form(Rates(half=45e12, single=6e12, double=2e12), bytes_per_s=0.75e12, launch_s=4e-6),
         dense=Rates(half=250e12, single=125e12, double=20e12),
         replayed=_REPLAYED,
         compiled=_COMPILED,

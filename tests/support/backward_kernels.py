@@ -56,7 +56,7 @@ def backward(
 
 @backward.register_fake
 def _(grad, q, k, v, bias, visible, output, lse, *options):  # type: ignore[no-untyped-def]
-    return tuple(dense(torch.empty_like(x)) for x in (q, k, v)) + (q.new_empty(0) if bias is None else bias.float(),)
+    return *(dense(torch.empty_like(x)) for x in (q, k, v)), q.new_empty(0) if bias is None else bias.float()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -74,7 +74,14 @@ def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return reference_with_lse(q, k, v, key_mask, **options)
 
     def launch_backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, output: Tensor, lse: Tensor, **options: Any
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        output: Tensor,
+        lse: Tensor,
+        **options: Any,
     ) -> Any:
         launched.append("backward")
         floating = key_mask is not None and key_mask.is_floating_point()
