@@ -49,8 +49,8 @@ def masks() -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("mask", masks())
 @pytest.mark.parametrize("form", FORMS)
 def test_the_logsumexp_is_that_of_what_a_row_weighs(form: str, mask: str) -> None:
-    """That of the exact scores where every key is in an exact group; else no more: a far block's entry never exceeds the
-    maximum that it stands for."""
+    """That of the exact scores where every key is in an exact group; else no more: a far block's entry never exceeds
+    the maximum that it stands for."""
     q, k, v = tensors()
     options = {"scale": 0.5, "block_size": 4, **FORMS[form]}
     output, lse = reference_with_lse(q, k, v, masks()[mask], **options)
