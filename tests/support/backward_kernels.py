@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.compiler import config as compiler_config
 
 from monarch_compile.attention import gradients
 from monarch_compile.attention.form import FORM_OPTIONS, Form
@@ -65,8 +66,11 @@ def dense(x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The CPU has backward kernels while this lasts; the names of what was launched, at run time or while tracing."""
+def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The CPU has backward kernels while this lasts; the names of what was launched, at run time or while tracing.
+
+    Compile caches, which do not know of these, are off.
+    """
     launched: list[str] = []
 
     def launch_with_lse(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, **options: Any) -> Any:
@@ -99,4 +103,5 @@ def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     stub.launch_with_lse, stub.launch_backward = launch_with_lse, launch_backward
     monkeypatch.setitem(sys.modules, MODULE, stub)
     monkeypatch.setattr(gradients, "run_on_kernels", run_on_kernels)
-    return launched
+    with compiler_config.patch(force_disable_caches=True):
+        yield launched

@@ -21,6 +21,7 @@ from monarch_compile.attention.reference import reference
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 from tests.support.block import Block, key_padding
 from tests.support.capture import run_passes
+from tests.support.poison import Poisoned, between_margins
 
 FORM = {"block_size": 8, "window": 1}
 OPTIONS = {"policy": "always", "strict": True, **FORM}
@@ -83,10 +84,19 @@ def test_a_step(block: Any, launched: list[str] | None) -> None:
     assert counters["monarch"]["lowered"] == 1
 
 
-def test_a_step_through_inductor(block: Any, launched: list[str] | None) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("way", ["kernels", pytest.param("reference", marks=pytest.mark.nightly)])
+def test_a_step_through_inductor(
+    block: Any, poisoned: Poisoned, request: pytest.FixtureRequest, way: str, mode: str | None
+) -> None:
+    launched = request.getfixturevalue("backward_kernels") if way == "kernels" else None
     model, x, expected = block
-    assert_alike(gradients_of(model, lambda: compiled(model)(x)), expected)
+    run, x = compiled(model, **({} if mode is None else {"mode": mode})), between_margins(x)
+    for _ in range(2):
+        assert_alike(gradients_of(model, lambda: run(x)), expected)
     assert by_kernels(launched)
+    assert poisoned.num_buffers
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -122,12 +132,6 @@ def test_compiled_autograd(block: Any, launched: list[str] | None) -> None:
         found = gradients_of(model, lambda: run(x))
     assert_alike(found, expected)
     assert by_kernels(launched)
-
-
-def test_the_options_of_mode_reduce_overhead(block: Any) -> None:
-    model, x, expected = block
-    run = compiled(model, mode="reduce-overhead")
-    assert_alike(gradients_of(model, lambda: run(x)), expected)
 
 
 @pytest.mark.usefixtures("without_inductor")
