@@ -36,12 +36,17 @@ def named(options: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
+def place_has_kernels(x: Tensor) -> bool:
+    """Whether gradients of attention of such tensors may run on kernels."""
+    return x.device.type == "cuda" and x.dtype != torch.float64
+
+
 def run_on_kernels(q: Tensor, k: Tensor, options: Sequence[Any]) -> bool:
     """Whether kernels give the gradients of attention between q (E, H, N_q, D) and k (E, H_kv, N_k, D).
 
     Symbolic lengths are guarded on, as the forward pass does.
     """
-    if q.device.type != "cuda" or q.dtype == torch.float64:
+    if not place_has_kernels(q):
         return False
     form = _form(*(named(options)[name] for name in FORM_OPTIONS))
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.compiler import config as compiler_config
 
 from monarch_compile.attention import gradients
-from monarch_compile.attention.form import FORM_OPTIONS, Form
-from monarch_compile.attention.ir import differentiated_by_kernels, is_exact
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import differentiated_by_kernels
 from monarch_compile.attention.reference import reference, reference_with_lse
 
 MODULE = "monarch_compile.codegen.attention.gradients"
@@ -94,14 +94,13 @@ def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         found = backward(grad, q, k, v, *masks, output, lse, *(options[name] for name in names))
         return (*found[:3], found[3] if floating else None)
 
-    def run_on_kernels(q: Tensor, k: Tensor, options: Sequence[Any]) -> bool:
-        form = Form(**{name: gradients.named(options)[name] for name in FORM_OPTIONS})
-        exact = is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix)
-        return not exact and differentiated_by_kernels(form, is_cross=bool(q.shape[2] != k.shape[2]))
+    def backward_refusal(form: Form, is_cross: bool) -> str | None:
+        return None if differentiated_by_kernels(form, is_cross=is_cross) else "it has none"
 
     stub: Any = types.ModuleType(MODULE)
     stub.launch_with_lse, stub.launch_backward = launch_with_lse, launch_backward
+    stub.backward_refusal = backward_refusal
     monkeypatch.setitem(sys.modules, MODULE, stub)
-    monkeypatch.setattr(gradients, "run_on_kernels", run_on_kernels)
+    monkeypatch.setattr(gradients, "place_has_kernels", lambda x: True)
     with compiler_config.patch(force_disable_caches=True):
         yield launched
