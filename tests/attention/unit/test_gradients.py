@@ -14,7 +14,7 @@ from monarch_compile.attention import gradients
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.ir import differentiated_by_kernels
-from monarch_compile.attention.op import attention, attention_with_lse
+from monarch_compile.attention.op import attention, attention_backward, attention_with_lse
 from monarch_compile.attention.reference import reference, reference_with_lse
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 
@@ -173,7 +173,7 @@ def test_the_codegen_agrees_on_which_forms_have_backward_kernels() -> None:
         assert refused is not differentiated_by_kernels(form, is_cross=cross), form
 
 
-def test_on_cuda_the_gradients_of_an_eligible_form_have_the_shapes_and_strides_of_the_others() -> None:
+def test_on_cuda_the_operators_have_the_shapes_and_strides_of_the_others() -> None:
     pytest.importorskip("monarch_compile.codegen.attention.gradients")
     pytest.importorskip("triton")
     with FakeTensorMode():
@@ -181,3 +181,9 @@ def test_on_cuda_the_gradients_of_an_eligible_form_have_the_shapes_and_strides_o
         assert gradients.run_on_kernels(given[0], given[1], ARGUMENTS)
         assert not gradients.run_on_kernels(given[0].double(), given[1].double(), ARGUMENTS)
         assert not gradients.run_on_kernels(given[0], given[1], (0.5, 64, *ARGUMENTS[2:]))
+        plain, (output, lse) = attention(*given, None, *ARGUMENTS), attention_with_lse(*given, None, *ARGUMENTS)
+        found = attention_backward(output, *given, None, output, lse, *ARGUMENTS)
+    assert (output.shape, output.stride(), output.dtype) == (plain.shape, plain.stride(), plain.dtype)
+    assert (lse.shape, lse.dtype) == (plain.shape[:3], torch.float32)
+    assert [(x.shape, x.dtype) for x in found[:3]] == [(x.shape, x.dtype) for x in given]
+    assert found[3].shape == (0,)
