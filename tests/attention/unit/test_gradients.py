@@ -176,13 +176,14 @@ def test_the_codegen_agrees_on_which_forms_have_backward_kernels() -> None:
 def test_on_cuda_the_operators_have_the_shapes_and_strides_of_the_others() -> None:
     pytest.importorskip("monarch_compile.codegen.attention.gradients")
     pytest.importorskip("triton")
+    arguments = (*ARGUMENTS[:6], 0, *ARGUMENTS[7:])  # rows of a prefix would ask for a device
     with FakeTensorMode():
         given = [torch.empty(x.shape, dtype=torch.bfloat16, device="cuda") for x in tensors()]
         assert gradients.run_on_kernels(given[0], given[1], ARGUMENTS)
         assert not gradients.run_on_kernels(given[0].double(), given[1].double(), ARGUMENTS)
         assert not gradients.run_on_kernels(given[0], given[1], (0.5, 64, *ARGUMENTS[2:]))
-        plain, (output, lse) = attention(*given, None, *ARGUMENTS), attention_with_lse(*given, None, *ARGUMENTS)
-        found = attention_backward(output, *given, None, output, lse, *ARGUMENTS)
+        plain, (output, lse) = attention(*given, None, *arguments), attention_with_lse(*given, None, *arguments)
+        found = attention_backward(output, *given, None, output, lse, *arguments)
     assert (output.shape, output.stride(), output.dtype) == (plain.shape, plain.stride(), plain.dtype)
     assert (lse.shape, lse.dtype) == (plain.shape[:3], torch.float32)
     assert [(x.shape, x.dtype) for x in found[:3]] == [(x.shape, x.dtype) for x in given]
