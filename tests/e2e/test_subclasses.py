@@ -16,9 +16,11 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import monarch_compile
+from monarch_compile.attention.reference import reference
 from monarch_compile.attention.sharding import _shardings
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes.memory import storages_of
+from tests.support.backward_kernels import backward_kernels  # noqa: F401
 from tests.support.block import Block
 from tests.support.capture import run_passes
 from tests.support.versions import sharded_heads
@@ -218,3 +220,36 @@ def test_differentiated_dtensors_stay_exact(mesh: Any) -> None:
     output = compiled(lambda q: torch.softmax(q @ q.mT, -1) @ q)(given)
     assert codes() == {"tensor_subclass": 1}
     torch.testing.assert_close(output.to_local(), torch.softmax(x @ x.mT, -1) @ x)
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sharded", [0, pytest.param(1, marks=sharded_heads)], ids=["batch", "heads"])
+def test_sharded_steps_are_lowered_where_the_backward_pass_has_kernels(
+    mesh: Any,
+    backward_kernels: list[str],  # noqa: F811
+    sharded: int,
+    biased: bool,
+) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    local = [torch.randn(2, 4, 41, 8) for _ in range(3)]
+    given = [DTensor.from_local(x, mesh, [Shard(sharded)], run_check=False).requires_grad_() for x in local]
+    bias = torch.randn(2, 41)
+    placement = Shard(0) if sharded == 0 else Replicate()
+    added = DTensor.from_local(bias, mesh, [placement], run_check=False)
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return torch.softmax(scores + bias[:, None, None] if biased else scores, -1) @ v
+
+    output = compiled(fn, strict=True)(*given, added)
+    assert codes() == {"lowered": 1}
+    found = torch.autograd.grad(output, given, torch.ones_like(output))
+    assert "backward" in backward_kernels
+    local = [x.requires_grad_() for x in local]
+    expected = reference(*local, bias if biased else None, scale=1.0, block_size=8)
+    grads = torch.autograd.grad(expected, local, torch.ones_like(expected))
+    for x, y in zip(found, grads, strict=True):
+        assert x.placements == (Shard(sharded),)
+        torch.testing.assert_close(x.to_local(), y, rtol=1e-4, atol=1e-4)

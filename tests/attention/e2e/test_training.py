@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.op import ATTENTION_OP, ATTENTION_WITH_LSE_OP, attention_with_lse
 from monarch_compile.attention.reference import reference
+from monarch_compile.attention.site_call import AttentionCall
+from monarch_compile.calibration.instrument import with_attention
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 from tests.support.block import Block, key_padding
 from tests.support.capture import run_passes
@@ -255,6 +257,20 @@ def test_second_derivatives_are_those_of_the_reference(launched: list[str] | Non
 
     found = second(lambda q, k, v: attention_with_lse(q, k, v, None, *ARGUMENTS)[0])
     torch.testing.assert_close(found, second(lambda q, k, v: reference(q, k, v, None, scale=0.5, **FORM)))
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_the_function_in_compiled_code(block: Any, launched: list[str] | None) -> None:
+    model, x, expected = block
+    run = compiled(lambda x: model.by_reference(x, **FORM))
+    assert_alike(gradients_of(model, lambda: run(x)), expected)
+    assert by_kernels(launched)
+
+
+def test_sites_of_a_model_that_asks_for_gradients_can_be_replaced(block: Any) -> None:
+    model, x, expected = block
+    run = with_attention(model, AttentionCall.monarch, OPTIONS)
+    assert_alike(gradients_of(model, lambda: run(x)), expected)
 
 
 # ---- which operator stands for a site --------------------------------------------------------------------------------
