@@ -12,8 +12,6 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from monarch_compile.attention.gradients import place_has_kernels
-from monarch_compile.attention.ir import MonarchAttention, differentiated_by_kernels
 from monarch_compile.attention.sharding import is_dtensor, shards_attention
 from monarch_compile.attention.signature import RULES, Rule, Signature
 from monarch_compile.config import MonarchConfig
@@ -36,10 +34,11 @@ class Context:
     config: MonarchConfig
     order: Order
     facts: tuple[MaskFact, ...]
+    trains: bool = False
 
     @staticmethod
-    def of(region: AttentionRegion, config: MonarchConfig) -> Context:
-        return Context(config, Order.of(region.output.graph), classify_all(region.masks))
+    def of(region: AttentionRegion, config: MonarchConfig, *, trains: bool = False) -> Context:
+        return Context(config, Order.of(region.output.graph), classify_all(region.masks), trains)
 
 
 class Check(NamedTuple):
@@ -95,18 +94,9 @@ def _check_subclass(region: AttentionRegion, context: Context) -> tuple[str, Nod
     kind = type(wrapped[0].meta["val"]).__name__
     if not all(is_dtensor(node.meta["val"]) for node in nodes):
         return f"the attention is of {kind}s, a tensor subclass whose kernels are its own", wrapped[0]
+    if context.trains:
+        return f"the attention is of {kind}s, and is differentiated", wrapped[0]
     return None if shards_attention() else (f"this torch cannot be told how {kind}s are sharded", wrapped[0])
-
-
-def gradients_refusal(region: AttentionRegion, ir: MonarchAttention) -> Refusal | None:
-    """Why a site that is differentiated stays exact in its form: it is known how operators of DTensors are sharded, not
-    how the vjp of the reference is."""
-    value = region.q.node.meta["val"]
-    by_kernels = place_has_kernels(value) and differentiated_by_kernels(ir.form, is_cross=ir.is_cross)
-    if by_kernels or not is_dtensor(value):
-        return None
-    why = "the attention is of DTensors, and is differentiated without backward kernels"
-    return Refusal("tensor_subclass", why, region.q.node)
 
 
 def _check_lead(region: AttentionRegion, context: Context) -> str | None:

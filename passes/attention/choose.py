@@ -15,7 +15,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import PlanError
-from monarch_compile.passes.attention.checks import Context, first_refusal, gradients_refusal, packed_length
+from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
 from monarch_compile.passes.attention.grids import site_grid
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
@@ -41,7 +41,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
         _planned(name, (), config)
         return _exact(undecided(FAMILY, name, site.anchor), "match", site.refusal)
     guard_equal_sizes(site)
-    context = Context.of(site, config)
+    context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, undecided(FAMILY, name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
@@ -91,9 +91,6 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
         if refused is not None:
             return _exact(base, "cost", refused)
     ir = to_ir(site, facts, planned or chosen_form(config, device.kind, seq_len, site.grid))
-    refusal = gradients_refusal(site, ir) if calls.trains else None
-    if refusal is not None:
-        return _exact(base, "legality", refusal)
     reason = f"predicted {gain} against exact attention"
     decision = replace(base, ir=ir, status=LOWERED, stage="lowered", code="lowered", reason=reason)
     return Choice(decision, site, ir, frozenset(site.interior), speedup, facts)

@@ -16,8 +16,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import monarch_compile
+from monarch_compile.attention.op import attention_with_lse
 from monarch_compile.attention.reference import reference
-from monarch_compile.attention.sharding import _shardings
+from monarch_compile.attention.sharding import _shardings, shards_attention
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes.memory import storages_of
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
@@ -222,34 +223,33 @@ def test_differentiated_dtensors_stay_exact(mesh: Any) -> None:
     torch.testing.assert_close(output.to_local(), torch.softmax(x @ x.mT, -1) @ x)
 
 
-@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("sharded", [0, pytest.param(1, marks=sharded_heads)], ids=["batch", "heads"])
-def test_sharded_steps_are_lowered_where_the_backward_pass_has_kernels(
+def test_operators_of_a_step_are_sharded(
     mesh: Any,
     backward_kernels: list[str],  # noqa: F811
     sharded: int,
     biased: bool,
 ) -> None:
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    """Each rank differentiates what it holds; a bias gets a part of its gradient from the heads of each."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    local = [torch.randn(2, 4, 41, 8) for _ in range(3)]
-    given = [DTensor.from_local(x, mesh, [Shard(sharded)], run_check=False).requires_grad_() for x in local]
-    bias = torch.randn(2, 41)
-    placement = Shard(0) if sharded == 0 else Replicate()
-    added = DTensor.from_local(bias, mesh, [placement], run_check=False)
-
-    def fn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        scores = q @ k.mT
-        return torch.softmax(scores + bias[:, None, None] if biased else scores, -1) @ v
-
-    output = compiled(fn, strict=True)(*given, added)
-    assert codes() == {"lowered": 1}
-    found = torch.autograd.grad(output, given, torch.ones_like(output))
+    assert shards_attention()
+    local = [torch.randn(2, 4, 41, 8).requires_grad_() for _ in range(3)]
+    arguments = (1.0, 8, 1, "identity", "post", None, 0, None, "box", None)
+    given = [DTensor.from_local(x.detach(), mesh, [Shard(sharded)], run_check=False).requires_grad_() for x in local]
+    bias = torch.randn(2, 41).requires_grad_()
+    split = Shard(0) if sharded == 0 else Replicate()
+    added = DTensor.from_local(bias.detach(), mesh, [split], run_check=False).requires_grad_()
+    leaves = [*given, added] if biased else given
+    output, lse = attention_with_lse(*given, added if biased else None, *arguments)
+    assert output.placements == lse.placements == (Shard(sharded),)
+    found = torch.autograd.grad(output, leaves, torch.ones_like(output))
     assert "backward" in backward_kernels
-    local = [x.requires_grad_() for x in local]
     expected = reference(*local, bias if biased else None, scale=1.0, block_size=8)
-    grads = torch.autograd.grad(expected, local, torch.ones_like(expected))
+    grads = torch.autograd.grad(expected, [*local, bias] if biased else local, torch.ones_like(expected))
     for x, y in zip(found, grads, strict=True):
-        assert x.placements == (Shard(sharded),)
         torch.testing.assert_close(x.to_local(), y, rtol=1e-4, atol=1e-4)
+    assert [x.placements for x in found[:3]] == [(Shard(sharded),)] * 3
+    if biased:
+        assert found[3].placements == ((split,) if sharded == 0 else (Partial(),))
