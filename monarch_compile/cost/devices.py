@@ -191,7 +191,7 @@ never_slower_h100.json for replays, of which each copies the graph's inputs)."""
 
 # Fitted to CUDA-graph replays on an H100 of 80 GB HBM3 (benchmarks/results/h100_rates.json): the fastest of cuDNN,
 # flash and memory-efficient attention, two kernels for the Monarch form, and steps of training through Inductor.
-# The float64 rates are guesses, and so are those of the backward kernels: half of the forward pass's.
+# The float64 rates are guesses. Those of the backward kernels are three quarters of the forward pass's, rather slow.
 _H100 = Device(
     name="h100",
     kind="cuda",
@@ -202,7 +202,7 @@ _H100 = Device(
     overlap=1.6,
     exact_back=Backward(Rates(half=170e12, single=13e12, double=8e12), launch_s=20e-6),
     monarch_back=Backward(values_per_s=85e9, exps_per_s=42e9, launch_s=60e-6, near=1.25),
-    gradients=Form(Rates(half=145e12, single=13e12, double=10e12), bytes_per_s=1.7e12, launch_s=2.8e-6),
+    gradients=Form(Rates(half=220e12, single=20e12, double=15e12), bytes_per_s=2.55e12, launch_s=2.8e-6),
     wide_gain=1.4,
     dense=Rates(half=500e12, single=400e12, double=50e12),
     replayed=_REPLAYED,
