@@ -101,6 +101,26 @@ def runs_kernels(
     return bool(seq_len <= MOST_POINTS and out_len <= MOST_POINTS)
 
 
+def correlates_on_kernels(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    filter_dtype: torch.dtype,
+    seq_len: Any,
+    out_len: Any,
+) -> bool:
+    """Whether the gradient of a filter is computed by the emitted kernels, from 16-bit inputs and gradients."""
+    halves = (torch.float16, torch.bfloat16)
+    if (
+        not has_kernels(torch.device(device))
+        or dtype not in halves
+        or grad_dtype not in halves
+        or filter_dtype is torch.float64
+    ):
+        return False
+    return bool(seq_len <= MOST_POINTS and out_len <= MOST_POINTS)
+
+
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
     """Whether kernels were measured on such a device: Hopper and later, whose shared memory holds all schedules. Where
