@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile.codegen.convolution import kernels
-from monarch_compile.codegen.convolution.kernels import SMALL, Maker, Specialization
+from monarch_compile.codegen.convolution.kernels import Maker, Specialization
 from monarch_compile.codegen.convolution.launch import bucket, bucketed, by_rows
 from monarch_compile.codegen.convolution.schedule import (
     USUAL_BATCH,
@@ -69,7 +69,7 @@ def program(ir: FilterGradient, schedule: Schedule, specialization: Specializati
     earlier = (Buffer("earlier", of.filter_dtype, ("channels", "seq_len")),) if of.wraps else ()
     at_zero = Buffer("at_zero", torch.float32, ("channels",))
     made: tuple[Kernel, ...] = (
-        make.kernel("tables", (), tables, (max(main.rows, main.step),), SMALL, precision="single"),
+        make.tables(tables),
         make.kernel(
             "correlation",
             (*_sequences(of), *tables),
@@ -92,7 +92,7 @@ def program(ir: FilterGradient, schedule: Schedule, specialization: Specializati
 
 def _sequences(of: LongConvolution) -> tuple[Buffer, ...]:
     """What is read: those of the convolution, without its skip term, and the gradient of its result."""
-    read = [buffer for buffer in kernels.sequences(of) if buffer.name != "skip"]
+    read = [buffer for buffer in kernels.sequence_buffers(of) if buffer.name != "skip"]
     strides = (("grad_batch", 0), ("grad_channel", 1), ("grad_time", 2))
     return (*read, Buffer("grad", of.out_dtype, ("batch", "channels", "out_len"), strides))
 

@@ -29,6 +29,7 @@ class Schedule:
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
         two of float16.
+    ahead: whether a sequence is read while the one before it is transformed.
     """
 
     family: ClassVar[str] = "convolution"
@@ -37,13 +38,14 @@ class Schedule:
     sequences: int = 1
     kept: str = "nothing"
     precision: str = "half"
+    ahead: bool = False
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
 
     def __str__(self) -> str:
-        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
+        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}{' ahead' * self.ahead}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
@@ -116,7 +118,7 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"])
+    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"], bool(fields["ahead"]))
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

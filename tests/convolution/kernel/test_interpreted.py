@@ -116,17 +116,6 @@ def test_only_what_is_marked_is_computed_again(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(single, again[1], rtol=0, atol=0)
 
 
-def test_what_computes_again_never_reads_beyond_the_batch() -> None:
-    """Its tiles are not those that the launch was found to fill."""
-    ir = bucketed(ir_of(256, batch=8))
-    full = Specialization(partial_in=False, partial_out=False, ragged_batch=False, wide_offsets=False)
-    made = kernels.program(ir, choose_schedule(ir), full).kernels
-    assert {kernel.name: dict(kernel.variables)["ragged_batch"] for kernel in made[2::3]} == {
-        "convolution_transform_marks": False,
-        "convolution_transform_marked": True,
-    }
-
-
 def test_zeros() -> None:
     given, options = tensors(SHORT)
     given[0][1:] = 0
