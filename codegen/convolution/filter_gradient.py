@@ -6,6 +6,7 @@ be checked for each sequence, as that of a result has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from monarch_compile.codegen.convolution.schedule import (
     points,
     power_of_two,
 )
-from monarch_compile.codegen.launcher import build, capability_of, on_device
+from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Tiles
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import Capability, Tiling
@@ -64,7 +65,7 @@ def program(ir: FilterGradient, schedule: Schedule, specialization: Specializati
     make = Maker(of, schedule, specialization, str(ir))
     tables = kernels.tables(schedule, "single")
     spectra = Buffer("spectra", torch.float32, ("channels", "groups", 2, points(of)))
-    lag_zero = Buffer("lag_zero", torch.float32, ("channels", "groups"))
+    lag_zero = Buffer("lag_zero", torch.float32, ("batch", "channels"))
     later = Buffer("later", of.filter_dtype, ("channels", "out_len"))
     earlier = (Buffer("earlier", of.filter_dtype, ("channels", "seq_len")),) if of.wraps else ()
     at_zero = Buffer("at_zero", torch.float32, ("channels",))
@@ -115,9 +116,8 @@ def launch(
     Raises:
         CodegenError: no kernel exists for these sizes, dtypes or device, or triton is not installed.
     """
-    batch, channels, seq_len = u.shape
-    out_len = grad.shape[-1]
-    count = points_of(seq_len, out_len)
+    batch, _, seq_len = u.shape
+    count = points_of(seq_len, grad.shape[-1])
     of = LongConvolution(
         batch=bucket(batch) if isinstance(batch, int) else "B",
         channels="C",
@@ -133,10 +133,24 @@ def launch(
         post_gate=post_gate is not None,
     )
     launcher = build(FilterGradient(of), capability_of(u.device), is_interpreted())
+    options = {"transform_len": transform_len, "filter_len": filter_len, "lag": lag, "scale": scale}
+    with on_device(u):
+        return run(launcher, grad, u, pre_gate, post_gate, options)
+
+
+def run(
+    launcher: Launcher,
+    grad: Tensor,
+    u: Tensor,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Launch on tensors as those of `launch`. options: at least `scale`."""
+    batch, channels, seq_len = u.shape
     given = {"u": u, "pre_gate": pre_gate, "post_gate": post_gate, "grad": grad}
     tensors = {name: by_rows(x) for name, x in given.items() if x is not None}
     groups = (batch + launcher.schedule.main.turns - 1) // launcher.schedule.main.turns
-    sizes = {"batch": batch, "channels": channels, "seq_len": seq_len, "out_len": out_len, "groups": groups}
-    with on_device(u):
-        later, *earlier, at_zero = launcher(tensors, {**sizes, "scale": scale})
+    sizes = {"batch": batch, "channels": channels, "seq_len": seq_len, "out_len": grad.shape[-1], "groups": groups}
+    later, *earlier, at_zero = launcher(tensors, {**sizes, **options})
     return later, earlier[0] if earlier else None, at_zero

@@ -29,9 +29,9 @@ channel each looks at, at a time."""
 SPECTRUM_UNIT = 2.0**-4
 """The largest number of a spectrum, so that nothing leaves the range of float16: of numbers below 2, the transform has
 a norm of at most 2 POINTS, and a sum of 128 of its numbers is at most 2**3.5 times that, for 2**13 points 2**17.5."""
-HEADROOM = 64.0
-"""Numbers that are multiplied as pairs of float16 numbers are at most 4 times as large: 128 of them add up to 2**15,
-which float16 holds, and what is below the largest by 2**-32 is lost."""
+HEADROOM = 6
+"""The power of two of numbers that are multiplied as pairs of float16 numbers: 128 of them, below 2**8, add up to
+2**15, which float16 holds, and what is below the largest by 2**-32 is lost."""
 MAX_OFFSET = 2**31 - 1
 SMALL = Tiling(16, 16, 4, 1)
 """Of the kernel that prepares tables: its tiles follow from the transform's."""
