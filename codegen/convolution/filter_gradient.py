@@ -30,13 +30,13 @@ from monarch_compile.codegen.tiling import Capability, Tiling
 from monarch_compile.convolution.ir import FilterGradient, LongConvolution, looks_back
 from monarch_compile.convolution.work import points_of
 
-CORRELATIONS: dict[int, Tiling] = {
-    256: Tiling(16, 16, 1, 1, 16),
-    512: Tiling(32, 16, 2, 1, 16),
-    1024: Tiling(32, 32, 4, 1, 16),
-    2048: Tiling(64, 32, 4, 1, 16),
-    4096: Tiling(64, 64, 8, 1, 16),
-    8192: Tiling(128, 64, 8, 1, 16),
+CORRELATIONS: dict[int, Schedule] = {
+    256: Schedule(Tiling(16, 16, 1, 1, 16), precision="single", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 16), precision="single", ahead=True),
+    1024: Schedule(Tiling(32, 32, 2, 1, 16), precision="single", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), precision="single", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), precision="single"),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), precision="single"),
 }
 """By points, for large batches."""
 
@@ -54,9 +54,8 @@ def choose_schedule(ir: FilterGradient, capability: Capability | None = None) ->
     """
     check_supported(ir.of)
     batch = ir.of.batch if isinstance(ir.of.batch, int) else USUAL_BATCH
-    tiling = CORRELATIONS[points(ir.of)]
-    turns = min(tiling.turns, power_of_two(batch))
-    return Schedule(replace(tiling, turns=turns), kept="nothing", precision="single")
+    chosen = CORRELATIONS[points(ir.of)]
+    return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
 
 def program(ir: FilterGradient, schedule: Schedule, specialization: Specialization) -> Program:

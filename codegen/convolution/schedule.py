@@ -49,15 +49,24 @@ class Schedule:
 
 
 TRANSFORMS: dict[int, Schedule] = {
-    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all"),
-    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all"),
-    1024: Schedule(Tiling(32, 32, 1, 1, 8), kept="all"),
-    2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
-    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
-    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
+    256: Schedule(Tiling(16, 16, 1, 1, 8), kept="all", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all", ahead=True),
+    1024: Schedule(Tiling(32, 32, 1, 1, 16), kept="all", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="twiddles", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles", ahead=True),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles", ahead=True),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
+PRECISE: dict[int, Schedule] = {
+    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all", precision="single", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="nothing", precision="single", ahead=True),
+    1024: Schedule(Tiling(32, 32, 2, 1, 8), kept="nothing", precision="single", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="nothing", precision="single", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="nothing", precision="single"),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="nothing", precision="single"),
+}
+"""The same for products of float32 numbers."""
 
 USUAL_BATCH = 16
 """What an unknown number of sequences is taken for."""
@@ -86,10 +95,7 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     """
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
-    chosen = TRANSFORMS[points(ir)]
-    if ir.out_dtype is not torch.bfloat16:
-        main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
-        chosen = replace(chosen, main=main, kept="nothing", precision="single")
+    chosen = (TRANSFORMS if ir.out_dtype is torch.bfloat16 else PRECISE)[points(ir)]
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
 

@@ -89,12 +89,12 @@ def runs_kernels(
     seq_len: Any,
     out_len: Any,
 ) -> bool:
-    """Whether the operator runs on the emitted kernels, which are as accurate as a result in bfloat16 asks for."""
+    """Whether the operator runs on the emitted kernels, which are as accurate as a result of 16 bits asks for."""
     halves = (torch.float16, torch.bfloat16)
     if (
         not has_kernels(torch.device(device))
         or dtype not in halves
-        or out_dtype is not torch.bfloat16
+        or out_dtype not in halves
         or filter_dtype is torch.float64
     ):
         return False
