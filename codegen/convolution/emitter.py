@@ -30,13 +30,15 @@ def _canonical(ir: IR) -> IR:
 
 
 def _choose_schedule(ir: IR, capability: Capability | None = None) -> Schedule:
-    own = filter_gradient if isinstance(ir, FilterGradient) else schedule
-    return own.choose_schedule(ir, capability)  # type: ignore[arg-type]
+    if isinstance(ir, FilterGradient):
+        return filter_gradient.choose_schedule(ir, capability)
+    return schedule.choose_schedule(ir, capability)
 
 
 def _program(ir: IR, made: Schedule, specialization: Specialization) -> Program:
-    own = filter_gradient if isinstance(ir, FilterGradient) else kernels
-    return own.program(ir, made, specialization)  # type: ignore[arg-type]
+    if isinstance(ir, FilterGradient):
+        return filter_gradient.program(ir, made, specialization)
+    return kernels.program(ir, made, specialization)
 
 
 def _specialize(ir: IR, made: Schedule, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> Specialization:

@@ -54,7 +54,7 @@ TRANSFORMS: dict[int, Schedule] = {
     1024: Schedule(Tiling(32, 32, 1, 1, 16), kept="all", ahead=True),
     2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="twiddles", ahead=True),
     4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles", ahead=True),
-    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles", ahead=True),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
@@ -124,7 +124,9 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"], bool(fields["ahead"]))
+    return Schedule(
+        Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"], bool(fields["ahead"])
+    )
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monarch_compile.codegen.convolution.filter_gradient import CORRELATIONS, launch
+from monarch_compile.codegen.convolution.filter_gradient import launch
 from monarch_compile.convolution.correlation import filter_gradient, from_lags
 from tests.convolution.kernel.problems import Case, filter_gradient_problem
 

@@ -9,7 +9,6 @@ import torch
 
 from monarch_compile.codegen.convolution import kernels
 from monarch_compile.codegen.convolution import launch as launching
-from monarch_compile.codegen.convolution.kernels import Specialization
 from monarch_compile.codegen.convolution.launch import bucketed, launch, run
 from monarch_compile.codegen.convolution.schedule import TRANSFORMS, Schedule, check_schedule, choose_schedule
 from monarch_compile.codegen.convolution.search import inputs, variants

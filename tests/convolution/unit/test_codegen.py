@@ -109,7 +109,7 @@ def test_rules_of_the_ir(changes: dict[str, object], wording: str) -> None:
         ({"dtype": torch.float16}, True),
         ({"filter_dtype": torch.float64}, False),
         ({"out_dtype": torch.float32}, False),
-        ({"out_dtype": torch.float16}, False),
+        ({"out_dtype": torch.float16}, True),
         ({"seq_len": 8193}, False),
         ({"out_len": 8193}, False),
     ],
