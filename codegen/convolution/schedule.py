@@ -29,6 +29,7 @@ class Schedule:
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
         two of float16.
+    ahead: whether a sequence is read while the one before it is transformed.
     """
 
     family: ClassVar[str] = "convolution"
@@ -37,25 +38,35 @@ class Schedule:
     sequences: int = 1
     kept: str = "nothing"
     precision: str = "half"
+    ahead: bool = False
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
 
     def __str__(self) -> str:
-        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
+        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}{' ahead' * self.ahead}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
-    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all"),
-    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all"),
-    1024: Schedule(Tiling(32, 32, 1, 1, 8), kept="all"),
-    2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
-    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
+    256: Schedule(Tiling(16, 16, 1, 1, 8), kept="all", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all", ahead=True),
+    1024: Schedule(Tiling(32, 32, 1, 1, 16), kept="all", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="twiddles", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles", ahead=True),
     8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
+PRECISE: dict[int, Schedule] = {
+    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all", precision="single", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="nothing", precision="single", ahead=True),
+    1024: Schedule(Tiling(32, 32, 2, 1, 8), kept="nothing", precision="single", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="nothing", precision="single", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="nothing", precision="single"),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="nothing", precision="single"),
+}
+"""The same for products of float32 numbers."""
 
 USUAL_BATCH = 16
 """What an unknown number of sequences is taken for."""
@@ -84,10 +95,7 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     """
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
-    chosen = TRANSFORMS[points(ir)]
-    if ir.out_dtype is not torch.bfloat16:
-        main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
-        chosen = replace(chosen, main=main, kept="nothing", precision="single")
+    chosen = (TRANSFORMS if ir.out_dtype is torch.bfloat16 else PRECISE)[points(ir)]
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
 
@@ -116,7 +124,9 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"])
+    return Schedule(
+        Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"], bool(fields["ahead"])
+    )
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

@@ -19,7 +19,7 @@ from monarch_compile.convolution.reference import reference
 CHANNELS = 768
 FACTORS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-TURNS = (1, 2, 4, 8)
+TURNS = (1, 2, 4, 8, 16)
 ERROR_BOUNDS = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-10}
 """Relative Frobenius error against the float64 reference that a kernel may have, by the dtype of its result."""
 
@@ -43,11 +43,12 @@ def stages(ir: LongConvolution) -> tuple[str, ...]:
 def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Schedule]:
     """All schedules of a precision: they are few."""
     count, batch = points(bucketed(ir)), int(ir.batch)
-    for rows, warps, turns, sequences, kept in itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT):
+    choices = itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT, (False, True))
+    for rows, warps, turns, sequences, kept, ahead in choices:
         columns = count // rows
         fits = MIN_TILE <= columns <= 2 * rows and sequences * turns <= batch and columns * sequences <= 128
-        if fits and (turns > 1 or kept == "nothing"):
-            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision)
+        if fits and (turns > 1 or (kept == "nothing" and not ahead)):
+            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision, ahead)
 
 
 def inputs(ir: LongConvolution, device: torch.device) -> tuple[Any, ...]:

@@ -36,7 +36,9 @@ def test_symbolic_sizes() -> None:
         predict(SYMBOLIC, h100, {"b": 16})
 
 
-@pytest.mark.parametrize(("shape", "measured"), [((64, 768, 256), 7.8), ((64, 768, 1024), 7.9), ((16, 768, 8192), 5.4)])
+@pytest.mark.parametrize(
+    ("shape", "measured"), [((64, 768, 256), 10.5), ((64, 768, 1024), 9.7), ((16, 768, 4096), 7.3)]
+)
 def test_predictions_are_near_what_was_measured(shape: tuple[int, int, int], measured: float) -> None:
     batch, channels, length = shape
     ir = replace(IR, batch=batch, channels=channels, seq_len=length, filter_len=length, out_len=length)
