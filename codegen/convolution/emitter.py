@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from monarch_compile.codegen.convolution import kernels, launch, schedule, search
+from monarch_compile.codegen.convolution import kernels, launch, programs, schedule, search
 from monarch_compile.codegen.emitters import Emitter, Tuning
 from monarch_compile.convolution import ir, work
 
@@ -19,7 +19,7 @@ EMITTER = Emitter(
     check_schedule=schedule.check_schedule,
     is_made_for=schedule.is_made_for,
     read_schedule=schedule.read_schedule,
-    program=kernels.program,
+    program=programs.program,
     expected=kernels.expected,
     specialize=kernels.specialize,
     run=launch.run,

@@ -70,7 +70,7 @@ def expected(ir: LongConvolution, schedule: Schedule) -> Specialization:
 
 
 def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
-    """Kernels of a bucketed IR."""
+    """Kernels of a bucketed IR whose sequences stay on chip."""
     make = _Maker(ir, schedule, specialization)
     return Program(_kernels(make), ("y",))
 
@@ -101,14 +101,14 @@ def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, .
     small = Tiling(main.rows, max(MIN_TILE, points(ir) // main.rows), main.num_warps, 1)
     tile = make.schedule.sequences * main.turns
     marked = noisy if role == "marked" else ()
-    result = (_result(ir),)
+    result = (result_buffer(ir),)
     kernel = partial(make.kernel, precision=precision, role=role)
     return (
         kernel("tables", (), tables, (max(main.rows, main.step),), SMALL),
-        kernel("spectrum", (_filter(ir), *tables, *marked), (spectrum, gain), ("channels",), small),
+        kernel("spectrum", (filter_buffer(ir), *tables, *marked), (spectrum, gain), ("channels",), small),
         kernel(
             "transform",
-            (*_sequences(ir), *tables, spectrum, gain, *marked),
+            (*sequence_buffers(ir), *tables, spectrum, gain, *marked),
             {"marks": (*result, *noisy), "marked": (), "": result}[role],
             ("channels", Tiles("batch", tile)),
             main,
@@ -126,12 +126,12 @@ def _tables(schedule: Schedule, precision: str) -> tuple[Buffer, ...]:
     )
 
 
-def _filter(ir: LongConvolution) -> Buffer:
+def filter_buffer(ir: LongConvolution) -> Buffer:
     strides = (("filter_channel", 0), ("filter_time", 1))
     return Buffer("filter", ir.filter_dtype, ("channels", "filter_len"), strides)
 
 
-def _sequences(ir: LongConvolution) -> tuple[Buffer, ...]:
+def sequence_buffers(ir: LongConvolution) -> tuple[Buffer, ...]:
     """What is read for each output, as far as it is there."""
     lengths = {"u": "seq_len", "pre_gate": "seq_len", "post_gate": "out_len"}
     here = ("u", *(name for name in ("pre_gate", "post_gate") if getattr(ir, name)))
@@ -144,7 +144,7 @@ def _sequences(ir: LongConvolution) -> tuple[Buffer, ...]:
     return tuple(found)
 
 
-def _result(ir: LongConvolution) -> Buffer:
+def result_buffer(ir: LongConvolution) -> Buffer:
     return Buffer("y", ir.out_dtype, ("batch", "channels", "out_len"))
 
 

@@ -20,7 +20,7 @@ PRECISIONS = ("half", "single")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tiling of the kernel that convolves: a Fourier transform in two factors.
+    """The tiling of the kernels that convolve: a Fourier transform in two factors, or, with an outer one, in three.
 
     main: rows are the first factor, step is the second one times `sequences`; a program meets `Tiling.turns` such
         tiles one after the other.
@@ -28,7 +28,9 @@ class Schedule:
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
-        two of float16.
+        two of float16; with an outer factor, float64 numbers.
+    outer: of the outer factor: rows are the factor, step is how many columns of the others a tile has; None where
+        there are two factors. It asks for one sequence in a tile, and nothing kept.
     """
 
     family: ClassVar[str] = "convolution"
@@ -37,13 +39,17 @@ class Schedule:
     sequences: int = 1
     kept: str = "nothing"
     precision: str = "half"
+    outer: Tiling | None = None
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
+        if self.outer is not None:
+            yield "outer", self.outer
 
     def __str__(self) -> str:
-        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
+        outer = "" if self.outer is None else f"outer={self.outer} "
+        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
@@ -53,6 +59,13 @@ TRANSFORMS: dict[int, Schedule] = {
     2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
     4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
     8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
+    1 << 14: Schedule(Tiling(32, 32, 1, 1, 8), outer=Tiling(16, 128, 4, 1, 2)),
+    1 << 15: Schedule(Tiling(32, 32, 1, 1, 8), outer=Tiling(32, 128, 4, 1, 2)),
+    1 << 16: Schedule(Tiling(32, 32, 1, 1, 8), outer=Tiling(64, 64, 4, 1, 2)),
+    1 << 17: Schedule(Tiling(64, 32, 2, 1, 8), outer=Tiling(64, 64, 4, 1, 2)),
+    1 << 18: Schedule(Tiling(64, 32, 2, 1, 8), outer=Tiling(128, 64, 8, 1, 2)),
+    1 << 19: Schedule(Tiling(64, 64, 4, 1, 8), outer=Tiling(128, 64, 8, 1, 2)),
+    1 << 20: Schedule(Tiling(128, 64, 8, 1, 8), outer=Tiling(128, 64, 8, 1, 2)),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
@@ -88,6 +101,8 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     if ir.out_dtype is not torch.bfloat16:
         main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
         chosen = replace(chosen, main=main, kept="nothing", precision="single")
+    if chosen.outer is not None:
+        return chosen
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
 
@@ -98,11 +113,20 @@ def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
         raise CodegenError(f"what is kept must be one of {KEPT}, the precision of {PRECISIONS}; found {schedule}")
     if sequences < 1 or sequences & (sequences - 1):
         raise CodegenError(f"sequences of a tile must be a power of two; found {schedule}")
-    columns = main.step // sequences
-    if main.turns < 1 or main.rows * columns != points(ir) or columns < MIN_TILE:
+    columns, outer = main.step // sequences, schedule.outer
+    count = points(ir) // (1 if outer is None else outer.rows)
+    if main.turns < 1 or main.rows * columns != count or columns < MIN_TILE:
         raise CodegenError(
             f"rows and columns must be factors of {points(ir)}, of at least {MIN_TILE}; found {schedule}"
         )
+    if outer is None:
+        return
+    if sequences > 1 or schedule.kept != "nothing":
+        raise CodegenError(f"with an outer factor, tiles are of one sequence, and nothing is kept; found {schedule}")
+    if any(tiling.turns != power_of_two(max(1, tiling.turns)) for tiling in (main, outer)):
+        raise CodegenError(f"with an outer factor, turns must be powers of two; found {schedule}")
+    if outer.step % columns or outer.step > count:
+        raise CodegenError(f"columns of an outer tile must be rows of the inner one; found {schedule}")
 
 
 def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
@@ -116,7 +140,8 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"])
+    outer = None if fields.get("outer") is None else Tiling(**fields["outer"])
+    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"], outer)
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

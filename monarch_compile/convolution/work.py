@@ -59,7 +59,7 @@ BACK_FFT = 1.2
 """The gradient of a filter, in FFTs of the forward pass: it is computed by FFTs in either form."""
 
 LEAST_CAPABILITY = (9, 0)
-LEAST_POINTS, MOST_POINTS = 256, 8192
+LEAST_POINTS, MOST_POINTS = 256, 1 << 20
 """Sequences are padded to this many points at least, and to a power of two; longer ones have no kernels."""
 
 

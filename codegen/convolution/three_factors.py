@@ -1,0 +1,241 @@
+"""The programs of long convolutions in three factors: the outer one through memory, the other two on chip."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from monarch_compile.codegen.convolution.kernels import (
+    MARKS_AT_ONCE,
+    SIZES,
+    Specialization,
+    filter_buffer,
+    result_buffer,
+    sequence_buffers,
+)
+from monarch_compile.codegen.convolution.schedule import Schedule, points
+from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
+from monarch_compile.codegen.tiling import Tiling
+from monarch_compile.convolution.ir import LongConvolution
+from monarch_compile.version import __version__
+
+NOISE = 0.14
+"""As `kernels.NOISE`: with an outer factor, the power of rounding errors is 1.5e-7 of that of the transform."""
+NOT_FINITE = 1 << 16
+"""The exponent of what is infinite or NaN."""
+TURNS_AGAIN = 16
+TABLES = Tiling(16, 16, 4, 1)
+MARKS = Tiling(16, 16, 1, 1)
+"""Of kernels whose tiles follow from the transform's."""
+
+
+def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
+    """Kernels of a bucketed IR. With products of float16 numbers, some sequences are transformed twice."""
+    if schedule.precision == "single":
+        return Program(_Maker(ir, schedule, specialization, "").kernels(), ("y",))
+    once = _Maker(ir, schedule, specialization, "marks")
+    twice = _Maker(ir, again(schedule), specialization, "marked")
+    return Program((*once.kernels(), *twice.kernels()), ("y",))
+
+
+def again(schedule: Schedule) -> Schedule:
+    """That of what is computed a second time, which is little: programs of many turns, and enough warps for operands
+    of four times the size."""
+    assert schedule.outer is not None
+    outer = replace(schedule.outer, num_warps=8, turns=TURNS_AGAIN)
+    main = replace(schedule.main, num_warps=8, turns=TURNS_AGAIN)
+    return replace(schedule, main=main, outer=outer, precision="single")
+
+
+class _Buffers:
+    """What the kernels of one pass leave to one another."""
+
+    def __init__(self, schedule: Schedule, inner: int) -> None:
+        main, outer = schedule.main, schedule.outer
+        assert outer is not None
+        of_tables = torch.float64 if schedule.precision == "single" else torch.float16
+        of_twiddles = torch.float64 if schedule.precision == "single" else torch.float32
+        stored = torch.float32 if schedule.precision == "single" else torch.float16
+        rows, columns, tiles = outer.rows, outer.step, inner // outer.step
+        self.outer = Buffer("outer", of_tables, (2, rows, rows))
+        self.base = Buffer("base", of_twiddles, (2, rows, columns))
+        self.step = Buffer("step", of_twiddles, (2, tiles, rows))
+        self.first = Buffer("first", of_tables, (2, main.rows, main.rows))
+        self.twiddle = Buffer("twiddle", of_tables, (2, main.rows, main.step))
+        self.second = Buffer("second", of_tables, (2, main.step, main.step))
+        self.lag_exponent = Buffer("lag_exponent", torch.int32, ("channels", tiles))
+        self.spectrum = Buffer("spectrum", stored, ("channels", rows, 2, inner))
+        self.spectrum_exponent = Buffer("spectrum_exponent", torch.int32, ("channels", rows))
+        self.spectrum_power = Buffer("spectrum_power", torch.float32, ("channels", rows))
+        self.values = Buffer("values", stored, ("batch", "channels", rows, 2, inner))
+        self.in_exponent = Buffer("in_exponent", torch.int32, ("batch", "channels", tiles))
+        self.in_power = Buffer("in_power", torch.float32, ("batch", "channels", tiles))
+        self.out_exponent = Buffer("out_exponent", torch.int32, ("batch", "channels", rows))
+        self.out_power = Buffer("out_power", torch.float32, ("batch", "channels", rows))
+        self.result_power = Buffer("result_power", torch.float32, ("batch", "channels", tiles))
+        self.noisy = Buffer("noisy", torch.int8, ("batch", "channels"))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Kernels of one pass over sequences. role: "marks" what is to be computed again, or computes what is "marked", or
+    all there is: ""."""
+
+    ir: LongConvolution
+    schedule: Schedule
+    specialization: Specialization
+    role: str
+
+    @property
+    def outer(self) -> Tiling:
+        """The outer factor's tiling."""
+        assert self.schedule.outer is not None
+        return self.schedule.outer
+
+    @property
+    def inner(self) -> int:
+        """Points of the other two factors."""
+        return points(self.ir) // self.outer.rows
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the outer factor."""
+        return self.inner // self.outer.step
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """In the order in which they are launched."""
+        ir, main, outer, b = self.ir, self.schedule.main, self.outer, _Buffers(self.schedule, self.inner)
+        marks = self.role == "marks"
+        marked = (b.noisy,) if self.role == "marked" else ()
+        by_outer, by_inner = (b.outer, b.base, b.step), (b.first, b.twiddle, b.second)
+        sequences = sequence_buffers(ir)
+        inputs = tuple(x for x in sequences if x.name in ("u", "pre_gate"))
+        ending = tuple(x for x in sequences if x.name not in ("u", "pre_gate"))
+        ending = (*(inputs if ir.skip else ()), *ending)
+        result = result_buffer(ir)
+        made = [
+            self._kernel("tables", (), (*by_outer, *by_inner), (self._most_rows(),), TABLES),
+            self._kernel(
+                "filter",
+                (filter_buffer(ir), *by_outer, *marked),
+                (b.spectrum, b.lag_exponent),
+                ("channels", self.tiles),
+                outer,
+                template="outer_forward",
+            ),
+            self._kernel(
+                "spectrum",
+                (*by_inner, b.lag_exponent, *marked),
+                (b.spectrum_exponent, *((b.spectrum_power,) if marks else ())),
+                ("channels", outer.rows),
+                replace(main, turns=1),
+                updates=(b.spectrum,),
+                template="inner_spectrum",
+            ),
+            self._kernel(
+                "forward",
+                (*inputs, *by_outer, *marked),
+                (b.values, b.in_exponent, *((b.in_power,) if marks else ())),
+                ("channels", *_groups(self.tiles, outer.turns)),
+                outer,
+                template="outer_forward",
+            ),
+            self._kernel(
+                "product",
+                (*by_inner, b.spectrum, b.spectrum_exponent, b.in_exponent, *marked),
+                (b.out_exponent, *((b.out_power,) if marks else ())),
+                ("channels", *_groups(outer.rows, main.turns)),
+                main,
+                updates=(b.values,),
+                template="inner_product",
+            ),
+            self._kernel(
+                "inverse",
+                (*ending, *by_outer, b.values, b.out_exponent, *marked),
+                () if marked else (result, *((b.result_power,) if marks else ())),
+                ("channels", *_groups(self.tiles, outer.turns)),
+                outer,
+                updates=(result,) if marked else (),
+                template="outer_inverse",
+            ),
+        ]
+        if marks:
+            of_sequences = (b.in_exponent, b.in_power, b.out_exponent, b.out_power, b.result_power)
+            read = (*of_sequences, b.spectrum_exponent, b.spectrum_power)
+            made.append(self._kernel("noise", read, (b.noisy,), ("channels", "batch"), MARKS, template="outer_marks"))
+        return tuple(made)
+
+    def _most_rows(self) -> int:
+        return max(self.outer.rows, self.tiles, self.schedule.main.rows, self.schedule.main.step)
+
+    def _kernel(
+        self,
+        part: str,
+        reads: tuple[Buffer, ...],
+        writes: tuple[Buffer, ...],
+        grid: tuple[Size | Tiles, ...],
+        tiling: Tiling,
+        *,
+        updates: tuple[Buffer, ...] = (),
+        template: str = "outer_tables",
+    ) -> Kernel:
+        name = f"long_convolution_{part}" + f"_{self.role}" * bool(self.role)
+        header = (
+            f"# {name}: generated by monarch_compile {__version__}; do not edit.",
+            f"# ir: {self.ir}",
+            f"# schedule: {self.schedule}",
+            f"# specialization: {self.specialization}",
+        )
+        return Kernel(
+            family="convolution",
+            name=name,
+            template=f"{template}.py.jinja",
+            reads=reads,
+            writes=writes,
+            updates=updates,
+            sizes=SIZES,
+            constants=tuple((self._constants() | {"TURNS": tiling.turns}).items()),
+            variables=tuple((self._variables() | {"turns": tiling.turns, "of_filter": part == "filter"}).items()),
+            grid=grid,
+            tiling=tiling,
+            header="\n".join(header),
+        )
+
+    def _constants(self) -> dict[str, Any]:
+        main = self.schedule.main
+        return {
+            "MARKS": MARKS_AT_ONCE,
+            "NOISE": NOISE,
+            "NOT_FINITE": NOT_FINITE,
+            "OUTER": self.outer.rows,
+            "INNER": self.inner,
+            "ROWS": main.rows,
+            "COLUMNS": main.step,
+            "TILE": self.outer.step,
+            "TILES": self.tiles,
+            "POINTS": points(self.ir),
+            "TAU": math.tau,
+        }
+
+    def _variables(self) -> dict[str, Any]:
+        found = self.specialization
+        return {
+            "single": self.schedule.precision == "single",
+            "marks": self.role == "marks",
+            "marked": self.role == "marked",
+            "wraps": self.ir.wraps,
+            "skips": self.ir.skip,
+            "pre_gates": self.ir.pre_gate,
+            "post_gates": self.ir.post_gate,
+            "partial_in": found.partial_in,
+            "partial_out": found.partial_out,
+            "wide_offsets": found.wide_offsets,
+        }
+
+
+def _groups(items: int, turns: int) -> tuple[Size | Tiles, ...]:
+    """Programs of a channel that take `items` of each sequence, `turns` each; both are powers of two."""
+    return ("batch", items // turns) if turns <= items else (Tiles("batch", turns // items),)
