@@ -18,15 +18,18 @@ from monarch_compile.codegen.convolution.kernels import (
 )
 from monarch_compile.codegen.convolution.schedule import Schedule, points
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
-from monarch_compile.codegen.tiling import Tiling
+from monarch_compile.codegen.tiling import MIN_TILE, Tiling
 from monarch_compile.convolution.ir import LongConvolution
+from monarch_compile.convolution.work import factors
 from monarch_compile.version import __version__
 
 NOISE = 0.14
 """As `kernels.NOISE`: with an outer factor, the power of rounding errors is 1.5e-7 of that of the transform."""
 NOT_FINITE = 1 << 16
 """The exponent of what is infinite or NaN."""
-TURNS_AGAIN = 16
+INNER_AGAIN, COLUMNS_AGAIN, TURNS_AGAIN, BLOCK = 1024, 32, 16, 32
+DOUBLE = True
+DOUBLED = (torch.float32, torch.float64)
 TABLES = Tiling(16, 16, 4, 1)
 MARKS = Tiling(16, 16, 1, 1)
 """Of kernels whose tiles follow from the transform's."""
@@ -37,17 +40,17 @@ def program(ir: LongConvolution, schedule: Schedule, specialization: Specializat
     if schedule.precision == "single":
         return Program(_Maker(ir, schedule, specialization, "").kernels(), ("y",))
     once = _Maker(ir, schedule, specialization, "marks")
-    twice = _Maker(ir, again(schedule), specialization, "marked")
+    twice = _Maker(ir, again(points(ir)), specialization, "marked")
     return Program((*once.kernels(), *twice.kernels()), ("y",))
 
 
-def again(schedule: Schedule) -> Schedule:
-    """That of what is computed a second time, which is little: programs of many turns, and enough warps for operands
-    of four times the size."""
-    assert schedule.outer is not None
-    outer = replace(schedule.outer, num_warps=8, turns=TURNS_AGAIN)
-    main = replace(schedule.main, num_warps=8, turns=TURNS_AGAIN)
-    return replace(schedule, main=main, outer=outer, precision="single")
+def again(count: int) -> Schedule:
+    """That of transforms of `count` points with products of float64 numbers: of few points on chip, and the outer
+    factor block by block."""
+    inner = min(INNER_AGAIN, count // MIN_TILE)
+    rows, columns = factors(inner)
+    main = Tiling(rows, columns, 4, 1, TURNS_AGAIN)
+    return Schedule(main, precision="single", outer=Tiling(count // inner, COLUMNS_AGAIN, 4, 1, TURNS_AGAIN))
 
 
 class _Buffers:
@@ -56,8 +59,8 @@ class _Buffers:
     def __init__(self, schedule: Schedule, inner: int) -> None:
         main, outer = schedule.main, schedule.outer
         assert outer is not None
-        of_tables = torch.float64 if schedule.precision == "single" else torch.float16
-        of_twiddles = torch.float64 if schedule.precision == "single" else torch.float32
+        of_tables = DOUBLED[DOUBLE] if schedule.precision == "single" else torch.float16
+        of_twiddles = DOUBLED[DOUBLE] if schedule.precision == "single" else torch.float32
         stored = torch.float32 if schedule.precision == "single" else torch.float16
         rows, columns, tiles = outer.rows, outer.step, inner // outer.step
         self.outer = Buffer("outer", of_tables, (2, rows, rows))
@@ -210,6 +213,7 @@ class _Maker:
             "MARKS": MARKS_AT_ONCE,
             "NOISE": NOISE,
             "NOT_FINITE": NOT_FINITE,
+            "BLOCK": min(BLOCK, self.outer.rows),
             "OUTER": self.outer.rows,
             "INNER": self.inner,
             "ROWS": main.rows,
@@ -224,6 +228,8 @@ class _Maker:
         found = self.specialization
         return {
             "single": self.schedule.precision == "single",
+            "double": "tl.float64" if DOUBLE else "tl.float32",
+            "dot_options": ", out_dtype=tl.float64" if DOUBLE else ', input_precision="tf32x3"',
             "marks": self.role == "marks",
             "marked": self.role == "marked",
             "wraps": self.ir.wraps,
