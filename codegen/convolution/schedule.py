@@ -10,7 +10,7 @@ import torch
 
 from monarch_compile.codegen.tiling import MIN_TILE, Capability, Tiling
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import MOST_POINTS, points_of
+from monarch_compile.convolution.work import MOST_POINTS, factors, points_of
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES
 
@@ -70,6 +70,7 @@ TRANSFORMS: dict[int, Schedule] = {
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
 
+INNER_PRECISE, COLUMNS_PRECISE, TURNS_PRECISE = 1024, 32, 16
 USUAL_BATCH = 16
 """What an unknown number of sequences is taken for."""
 
@@ -98,12 +99,20 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
     chosen = TRANSFORMS[points(ir)]
+    if chosen.outer is not None:
+        return chosen if ir.out_dtype is torch.bfloat16 else precise(points(ir))
     if ir.out_dtype is not torch.bfloat16:
         main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
         chosen = replace(chosen, main=main, kept="nothing", precision="single")
-    if chosen.outer is not None:
-        return chosen
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
+
+
+def precise(count: int) -> Schedule:
+    """That of transforms of `count` points in three factors where products are not of float16 numbers, which is where
+    a result asks for more, and then a second pass over the sequences whose results do: few points on chip."""
+    inner = min(INNER_PRECISE, count // MIN_TILE)
+    outer = Tiling(count // inner, COLUMNS_PRECISE, 4, 1, TURNS_PRECISE)
+    return Schedule(Tiling(*factors(inner), 4, 1, TURNS_PRECISE), precision="single", outer=outer)
 
 
 def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:

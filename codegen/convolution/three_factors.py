@@ -16,18 +16,18 @@ from monarch_compile.codegen.convolution.kernels import (
     result_buffer,
     sequence_buffers,
 )
-from monarch_compile.codegen.convolution.schedule import Schedule, points
+from monarch_compile.codegen.convolution.schedule import Schedule, points, precise
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
-from monarch_compile.codegen.tiling import MIN_TILE, Tiling
+from monarch_compile.codegen.tiling import Tiling
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import factors
 from monarch_compile.version import __version__
 
 NOISE = 0.14
 """As `kernels.NOISE`: with an outer factor, the power of rounding errors is 1.5e-7 of that of the transform."""
 NOT_FINITE = 1 << 16
 """The exponent of what is infinite or NaN."""
-INNER_AGAIN, COLUMNS_AGAIN, TURNS_AGAIN, BLOCK = 1024, 32, 16, 32
+BLOCK = 32
+"""Rows and terms that the outer factor takes at a time where products are not of float16 numbers."""
 DOUBLE = True
 DOUBLED = (torch.float32, torch.float64)
 TABLES = Tiling(16, 16, 4, 1)
@@ -40,17 +40,8 @@ def program(ir: LongConvolution, schedule: Schedule, specialization: Specializat
     if schedule.precision == "single":
         return Program(_Maker(ir, schedule, specialization, "").kernels(), ("y",))
     once = _Maker(ir, schedule, specialization, "marks")
-    twice = _Maker(ir, again(points(ir)), specialization, "marked")
+    twice = _Maker(ir, precise(points(ir)), specialization, "marked")
     return Program((*once.kernels(), *twice.kernels()), ("y",))
-
-
-def again(count: int) -> Schedule:
-    """That of transforms of `count` points with products of float64 numbers: of few points on chip, and the outer
-    factor block by block."""
-    inner = min(INNER_AGAIN, count // MIN_TILE)
-    rows, columns = factors(inner)
-    main = Tiling(rows, columns, 4, 1, TURNS_AGAIN)
-    return Schedule(main, precision="single", outer=Tiling(count // inner, COLUMNS_AGAIN, 4, 1, TURNS_AGAIN))
 
 
 class _Buffers:

@@ -59,8 +59,9 @@ BACK_FFT = 1.2
 """The gradient of a filter, in FFTs of the forward pass: it is computed by FFTs in either form."""
 
 LEAST_CAPABILITY = (9, 0)
-LEAST_POINTS, MOST_POINTS = 256, 1 << 20
-"""Sequences are padded to this many points at least, and to a power of two; longer ones have no kernels."""
+LEAST_POINTS, ON_CHIP, MOST_POINTS = 256, 1 << 13, 1 << 20
+"""Sequences are padded to the first many points at least, and to a power of two. Up to the second, transforms stay on
+chip; longer ones have an outer factor, through memory; beyond the third, there are no kernels."""
 
 
 def factors(points: int) -> tuple[int, int]:
