@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from monarch_compile.codegen.convolution.kernels import (
     MARKS_AT_ONCE,
     SIZES,
+    STORED,
     Specialization,
     filter_buffer,
     result_buffer,
@@ -28,8 +29,6 @@ NOT_FINITE = 1 << 16
 """The exponent of what is infinite or NaN."""
 BLOCK = 32
 """Rows and terms that the outer factor takes at a time where products are not of float16 numbers."""
-DOUBLE = True
-DOUBLED = (torch.float32, torch.float64)
 TABLES = Tiling(16, 16, 4, 1)
 MARKS = Tiling(16, 16, 1, 1)
 """Of kernels whose tiles follow from the transform's."""
@@ -50,16 +49,14 @@ class _Buffers:
     def __init__(self, schedule: Schedule, inner: int) -> None:
         main, outer = schedule.main, schedule.outer
         assert outer is not None
-        of_tables = DOUBLED[DOUBLE] if schedule.precision == "single" else torch.float16
-        of_twiddles = DOUBLED[DOUBLE] if schedule.precision == "single" else torch.float32
-        stored = torch.float32 if schedule.precision == "single" else torch.float16
+        stored = STORED[schedule.precision]
         rows, columns, tiles = outer.rows, outer.step, inner // outer.step
-        self.outer = Buffer("outer", of_tables, (2, rows, rows))
-        self.base = Buffer("base", of_twiddles, (2, rows, columns))
-        self.step = Buffer("step", of_twiddles, (2, tiles, rows))
-        self.first = Buffer("first", of_tables, (2, main.rows, main.rows))
-        self.twiddle = Buffer("twiddle", of_tables, (2, main.rows, main.step))
-        self.second = Buffer("second", of_tables, (2, main.step, main.step))
+        self.outer = Buffer("outer", stored, (2, rows, rows))
+        self.base = Buffer("base", torch.float32, (2, rows, columns))
+        self.step = Buffer("step", torch.float32, (2, tiles, rows))
+        self.first = Buffer("first", stored, (2, main.rows, main.rows))
+        self.twiddle = Buffer("twiddle", stored, (2, main.rows, main.step))
+        self.second = Buffer("second", stored, (2, main.step, main.step))
         self.lag_exponent = Buffer("lag_exponent", torch.int32, ("channels", tiles))
         self.spectrum = Buffer("spectrum", stored, ("channels", rows, 2, inner))
         self.spectrum_exponent = Buffer("spectrum_exponent", torch.int32, ("channels", rows))
@@ -116,7 +113,7 @@ class _Maker:
                 "filter",
                 (filter_buffer(ir), *by_outer, *marked),
                 (b.spectrum, b.lag_exponent),
-                ("channels", self.tiles),
+                ("channels", max(1, self.tiles // outer.turns)),
                 outer,
                 template="outer_forward",
             ),
@@ -124,8 +121,8 @@ class _Maker:
                 "spectrum",
                 (*by_inner, b.lag_exponent, *marked),
                 (b.spectrum_exponent, *((b.spectrum_power,) if marks else ())),
-                ("channels", outer.rows),
-                replace(main, turns=1),
+                ("channels", max(1, outer.rows // main.turns)),
+                main,
                 updates=(b.spectrum,),
                 template="inner_spectrum",
             ),
@@ -219,8 +216,6 @@ class _Maker:
         found = self.specialization
         return {
             "single": self.schedule.precision == "single",
-            "double": "tl.float64" if DOUBLE else "tl.float32",
-            "dot_options": ", out_dtype=tl.float64" if DOUBLE else ', input_precision="tf32x3"',
             "marks": self.role == "marks",
             "marked": self.role == "marked",
             "wraps": self.ir.wraps,

@@ -71,6 +71,11 @@ def factors(points: int) -> tuple[int, int]:
     return first, points // first
 
 
+def outer_factor(points: int) -> int:
+    """The factor of a transform that goes through memory, as shipped schedules have it; 1 where all stays on chip."""
+    return 1 if points <= ON_CHIP else OUTER_FACTORS[points]
+
+
 def points_of(seq_len: Any, out_len: Any) -> int:
     """Points of the complex transform that the kernels make of a sequence: it is as long as input and output.
 
@@ -116,13 +121,16 @@ def cost(ir: LongConvolution) -> Cost:
     batch, channels, seq_len, out_len = map(quantity, (ir.batch, ir.channels, ir.seq_len, ir.out_len))
     if isinstance(seq_len, int) and isinstance(out_len, int):
         points = points_of(seq_len, out_len)
-        first, second = factors(points)
-        flops = batch * channels * points * 8 * (first + 2 * second)
+        outer = outer_factor(points)
+        first, second = factors(points // outer)
+        flops = batch * channels * points * 8 * (first + 2 * second if outer == 1 else outer + 2 * first + 2 * second)
+        between, of_filter = (0, 24 * seq_len) if outer == 1 else (16 * points, 24 * points)
     else:
         flops = batch * channels * seq_len * 24 * sympy.sqrt(seq_len)
+        between, of_filter = 0, 24 * seq_len
     gates = int(ir.pre_gate) * seq_len + int(ir.post_gate) * out_len
-    moved = (seq_len + gates) * ir.dtype.itemsize + out_len * ir.out_dtype.itemsize
-    return Cost(flops, batch * channels * moved + channels * 24 * seq_len, 0)
+    moved = (seq_len + gates) * ir.dtype.itemsize + out_len * ir.out_dtype.itemsize + between
+    return Cost(flops, batch * channels * moved + channels * of_filter, 0)
 
 
 def fft_cost(ir: LongConvolution) -> Cost:
