@@ -59,13 +59,13 @@ TRANSFORMS: dict[int, Schedule] = {
     2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
     4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
     8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
-    1 << 14: Schedule(Tiling(32, 32, 1, 1, 8), outer=Tiling(16, 128, 4, 1, 2)),
-    1 << 15: Schedule(Tiling(32, 32, 1, 1, 8), outer=Tiling(32, 128, 4, 1, 2)),
-    1 << 16: Schedule(Tiling(32, 32, 1, 1, 8), outer=Tiling(64, 64, 4, 1, 2)),
-    1 << 17: Schedule(Tiling(64, 32, 2, 1, 8), outer=Tiling(64, 64, 4, 1, 2)),
-    1 << 18: Schedule(Tiling(64, 32, 2, 1, 8), outer=Tiling(128, 64, 8, 1, 2)),
-    1 << 19: Schedule(Tiling(64, 64, 4, 1, 8), outer=Tiling(128, 64, 8, 1, 2)),
-    1 << 20: Schedule(Tiling(128, 64, 8, 1, 8), outer=Tiling(128, 64, 8, 1, 2)),
+    1 << 14: Schedule(Tiling(32, 32, 1, 2, 8), outer=Tiling(16, 128, 2, 1, 4)),
+    1 << 15: Schedule(Tiling(32, 32, 1, 2, 16), outer=Tiling(32, 64, 2, 1, 4)),
+    1 << 16: Schedule(Tiling(32, 32, 1, 2, 8), outer=Tiling(64, 64, 4, 2, 4)),
+    1 << 17: Schedule(Tiling(64, 64, 4, 2, 8), outer=Tiling(32, 64, 2, 1, 4)),
+    1 << 18: Schedule(Tiling(64, 64, 4, 2, 8), outer=Tiling(64, 64, 4, 2, 4)),
+    1 << 19: Schedule(Tiling(64, 64, 4, 2, 8), outer=Tiling(128, 64, 8, 2, 4)),
+    1 << 20: Schedule(Tiling(128, 64, 8, 2, 4), outer=Tiling(128, 64, 8, 2, 4)),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 

@@ -22,7 +22,8 @@ FACTORS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
 TURNS = (1, 2, 4, 8)
 OUTER_COLUMNS = (32, 64, 128)
-TURNS_ON_CHIP = (2, 8)
+TURNS_ON_CHIP = (4, 8, 16)
+STAGES = (1, 2)
 ERROR_BOUNDS = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-10}
 """Relative Frobenius error against the float64 reference that a kernel may have, by the dtype of its result."""
 
@@ -59,15 +60,16 @@ def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Sched
 
 def _with_outer(start: Schedule, outer: Tiling, stage: str, count: int) -> Iterator[Schedule]:
     if stage == "outer":
-        for step, warps, turns in itertools.product(OUTER_COLUMNS, WARPS, TURNS):
+        for step, warps, loads, turns in itertools.product(OUTER_COLUMNS, WARPS, STAGES, TURNS):
             if start.main.step <= step <= count // outer.rows:
-                yield replace(start, outer=Tiling(outer.rows, step, warps, 1, turns))
+                yield replace(start, outer=Tiling(outer.rows, step, warps, loads, turns))
         return
-    for by, rows, warps, turns in itertools.product(FACTORS, FACTORS, WARPS, TURNS_ON_CHIP):
+    for by, rows, warps, loads, turns in itertools.product(FACTORS, FACTORS, WARPS, STAGES, TURNS_ON_CHIP):
         columns = count // (by * rows)
         if MIN_TILE <= columns <= rows:
             step = max(columns, outer.step)
-            yield replace(start, main=Tiling(rows, columns, warps, 1, turns), outer=replace(outer, rows=by, step=step))
+            main = Tiling(rows, columns, warps, loads, turns)
+            yield replace(start, main=main, outer=replace(outer, rows=by, step=step))
 
 
 def inputs(ir: LongConvolution, device: torch.device) -> tuple[Any, ...]:

@@ -23,27 +23,38 @@ from monarch_compile.ir import Dim
 class Rates:
     """How fast a GPU convolves, beside what the cost model knows of it.
 
-    fft_s: seconds for each point of the transform of each sequence: real FFTs, the product, casts.
-    own_s: those of the emitted kernels, by the points of their transform. filter_s: for each point of a filter.
-    fft_launches, launches: how many kernels there are. fallback_s: host seconds of a call that Inductor generates no
-    code for; fallbacks: how many of the former's launches are such.
+    fft_s: seconds for each point of the transform of each sequence: real FFTs, the product, casts. long_fft_s: the same
+        of sequences of more than `ON_CHIP` points, and of their filters.
+    own_s: those of the emitted kernels, by the points of their transform. filter_s: for each point of a filter;
+        long_filter_s: of one of more than `ON_CHIP` points.
+    fft_launches, launches, long_launches: how many kernels there are. fallback_s: host seconds of a call that Inductor
+        generates no code for; fallbacks: how many of the former's launches are such.
     """
 
     fft_s: float
+    long_fft_s: float
     own_s: Mapping[int, float]
     filter_s: float
+    long_filter_s: float
     fft_launches: int
     launches: int
+    long_launches: int
     fallbacks: int
     fallback_s: float
 
 
+ON_CHIP_S = {256: 4.0e-12, 512: 4.1e-12, 1024: 4.2e-12, 2048: 5.0e-12, 4096: 5.4e-12, 8192: 6.6e-12}
+THROUGH_MEMORY_S = {1 << 14: 9e-12, 1 << 15: 9.5e-12, 1 << 16: 10e-12, 1 << 17: 11.5e-12, 1 << 18: 12e-12}
+LONGEST_S = {1 << 19: 15e-12, 1 << 20: 18e-12}
 GPU = Rates(
     fft_s=17e-12,
-    own_s={256: 4.0e-12, 512: 4.1e-12, 1024: 4.2e-12, 2048: 5.0e-12, 4096: 5.4e-12, 8192: 6.6e-12},
+    long_fft_s=21e-12,
+    own_s={**ON_CHIP_S, **THROUGH_MEMORY_S, **LONGEST_S},
     filter_s=6e-12,
+    long_filter_s=8e-12,
     fft_launches=5,
     launches=6,
+    long_launches=13,
     fallbacks=3,
     fallback_s=25e-6,
 )
@@ -71,9 +82,8 @@ def factors(points: int) -> tuple[int, int]:
     return first, points // first
 
 
-def outer_factor(points: int) -> int:
-    """The factor of a transform that goes through memory, as shipped schedules have it; 1 where all stays on chip."""
-    return 1 if points <= ON_CHIP else OUTER_FACTORS[points]
+OUTER_FACTORS = {1 << 14: 16, 1 << 15: 32, 1 << 16: 64, 1 << 17: 32, 1 << 18: 64, 1 << 19: 128, 1 << 20: 128}
+"""The factor of a transform that goes through memory, by its points."""
 
 
 def points_of(seq_len: Any, out_len: Any) -> int:
@@ -121,7 +131,7 @@ def cost(ir: LongConvolution) -> Cost:
     batch, channels, seq_len, out_len = map(quantity, (ir.batch, ir.channels, ir.seq_len, ir.out_len))
     if isinstance(seq_len, int) and isinstance(out_len, int):
         points = points_of(seq_len, out_len)
-        outer = outer_factor(points)
+        outer = OUTER_FACTORS.get(points, 1)
         first, second = factors(points // outer)
         flops = batch * channels * points * 8 * (first + 2 * second if outer == 1 else outer + 2 * first + 2 * second)
         between, of_filter = (0, 24 * seq_len) if outer == 1 else (16 * points, 24 * points)
@@ -157,11 +167,13 @@ def predict(
     slower = FITTED_BYTES_PER_S / (device.ceiling.bytes_per_s if device.ceiling else device.monarch.bytes_per_s)
     points = points_of(seq_len, out_len)
     gates = rows * (int(ir.pre_gate) * seq_len + int(ir.post_gate) * out_len) * ir.dtype.itemsize / FITTED_BYTES_PER_S
-    fft_s = (rows * sizes["transform_len"] * GPU.fft_s + gates) * slower
-    own_s = (rows * points * GPU.own_s.get(points, GPU.fft_s * 2) + sizes["channels"] * points * GPU.filter_s) * slower
-    own_s += gates * slower
+    is_long, channels = points > ON_CHIP, sizes["channels"]
+    transformed = (rows + channels) * GPU.long_fft_s if is_long else rows * GPU.fft_s
+    fft_s = (sizes["transform_len"] * transformed + gates) * slower
+    of_filter, launches = (GPU.long_filter_s, GPU.long_launches) if is_long else (GPU.filter_s, GPU.launches)
+    own_s = (points * (rows * GPU.own_s.get(points, GPU.fft_s * 2) + channels * of_filter) + gates) * slower
     launch_s = device.monarch.launch_s
-    exact_s, monarch_s = fft_s + GPU.fft_launches * launch_s, own_s + GPU.launches * launch_s
+    exact_s, monarch_s = fft_s + GPU.fft_launches * launch_s, own_s + launches * launch_s
     if calls.trains:
         exact_s += 2 * BACK_FFT * fft_s
         monarch_s += BACK_FFT * fft_s + own_s * (1 + ir.pre_gate + ir.post_gate)
@@ -169,7 +181,7 @@ def predict(
     if host is not None and host.kernel_s:
         fused = GPU.fft_launches - GPU.fallbacks
         exact_s = max(exact_s, GPU.fallbacks * GPU.fallback_s + fused * host.kernel_s)
-        monarch_s = max(monarch_s, GPU.launches * HOST_LAUNCHES * host.kernel_s)
+        monarch_s = max(monarch_s, launches * HOST_LAUNCHES * host.kernel_s)
     return Prediction(exact_s, monarch_s)
 
 
