@@ -57,7 +57,10 @@ def test_small_results_of_large_transforms(points: int) -> None:
         assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted).clamp(min=ROUNDING)).all()
 
 
-@pytest.mark.parametrize(("batch", "channels", "length"), [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000), (1, 8, 100000)])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length"),
+    [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000), (1, 8, 100000)],
+)
 def test_compiled_with_gradients(batch: int, channels: int, length: int) -> None:
     """A filter that does not decay leaves sequences to be computed again; few sequences leave tiles not full."""
 
