@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,11 +29,11 @@ pytestmark = [
 ]
 POINTS = 4096
 SCHEDULE = Schedule(Tiling(16, 16, 1, 1, 2), outer=Tiling(16, 64, 4, 1, 2))
-SMALL = Case(3, 2, POINTS, POINTS, 2 * POINTS, POINTS)
+SMALL = Case(2, 1, POINTS, POINTS, 2 * POINTS, POINTS)
 CASES = (
-    Case(3, 2, POINTS, POINTS, 2 * POINTS, POINTS, terms="d"),
+    Case(3, 1, POINTS, POINTS, 2 * POINTS, POINTS, terms="d"),
     Case(2, 1, 3001, 3001, 6002, 3001, terms="daz", layout="turned", scale=0.5),
-    Case(2, 2, 2900, 4000, 6100, 4000, lag=77, terms="az", layout="cut"),
+    Case(1, 2, 2900, 4000, 6100, 4000, lag=77, terms="az", layout="cut"),
     Case(1, 1, 4000, 300, 4300, 4000, terms="z"),
     Case(1, 1, 3000, 3000, 3000, 3000, terms="da"),
     Case(1, 1, 2500, 4100, 4100, 600, lag=3000),
@@ -67,19 +68,20 @@ def test_convolves(case: Case) -> None:
 
 @pytest.mark.parametrize("filter_too", [False, True])
 def test_what_is_not_finite_stays_in_its_sequence(filter_too: bool) -> None:
-    given, options = tensors(SMALL)
-    clean = convolved(SMALL, given, options, torch.bfloat16)
+    case = replace(SMALL, batch=3, channels=2)
+    given, options = tensors(case)
+    clean = convolved(case, given, options, torch.bfloat16)
     given[0][1, 0, 7] = float("-inf")
     given[0][2, 0, POINTS - 1] = float("nan")
     clean[1:, 0] = float("nan")
     if filter_too:
         given[1][1, 2] = float("inf")
         clean[:, 1] = float("nan")
-    found = convolved(SMALL, given, options, torch.bfloat16)
+    found = convolved(case, given, options, torch.bfloat16)
     torch.testing.assert_close(found, clean, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("size", [2.0**-100, 2.0**-10, 2.0**20, 2.0**100])
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**100])
 def test_any_size_of_numbers(size: float) -> None:
     given, options = tensors(SMALL)
     given[0] = given[0].float() * size
