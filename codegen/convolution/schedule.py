@@ -10,7 +10,7 @@ import torch
 
 from monarch_compile.codegen.tiling import MIN_TILE, Capability, Tiling
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import MOST_POINTS, factors, points_of
+from monarch_compile.convolution.work import MOST_POINTS, ON_CHIP, factors, points_of
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES
 
@@ -28,9 +28,9 @@ class Schedule:
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
-        two of float16; with an outer factor, float64 numbers.
-    outer: of the outer factor: rows are the factor, step is how many columns of the others a tile has; None where
-        there are two factors. It asks for one sequence in a tile, and nothing kept.
+        two of float16; with an outer factor, as three of TF32.
+    outer: of the outer factor: rows are the factor, step is how many numbers of each row a tile has; None where there
+        are two factors, all on chip. With it, tiles are of one sequence, and nothing is kept.
     """
 
     family: ClassVar[str] = "convolution"
@@ -71,6 +71,7 @@ TRANSFORMS: dict[int, Schedule] = {
 
 
 INNER_PRECISE, COLUMNS_PRECISE, TURNS_PRECISE = 1024, 32, 16
+"""Points on chip, columns of an outer tile and turns where products of three factors are of float32 numbers."""
 USUAL_BATCH = 16
 """What an unknown number of sequences is taken for."""
 
@@ -108,8 +109,8 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
 
 
 def precise(count: int) -> Schedule:
-    """That of transforms of `count` points in three factors where products are not of float16 numbers, which is where
-    a result asks for more, and then a second pass over the sequences whose results do: few points on chip."""
+    """That of transforms of `count` points in three factors with products of float32 numbers: for results of more than
+    16 bits, and for the second pass over sequences that are marked."""
     inner = min(INNER_PRECISE, count // MIN_TILE)
     outer = Tiling(count // inner, COLUMNS_PRECISE, 4, 1, TURNS_PRECISE)
     return Schedule(Tiling(*factors(inner), 4, 1, TURNS_PRECISE), precision="single", outer=outer)
@@ -129,13 +130,15 @@ def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
             f"rows and columns must be factors of {points(ir)}, of at least {MIN_TILE}; found {schedule}"
         )
     if outer is None:
+        if count > ON_CHIP:
+            raise CodegenError(f"more than {ON_CHIP} points need an outer factor; found {schedule}")
         return
     if sequences > 1 or schedule.kept != "nothing":
         raise CodegenError(f"with an outer factor, tiles are of one sequence, and nothing is kept; found {schedule}")
     if any(tiling.turns != power_of_two(max(1, tiling.turns)) for tiling in (main, outer)):
         raise CodegenError(f"with an outer factor, turns must be powers of two; found {schedule}")
     if outer.step % columns or outer.step > count:
-        raise CodegenError(f"columns of an outer tile must be rows of the inner one; found {schedule}")
+        raise CodegenError(f"an outer tile must have whole rows of the inner matrix, at most all; found {schedule}")
 
 
 def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:

@@ -45,8 +45,7 @@ def stages(ir: LongConvolution) -> tuple[str, ...]:
 
 
 def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Schedule]:
-    """All schedules of a precision: they are few. With an outer factor, those with the factors of `start`, or of other
-    outer factors."""
+    """All schedules of a precision: they are few. With an outer factor, stage "main" chooses all factors."""
     if start.outer is not None:
         yield from _with_outer(start, start.outer, stage, points(bucketed(ir)))
         return

@@ -149,7 +149,7 @@ def test_shipped_schedules_are_legal(power: int) -> None:
     ("schedule", "wording"),
     [
         (Schedule(Tiling(16, 32, 1, 1), outer=Tiling(16, 64, 4, 1)), "factors"),
-        (Schedule(Tiling(16, 16, 1, 1), outer=Tiling(16, 512, 4, 1)), "outer tile"),
+        (Schedule(Tiling(16, 16, 1, 1), outer=Tiling(16, 512, 4, 1)), "whole rows"),
         (Schedule(Tiling(16, 16, 1, 1), kept="all", outer=Tiling(16, 64, 4, 1)), "nothing is kept"),
         (Schedule(Tiling(16, 16, 1, 1, 3), outer=Tiling(16, 64, 4, 1)), "powers of two"),
     ],
@@ -157,6 +157,12 @@ def test_shipped_schedules_are_legal(power: int) -> None:
 def test_schedules_that_are_not_legal(schedule: Schedule, wording: str) -> None:
     with pytest.raises(CodegenError, match=wording):
         check_schedule(schedule, ir_of(SMALL, torch.bfloat16))
+
+
+def test_what_does_not_fit_on_chip_needs_an_outer_factor() -> None:
+    longer = ir_of(Case(1, 1, 1 << 14, 1 << 14, 2 << 14, 1 << 14), torch.bfloat16)
+    with pytest.raises(CodegenError, match="need an outer factor"):
+        check_schedule(Schedule(Tiling(128, 128, 8, 1)), longer)
 
 
 def test_every_schedule_of_the_search_is_legal() -> None:
