@@ -13,6 +13,7 @@ class Modules(NamedTuple):
     emitter: `EMITTER`, a `monarch_compile.codegen.emitters.Emitter`: from the IR to kernels.
     commands: `COMMANDS`, a `monarch_compile.tools.commands.Commands`: what it adds to the command line; "" for nothing.
     benchmark: a package of a checkout, which `bench` runs by the family's name; "" for none.
+    occurs_with: parts of the names of operators, one of which every graph has that holds a site; none: any graph may.
     """
 
     family: str
@@ -20,6 +21,7 @@ class Modules(NamedTuple):
     emitter: str
     commands: str = ""
     benchmark: str = ""
+    occurs_with: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Modules] = {
@@ -34,6 +36,7 @@ FAMILIES: dict[str, Modules] = {
         frontend="monarch_compile.passes.convolution.frontend",
         emitter="monarch_compile.codegen.convolution.emitter",
         benchmark="benchmarks.convolution",
+        occurs_with=("fft", "long_convolution"),
     ),
 }
 """By name. Of two families that claim one node with the same predicted gain, the first is lowered."""

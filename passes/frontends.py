@@ -15,7 +15,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.state import Choice, Pass
 from monarch_compile.passes.surroundings import Surroundings
-from monarch_compile.registry import FAMILIES
+from monarch_compile.registry import FAMILIES, Modules
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,21 @@ class Frontend:
     finish: tuple[Pass, ...] = ()
 
 
-def frontends() -> tuple[Frontend, ...]:
-    """Those of all families."""
-    return tuple(_frontend(modules.frontend) for modules in FAMILIES.values())
+def frontends(gm: GraphModule | None = None) -> tuple[Frontend, ...]:
+    """Those of all families; of a graph, without those whose operators (`Modules.occurs_with`) neither it nor a body in
+    it has: importing them would make every other compilation wait."""
+    found = FAMILIES.values() if gm is None else _may_occur(gm)
+    return tuple(_frontend(modules.frontend) for modules in found)
+
+
+def _may_occur(gm: GraphModule) -> list[Modules]:
+    bodies = [body for body in gm.modules() if isinstance(body, GraphModule)]
+    names = " ".join({str(n.target) for body in bodies for n in body.graph.nodes if n.op.startswith("call")})
+    return [
+        modules
+        for modules in FAMILIES.values()
+        if not modules.occurs_with or any(part in names for part in modules.occurs_with)
+    ]
 
 
 @functools.cache

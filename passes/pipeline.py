@@ -84,7 +84,8 @@ def _fold_puts(state: State) -> str:
 
 
 def _match(state: State) -> str:
-    state.sites = [(frontend.family, site) for frontend in frontends() for site in frontend.find(state.graph)]
+    found = frontends(state.graph)
+    state.sites = [(frontend.family, site) for frontend in found for site in frontend.find(state.graph)]
     return f"{sites_in_words(own for own, _ in state.sites)} found"
 
 
@@ -98,7 +99,7 @@ def _choose(state: State) -> str:
     matched = sum(not isinstance(site, RefusedSite) for _, site in state.sites)
     around = Surroundings.of(state.graph, matched, state.launcher, trained)
     layouts = Layouts()  # one for all sites: no graph changes until the pass ends
-    choose = {frontend.family: frontend.choose for frontend in frontends()}
+    choose = {frontend.family: frontend.choose for frontend in frontends(state.graph)}
     state.choices = [
         choose[own](site, name, state.config, around, layouts)
         for (own, site), name in zip(state.sites, names, strict=True)
@@ -134,7 +135,7 @@ def _lower(state: State) -> str:
     if not any(c.lowers for c in state.choices):
         return "nothing lowered"
     state.before = copy_graph(state.graph)
-    lower = {frontend.family: frontend.lower for frontend in frontends()}
+    lower = {frontend.family: frontend.lower for frontend in frontends(state.graph)}
     for (own, _), choice in zip(state.sites, state.choices, strict=True):
         if choice.lowers:
             lower[own](choice).meta[SITE_NAME] = choice.decision.name
@@ -152,9 +153,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [f"{name} #{n}" if (n := names[: i + 1].count(name)) > 1 else name for i, name in enumerate(names)]
 
 
-def pipeline() -> tuple[Pass, ...]:
-    """The passes in order, those of the families among them."""
-    families = frontends()
+def pipeline(gm: GraphModule | None = None) -> tuple[Pass, ...]:
+    """The passes in order, those of the families among them: of all, or of those that a graph may hold sites of."""
+    families = frontends(gm)
     return (
         Pass("open_bodies", _open_bodies),
         Pass("fold_aliases", _fold_aliases),
@@ -187,7 +188,7 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
     dump = Dump.from_environment()
     state = State(to_aten(gm, example_inputs), config, launcher, example_inputs)
     dump.graph("capture", state.graph)
-    for step in pipeline():
+    for step in pipeline(state.graph):
         start = time.perf_counter()
         outcome = step.run(state)
         logger.debug("%s: %s (%.1f ms)", step.name, outcome, 1e3 * (time.perf_counter() - start))

@@ -184,14 +184,6 @@ def test_it_travels(lowered: ExportedProgram) -> None:
     assert all(torch.equal(state[name], value) for name, value in lowered.state_dict.items())
 
 
-@pytest.mark.slow
-def test_aotinductor_builds_and_runs_it(lowered: ExportedProgram, tmp_path) -> None:
-    path = torch._inductor.aoti_compile_and_package(lowered, package_path=str(tmp_path / "block.pt2"))
-    package = torch._inductor.aoti_load_package(path)
-    with torch.no_grad():
-        torch.testing.assert_close(package(*_inputs()), _run(lowered), rtol=1e-5, atol=1e-5)
-
-
 def test_a_causal_program_is_returned_itself() -> None:
     model = Block(causal=True).eval()
     program = export(model, _inputs())

@@ -37,6 +37,19 @@ def test_a_compilation_imports_no_reports() -> None:
     } & set(modules)
 
 
+@pytest.mark.parametrize(
+    ("spelling", "wanted"), [("torch.relu(x)", False), ("torch.fft.irfft(torch.fft.rfft(x))", True)]
+)
+def test_a_family_is_imported_where_a_graph_may_hold_its_sites(spelling: str, wanted: bool) -> None:
+    program = (
+        "import sys, torch, monarch_compile.passes.frontends as frontends\n"
+        "from torch.fx.experimental.proxy_tensor import make_fx\n"
+        f"frontends.frontends(make_fx(lambda x: {spelling})(torch.ones(4)))\n"
+        "print('monarch_compile.convolution.op' in sys.modules, 'monarch_compile.attention.op' in sys.modules)"
+    )
+    assert said(program) == f"{wanted} True"
+
+
 def test_the_operator_is_registered_without_reading_what_it_calls() -> None:
     """torch.library.triton_op looks for kernels in the source of every function that it can resolve."""
     count = (
