@@ -42,7 +42,7 @@ def launch(
     """
     points = points_of(u.shape[-1], out_len)
     wraps = not looks_back(u.shape[-1], filter.shape[-1], transform_len, lag)
-    batch = _bucket(u.shape[0]) if isinstance(u.shape[0], int) else None
+    batch = bucket(u.shape[0]) if isinstance(u.shape[0], int) else None
     terms = (skip is not None, pre_gate is not None, post_gate is not None)
     ir = _bucket_ir(batch, points, wraps, u.dtype, filter.dtype, out_dtype, *terms)
     launcher = build(ir, capability_of(u.device), is_interpreted())
@@ -63,16 +63,16 @@ def run(
     """Launch on tensors as those of `launch`. options: transform_len, out_len, lag and scale."""
     batch, channels, seq_len = u.shape
     sizes = {"batch": batch, "channels": channels, "seq_len": seq_len, "filter_len": filter.shape[-1], **options}
-    tensors = {"u": _by_rows(u), "filter": filter}
+    tensors = {"u": by_rows(u), "filter": filter}
     for name, tensor in (("pre_gate", pre_gate), ("post_gate", post_gate)):
         if tensor is not None:
-            tensors[name] = _by_rows(tensor)
+            tensors[name] = by_rows(tensor)
     if skip is not None:
         tensors["skip"] = skip.to(torch.float32)
     return launcher(tensors, sizes)[0]
 
 
-def _by_rows(x: Tensor) -> Tensor:
+def by_rows(x: Tensor) -> Tensor:
     """`x` with the positions of a sequence side by side: a program reads whole sequences, and it would read a cache
     line for each number of one that lies otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -80,7 +80,7 @@ def _by_rows(x: Tensor) -> Tensor:
 
 def bucketed(ir: LongConvolution) -> LongConvolution:
     """`ir` as its launcher is made for it: a batch and lengths of powers of two."""
-    batch = _bucket(ir.batch) if isinstance(ir.batch, int) else None
+    batch = bucket(ir.batch) if isinstance(ir.batch, int) else None
     terms = (ir.skip, ir.pre_gate, ir.post_gate)
     if not isinstance(ir.seq_len, int) or not isinstance(ir.out_len, int):
         return replace(ir, batch="B", channels="C", scale=1.0)
@@ -118,5 +118,6 @@ def _bucket_ir(
     )
 
 
-def _bucket(batch: int) -> int:
+def bucket(batch: int) -> int:
+    """The largest power of two of at most this batch: schedules depend on no more of it."""
     return min(MOST_BATCH, 1 << (max(1, batch).bit_length() - 1))

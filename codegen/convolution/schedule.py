@@ -29,6 +29,7 @@ class Schedule:
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
         two of float16; with an outer factor, as three of TF32.
+    ahead: whether a sequence is read while the one before it is transformed.
     outer: of the outer factor: rows are the factor, step is how many numbers of each row a tile has; None where there
         are two factors, all on chip. With it, tiles are of one sequence, and nothing is kept.
     """
@@ -39,6 +40,7 @@ class Schedule:
     sequences: int = 1
     kept: str = "nothing"
     precision: str = "half"
+    ahead: bool = False
     outer: Tiling | None = None
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
@@ -49,15 +51,16 @@ class Schedule:
 
     def __str__(self) -> str:
         outer = "" if self.outer is None else f"outer={self.outer} "
-        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
+        ahead = " ahead" * self.ahead
+        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}{ahead}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
-    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all"),
-    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all"),
-    1024: Schedule(Tiling(32, 32, 1, 1, 8), kept="all"),
-    2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
-    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
+    256: Schedule(Tiling(16, 16, 1, 1, 8), kept="all", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all", ahead=True),
+    1024: Schedule(Tiling(32, 32, 1, 1, 16), kept="all", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="twiddles", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles", ahead=True),
     8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
     1 << 14: Schedule(Tiling(32, 32, 1, 2, 8), outer=Tiling(16, 128, 2, 1, 4)),
     1 << 15: Schedule(Tiling(32, 32, 1, 2, 16), outer=Tiling(32, 64, 2, 1, 4)),
@@ -69,6 +72,15 @@ TRANSFORMS: dict[int, Schedule] = {
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
+PRECISE: dict[int, Schedule] = {
+    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all", precision="single", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="nothing", precision="single", ahead=True),
+    1024: Schedule(Tiling(32, 32, 2, 1, 8), kept="nothing", precision="single", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="nothing", precision="single", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="nothing", precision="single"),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="nothing", precision="single"),
+}
+"""The same for products of float32 numbers."""
 
 INNER_PRECISE, COLUMNS_PRECISE, TURNS_PRECISE = 1024, 32, 16
 """Points on chip, columns of an outer tile and turns where products of three factors are of float32 numbers."""
@@ -99,12 +111,9 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     """
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
-    chosen = TRANSFORMS[points(ir)]
-    if chosen.outer is not None:
-        return chosen if ir.out_dtype is torch.bfloat16 else precise(points(ir))
-    if ir.out_dtype is not torch.bfloat16:
-        main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
-        chosen = replace(chosen, main=main, kept="nothing", precision="single")
+    if points(ir) > ON_CHIP:
+        return TRANSFORMS[points(ir)] if ir.out_dtype is torch.bfloat16 else precise(points(ir))
+    chosen = (TRANSFORMS if ir.out_dtype is torch.bfloat16 else PRECISE)[points(ir)]
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
 
 
@@ -152,8 +161,10 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    outer = None if fields.get("outer") is None else Tiling(**fields["outer"])
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"], outer)
+    main, outer = Tiling(**fields["main"]), fields.get("outer")
+    sequences, kept, precision = int(fields["sequences"]), fields["kept"], fields["precision"]
+    ahead, through_memory = bool(fields["ahead"]), None if outer is None else Tiling(**outer)
+    return Schedule(main, sequences, kept, precision, ahead, through_memory)
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

@@ -73,6 +73,29 @@ class LongConvolution:
         return _text(self)
 
 
+@dataclass(frozen=True)
+class FilterGradient:
+    """The gradients of the filter and of the skip term of a convolution: sums over the batch.
+
+    With g = grad * post_gate and v = u * pre_gate, for the filter's number at p: scale * sum over batch, t of
+    g[t] v[(t + lag - p) mod n]; for the skip term: sum over batch, t of g[t] v[t].
+
+    of: the convolution; `of.out_dtype` is the dtype of grad, `of.filter_dtype` that of the gradient of the filter.
+    """
+
+    family: ClassVar[str] = "convolution"
+
+    of: LongConvolution
+
+    @property
+    def batch(self) -> Dim:
+        """That of the convolution."""
+        return self.of.batch
+
+    def __str__(self) -> str:
+        return f"gradient of the filter of {self.of}"
+
+
 class Rule(NamedTuple):
     """What must hold of an IR, and its wording."""
 

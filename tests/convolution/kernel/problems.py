@@ -98,3 +98,20 @@ def check(case: Case, device: str = "cpu", out_dtype: torch.dtype = torch.float3
     assert found.shape == (case.batch, case.channels, case.out_len)
     assert found.is_contiguous()
     assert errors(found, expected(given, options)).max() < BOUNDS[out_dtype]
+
+
+def filter_gradient_problem(
+    case: Case, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, filter_dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """grad, u and the gates of the gradient of a filter, and its options; gradients, too, differ in size by 2**10."""
+    (u, _, _, pre_gate, post_gate), options = tensors(case, device, dtype)
+    grad = torch.randn(
+        case.batch, case.channels, case.out_len, device=device, generator=torch.Generator(device).manual_seed(1)
+    )
+    grad = grad * 2.0 ** -(torch.arange(case.batch, device=device) % 2 * 10)[:, None, None]
+    del options["out_len"]
+    return [grad.to(dtype), u, pre_gate, post_gate], {
+        **options,
+        "filter_len": case.filter_len,
+        "filter_dtype": filter_dtype,
+    }
