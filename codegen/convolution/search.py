@@ -20,7 +20,7 @@ from monarch_compile.convolution.work import ON_CHIP
 CHANNELS = 768
 FACTORS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-TURNS = (1, 2, 4, 8)
+TURNS = (1, 2, 4, 8, 16)
 OUTER_COLUMNS = (32, 64, 128)
 TURNS_ON_CHIP = (4, 8, 16)
 STAGES = (1, 2)
@@ -50,11 +50,12 @@ def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Sched
         yield from _with_outer(start, start.outer, stage, points(bucketed(ir)))
         return
     count, batch = points(bucketed(ir)), int(ir.batch)
-    for rows, warps, turns, sequences, kept in itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT):
+    choices = itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT, (False, True))
+    for rows, warps, turns, sequences, kept, ahead in choices:
         columns = count // rows
         fits = MIN_TILE <= columns <= 2 * rows and sequences * turns <= batch and columns * sequences <= 128
-        if fits and (turns > 1 or kept == "nothing"):
-            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision)
+        if fits and (turns > 1 or (kept == "nothing" and not ahead)):
+            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision, ahead)
 
 
 def _with_outer(start: Schedule, outer: Tiling, stage: str, count: int) -> Iterator[Schedule]:

@@ -17,7 +17,7 @@ from monarch_compile.codegen.convolution.emitter import EMITTER
 from monarch_compile.codegen.convolution.schedule import choose_schedule, read_schedule
 from monarch_compile.codegen.render import sources
 from monarch_compile.convolution import work
-from monarch_compile.convolution.ir import LongConvolution
+from monarch_compile.convolution.ir import FilterGradient, LongConvolution
 from monarch_compile.errors import IRError
 
 COMPILED = """
@@ -26,14 +26,15 @@ import torch
 from monarch_compile.codegen.convolution.emitter import EMITTER
 from monarch_compile.codegen.convolution.kernels import Specialization
 from monarch_compile.codegen.tuning.compiler_report import compile_report
-from monarch_compile.convolution.ir import LongConvolution
+from monarch_compile.convolution.ir import FilterGradient, LongConvolution
 reports = []
 for batch, points in json.loads(sys.stdin.read()):
     sizes = (batch, 768, points, points, points, points, 0)
     dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
-    ir = EMITTER.bucketed(LongConvolution(*sizes, *dtypes, skip=True, pre_gate=True, post_gate=True))
-    for kernel in EMITTER.program_of(ir, EMITTER.choose_schedule(ir, (9, 0)), Specialization()).kernels:
-        reports.append({**dataclasses.asdict(compile_report(kernel)), "points": points, "ptx": ""})
+    convolution = LongConvolution(*sizes, *dtypes, skip=True, pre_gate=True, post_gate=True)
+    for ir in map(EMITTER.bucketed, (convolution, FilterGradient(convolution))):
+        for kernel in EMITTER.program_of(ir, EMITTER.choose_schedule(ir, (9, 0)), Specialization()).kernels:
+            reports.append({**dataclasses.asdict(compile_report(kernel)), "points": points, "ptx": ""})
 print(json.dumps(reports))
 """
 SHARED_LIMIT = 227 * 1024
@@ -66,6 +67,18 @@ def test_golden_sources_of_three_factors(check_golden: Callable[[str, str], None
                 check_golden(f"convolution_{name}_{source.name}.py.txt", source.text)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"), [("causal", {}), ("circular", {"transform_len": 1000, "pre_gate": True, "post_gate": True})]
+)
+def test_golden_sources_of_gradients(
+    name: str, changes: dict[str, object], check_golden: Callable[[str, str], None]
+) -> None:
+    ir = EMITTER.bucketed(FilterGradient(ir_of(1000, **changes)))
+    schedule = EMITTER.choose_schedule(ir, None)
+    for source in sources(EMITTER.program_of(ir, schedule, EMITTER.expected(ir, schedule))):
+        check_golden(f"convolution_gradient_{name}_{source.name}.py.txt", source.text)
+
+
 @pytest.mark.slow
 def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
     """In a process of its own: this one may hold Triton's library in interpreted form."""
@@ -84,6 +97,8 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
     for report in json.loads(run.stdout):
         assert report["shared_bytes"] <= SHARED_LIMIT, report
         allowed = 1024 if report["points"] > 1024 else 512
+        if "again" in report["name"]:  # which also holds a spectrum, and mostly has nothing to do
+            allowed = 2048
         assert report["local_bytes"] <= allowed, f"spills: {report}"
         if "tables" not in report["name"] and "noise" not in report["name"]:
             assert report["has_wgmma"] or report["has_mma"], report
