@@ -38,7 +38,7 @@ SMALL = Tiling(16, 16, 4, 1)
 
 SIZES = ("batch", "channels", "seq_len", "out_len", "filter_len", "transform_len", "lag", "scale")
 """What a kernel may be told at run time; it takes what it reads."""
-STRIDES = {"u": "u", "pre_gate": "pre", "post_gate": "post"}
+STRIDES = {"u": "u", "pre_gate": "pre", "post_gate": "post", "second_gate": "second"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ def expected(ir: LongConvolution, schedule: Schedule) -> Specialization:
 def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
     """Kernels of a bucketed IR."""
     make = Maker(ir, schedule, specialization)
+    outputs = tuple(buffer.name for buffer in result_buffers(ir))
     if schedule.precision == "single":
         matrices = tables(schedule, "single")
-        return Program((make.tables(matrices), *_transforms(make, matrices)), ("y",))
+        return Program((make.tables(matrices), *_transforms(make, matrices)), outputs)
     matrices, again = tables(schedule, "half"), tables(for_one_sequence(schedule), "single", "_single")
     made = (make.tables((*matrices, *again), "marks"), *_transforms(make, matrices, "marks"), _again(make, again))
-    return Program(made, ("y",))
+    return Program(made, outputs)
 
 
 def for_one_sequence(schedule: Schedule) -> Schedule:
@@ -104,7 +105,7 @@ def _transforms(make: Maker, matrices: tuple[Buffer, ...], role: str = "") -> tu
         kernel(
             "transform",
             (*sequence_buffers(ir), *matrices, spectrum, gain),
-            (result_buffer(ir), *noisy),
+            (*result_buffers(ir), *noisy),
             ("channels", Tiles("batch", make.schedule.sequences * main.turns)),
             main,
             updates=any_noisy,
@@ -124,7 +125,7 @@ def _again(make: Maker, matrices: tuple[Buffer, ...]) -> Kernel:
         replace(main, num_warps=max(4, main.num_warps), turns=1),
         precision="single",
         kept="nothing",
-        updates=(result_buffer(ir),),
+        updates=result_buffers(ir),
     )
 
 
@@ -150,8 +151,8 @@ def filter_buffer(ir: LongConvolution) -> Buffer:
 
 def sequence_buffers(ir: LongConvolution) -> tuple[Buffer, ...]:
     """What is read for each output, as far as it is there."""
-    lengths = {"u": "seq_len", "pre_gate": "seq_len", "post_gate": "out_len"}
-    here = ("u", *(name for name in ("pre_gate", "post_gate") if getattr(ir, name)))
+    lengths = {"u": "seq_len", "pre_gate": "seq_len", "post_gate": "out_len", "second_gate": "out_len"}
+    here = ("u", *(name for name in ("pre_gate", "post_gate", "second_gate") if getattr(ir, name)))
     found = []
     for name in here:
         strides = tuple((f"{STRIDES[name]}_{dim}", place) for place, dim in enumerate(("batch", "channel", "time")))
@@ -161,8 +162,15 @@ def sequence_buffers(ir: LongConvolution) -> tuple[Buffer, ...]:
     return tuple(found)
 
 
-def result_buffer(ir: LongConvolution) -> Buffer:
-    return Buffer("y", ir.out_dtype, ("batch", "channels", "out_len"))
+def result_buffer(ir: LongConvolution, name: str = "y") -> Buffer:
+    """A result."""
+    return Buffer(name, ir.out_dtype, ("batch", "channels", "out_len"))
+
+
+def result_buffers(ir: LongConvolution) -> tuple[Buffer, ...]:
+    """The result; where there is a second gate, also the second one."""
+    second = (result_buffer(ir, "y_second"),) if ir.second_gate else ()
+    return (result_buffer(ir), *second)
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,7 @@ class Maker:
             "skips": self.ir.skip,
             "pre_gates": self.ir.pre_gate,
             "post_gates": self.ir.post_gate,
+            "second_gates": self.ir.second_gate,
             "kept": self.schedule.kept,
             "ahead": self.schedule.ahead,
             "sequences": self.schedule.sequences,

@@ -14,7 +14,7 @@ from monarch_compile.codegen.convolution.kernels import (
     STORED,
     Specialization,
     filter_buffer,
-    result_buffer,
+    result_buffers,
     sequence_buffers,
 )
 from monarch_compile.codegen.convolution.schedule import Schedule, points, precise
@@ -36,11 +36,12 @@ TABLES, SUMS = Tiling(16, 16, 4, 1), Tiling(16, 16, 1, 1)
 
 def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
     """Kernels of a bucketed IR. With products of float16 numbers, some sequences are transformed twice."""
+    outputs = tuple(buffer.name for buffer in result_buffers(ir))
     if schedule.precision == "single":
-        return Program(_Maker(ir, schedule, specialization, "").kernels(), ("y",))
+        return Program(_Maker(ir, schedule, specialization, "").kernels(), outputs)
     once = _Maker(ir, schedule, specialization, "marks")
     twice = _Maker(ir, precise(points(ir)), specialization, "marked")
-    return Program((*once.kernels(), *twice.kernels()), ("y",))
+    return Program((*once.kernels(), *twice.kernels()), outputs)
 
 
 class _Buffers:
@@ -106,7 +107,7 @@ class _Maker:
         inputs = tuple(x for x in sequences if x.name in ("u", "pre_gate"))
         ending = tuple(x for x in sequences if x.name not in ("u", "pre_gate"))
         ending = (*(inputs if ir.skip else ()), *ending)
-        result = result_buffer(ir)
+        results = result_buffers(ir)
         made = [
             self._kernel("tables", (), (*by_outer, *by_inner), (self._most_rows(),), TABLES, template="outer_tables"),
             self._kernel(
@@ -146,10 +147,10 @@ class _Maker:
             self._kernel(
                 "inverse",
                 (*ending, *by_outer, b.values, b.out_exponent, *marked),
-                () if marked else (result, *((b.result_power,) if marks else ())),
+                () if marked else (*results, *((b.result_power,) if marks else ())),
                 ("channels", *_groups(self.tiles, outer.turns)),
                 outer,
-                updates=(result,) if marked else (),
+                updates=results if marked else (),
                 template="outer_inverse",
             ),
         ]
@@ -223,6 +224,7 @@ class _Maker:
             "skips": self.ir.skip,
             "pre_gates": self.ir.pre_gate,
             "post_gates": self.ir.post_gate,
+            "second_gates": self.ir.second_gate,
             "partial_in": found.partial_in,
             "partial_out": found.partial_out,
             "wide_offsets": found.wide_offsets,

@@ -48,6 +48,37 @@ def long_convolution(
         return meaning.reference(*tensors, **options).contiguous()
 
 
+@torch.library.triton_op("monarch_compile::long_convolution_twice", mutates_args={})
+def long_convolution_twice(
+    u: Tensor,
+    filter: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor,
+    second_gate: Tensor,
+    transform_len: int,
+    out_len: int,
+    lag: int,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Two long convolutions that differ in the gates of their results alone: post_gate and second_gate.
+
+    u is at most transform_len long.
+    """
+    tensors = (u, filter, skip, pre_gate)
+    options: dict[str, Any] = dict(zip(OPTIONS, (transform_len, out_len, lag, float(scale), out_dtype), strict=True))
+    with autocasting.switched_off(u.device.type):
+        if work.runs_kernels(u.device, u.dtype, filter.dtype, out_dtype, u.shape[-1], out_len):
+            from monarch_compile.codegen.convolution.launch import launch_twice
+
+            return launch_twice(*tensors, post_gate, second_gate, **options)
+        wide = torch.float64 if torch.float64 in (u.dtype, filter.dtype) else torch.float32
+        y = meaning.reference(*tensors, **{**options, "out_dtype": wide})
+        one, other = ((y * gate.to(wide)).to(out_dtype).contiguous() for gate in (post_gate, second_gate))
+        return one, other
+
+
 @torch.library.triton_op("monarch_compile::long_convolution_filter_gradient", mutates_args={})
 def filter_gradient(
     grad: Tensor,
@@ -90,6 +121,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     with autocasting.switched_off(grad.device.type):
         grads = gradients(grad, *tensors, needed=ctx.needs_input_grad[:5], **ctx.options)
     return (*grads, *[None] * len(OPTIONS))
+
+
+def _save_inputs_of_two(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = dict(zip(OPTIONS, inputs[6:], strict=True))
+
+
+def _backward_of_two(ctx: Any, grad: Tensor, second_grad: Tensor) -> tuple[Any, ...]:
+    """The sums of what either result gives."""
+    u, filter, skip, pre_gate, *gates = ctx.saved_tensors
+    *needed, needs_one, needs_other = ctx.needs_input_grad[:6]
+    sums: list[Tensor | None] = [None] * 4
+    of_gates: list[Tensor | None] = []
+    with autocasting.switched_off(grad.device.type):
+        for g, gate, needs in zip((grad, second_grad), gates, (needs_one, needs_other), strict=True):
+            tensors = (g, u, filter, skip, pre_gate, gate)
+            *found, of_gate = gradients(*tensors, needed=(*needed, needs), **ctx.options)
+            sums = [x if y is None else y if x is None else x + y for x, y in zip(sums, found, strict=True)]
+            of_gates.append(of_gate)
+    return (*sums, *of_gates, *[None] * len(OPTIONS))
 
 
 def _save_gradient_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -141,11 +192,14 @@ def gradients(
         h = reversed_in_time(fitted(filter.to(dtype), transform_len))
         seen = min(u.shape[-1], transform_len)
         back = (transform_len, seen, (transform_len - lag) % transform_len, scale)
-        for place, factor in ((0, pre_gate), (3, u)):
-            if needed[place]:
-                factor = None if factor is None else factor[..., :seen]
-                g = long_convolution(grad, h, skip, post_gate, factor, *back, u.dtype)
-                grads[place] = fitted(g, u.shape[-1])
+        if needed[0] and needed[3] and pre_gate is not None:
+            gates = (pre_gate[..., :seen], u[..., :seen])
+            both = long_convolution_twice(grad, h, skip, post_gate, *gates, *back, u.dtype)
+            grads[0], grads[3] = (fitted(g, u.shape[-1]) for g in both)
+        else:
+            place, factor = (0, pre_gate) if needed[0] else (3, u)
+            factor = None if factor is None else factor[..., :seen]
+            grads[place] = fitted(long_convolution(grad, h, skip, post_gate, factor, *back, u.dtype), u.shape[-1])
     if needed[1] or needed[2]:
         sizes = (transform_len, filter.shape[-1], lag, scale)
         grads[1], grads[2] = filter_gradient(grad, u, pre_gate, post_gate, *sizes, filter.dtype)
@@ -160,6 +214,7 @@ def gradients(
 
 
 long_convolution.register_autograd(_backward, setup_context=_save_inputs)
+long_convolution_twice.register_autograd(_backward_of_two, setup_context=_save_inputs_of_two)
 filter_gradient.register_autograd(_backward_of_gradient, setup_context=_save_gradient_inputs)
 
 CONVOLUTION_OP = torch.ops.monarch_compile.long_convolution.default

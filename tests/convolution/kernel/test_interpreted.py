@@ -38,6 +38,20 @@ def test_convolves(case: Case, out_dtype: torch.dtype) -> None:
     check(case, out_dtype=out_dtype)
 
 
+@pytest.mark.parametrize("out_dtype", BOUNDS)
+@pytest.mark.parametrize("allowed", [1e30, kernels.NOISE])
+def test_two_gates_of_one_result(allowed: float, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result is that of a launch of its own, whether or not it is computed again."""
+    monkeypatch.setattr(kernels, "NOISE", allowed)
+    build.cache_clear()
+    given, options = tensors(Case(5, 2, 300, 300, 600, 300, terms="daz", layout="turned"))
+    second = given[3].flip(0)
+    found = launching.launch_twice(*given, second, **options, out_dtype=out_dtype)
+    for result, gate in zip(found, (given[4], second), strict=True):
+        torch.testing.assert_close(result, launch(*given[:4], gate, **options, out_dtype=out_dtype), rtol=0, atol=0)
+    build.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_inputs(dtype: torch.dtype) -> None:
     given, options = tensors(SHORT, dtype=dtype)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from monarch_compile.codegen.convolution import launch as launching
 from monarch_compile.codegen.convolution import three_factors
 from monarch_compile.codegen.convolution.launch import bucketed, run
 from monarch_compile.codegen.convolution.schedule import Schedule, check_schedule, choose_schedule, precise
@@ -64,6 +65,19 @@ def test_convolves(case: Case) -> None:
     wanted = expected(given, options)
     assert errors(once(case, given, options), wanted).max() < BOUNDS[torch.float32]
     assert errors(convolved(case, given, options, torch.bfloat16), wanted).max() < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("allowed", [1e30, three_factors.NOISE])
+def test_two_gates_of_one_result(allowed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result is that of a launch of its own, whether or not it is computed again."""
+    monkeypatch.setattr(three_factors, "NOISE", allowed)
+    monkeypatch.setattr(launching, "build", lambda ir, *_: Launcher(ir, SCHEDULE))
+    given, options = tensors(Case(2, 1, 3000, 3000, 6000, 3000, terms="daz"))
+    second = given[3].flip(0)
+    found = launching.launch_twice(*given, second, **options, out_dtype=torch.bfloat16)
+    for result, gate in zip(found, (given[4], second), strict=True):
+        alone = launching.launch(*given[:4], gate, **options, out_dtype=torch.bfloat16)
+        torch.testing.assert_close(result, alone, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("filter_too", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monarch_compile.convolution.op import filter_gradient, long_convolution
+from monarch_compile.convolution.op import filter_gradient, long_convolution, long_convolution_twice
 
 CASES = {
     "causal": {"seq_len": 5, "filter_len": 5, "transform_len": 10, "out_len": 5, "lag": 0},
@@ -59,3 +59,24 @@ def test_of_the_gradient_of_a_filter(name: str) -> None:
     product = (grad * long_convolution(u, filter, skip, pre_gate, post_gate, *forward)).sum()
     own = (of_filter * filter).sum() + (0 if skip is None else (of_skip * skip).sum())
     torch.testing.assert_close(own, product)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"cut"}))
+def test_two_convolutions_at_once(name: str) -> None:
+    """They are those of the operator, and so are their gradients of first and second order."""
+    case = CASES[name]
+    u, filter, skip, pre_gate, post_gate = tensors(case)
+    second = torch.randn(3, 2, case["out_len"], dtype=torch.float64, requires_grad=True)
+    options = (case["transform_len"], case["out_len"], case["lag"], 0.5, torch.float64)
+    both = long_convolution_twice(u, filter, skip, pre_gate, post_gate, second, *options)
+    for found, gate in zip(both, (post_gate, second), strict=True):
+        torch.testing.assert_close(found, long_convolution(u, filter, skip, pre_gate, gate, *options))
+    given = (u, filter, skip, pre_gate, post_gate, second)
+
+    def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        left = iter(inputs)
+        return long_convolution_twice(*(None if x is None else next(left) for x in given), *options)
+
+    differentiable = [x for x in given if x is not None]
+    assert torch.autograd.gradcheck(call, differentiable)
+    assert torch.autograd.gradgradcheck(call, differentiable)
