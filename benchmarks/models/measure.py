@@ -16,12 +16,14 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
 from benchmarks.clocks import Clock, reason, synchronize, tidy
-from benchmarks.models.problems import Preset, Problem, words
+from benchmarks.models.found import grouped
+from benchmarks.models.problems import Preset, Problem
 from benchmarks.speed.problems import Inputs, inputs
 from benchmarks.speed.subjects import EXACT, Call, monarch
 from monarch_compile.backend import monarch as backend  # by name it would have to be installed
 from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.cost.devices import Device
+from monarch_compile.report.explainer import explain
 from monarch_compile.tools.timing import Timing
 
 EXACT_WORD = "exact"
@@ -64,7 +66,8 @@ class Row:
 
     attention_ms: median of the attention of one block, alone. times: of the whole model, by clock. error: relative, of
     the output against the same weights in float32 with exact attention. peak_mib: of device memory in one plain call.
-    lowered, sites: attention sites that the backend lowered, of how many. first_call_s: with compilation.
+    lowered, sites: attention sites that the backend lowered, of how many. found: what it found of them, by groups of
+    equal sites (`benchmarks.models.found`). first_call_s: with compilation.
     """
 
     problem: Problem
@@ -77,6 +80,7 @@ class Row:
     error: float | None = None
     peak_mib: float | None = None
     first_call_s: float | None = None
+    found: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -87,9 +91,8 @@ def subjects(bench: Bench, problem: Problem, preset: Preset) -> list[Subject]:
     """Exact attention by every kernel that SDPA has here, then the Monarch forms."""
     found = [Subject(f"{EXACT_WORD} {s.name}", s.prepare, None, s.around) for s in _kernels(bench)]
     for form in preset.forms:
-        alone = functools.partial(monarch, form.ir(problem.attention, bench.device))
-        options = {"policy": preset.policy, "num_iters": form.num_iters, "window": form.window}
-        found.append(Subject(words(form), alone, options))
+        alone = functools.partial(monarch, form.ir(problem, bench.device))
+        found.append(Subject(str(form), alone, form.options(preset.policy)))
     return found
 
 
@@ -153,6 +156,8 @@ def _whole(bench: Bench, problem: Problem, subject: Subject, model: Prepared, ro
     # The cache of AOTAutograd does not know which kernel SDPA may pick.
     with subject.around(), functorch_config.patch(enable_autograd_cache=not subject.exact):
         try:
+            if not subject.exact:
+                found["found"] = _sites(model, subject)
             call = _compiled(model, subject)
             found |= _first(bench, model, call)
         except Exception as error:
@@ -166,6 +171,11 @@ def _whole(bench: Bench, problem: Problem, subject: Subject, model: Prepared, ro
             finally:
                 tidy(bench.place)
     return Row(**found)
+
+
+def _sites(model: Prepared, subject: Subject) -> tuple[dict[str, Any], ...]:
+    torch._dynamo.reset()
+    return grouped(explain(model.model, *model.inputs, options=subject.options).sites)
 
 
 def _compiled(model: Prepared, subject: Subject) -> Call:

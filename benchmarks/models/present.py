@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
+from benchmarks.models.found import in_words
 from benchmarks.models.measure import EXACT_WORD
 from benchmarks.tables import NOTHING, markdown_table, number
 
@@ -13,9 +14,9 @@ Content = Mapping[str, Any]
 
 
 def markdown(content: Content) -> str:
-    """A table of every row, ratios against the best exact row of its problem, then what failed."""
+    """A table of every row, ratios against the best exact row of its problem, what was found, and what failed."""
     head = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
-    return "\n".join([head, "", *markdown_table(_HEAD, _body(content)), *_failures(content), ""])
+    return "\n".join([head, "", *markdown_table(_HEAD, _body(content)), *_found(content), *_failures(content), ""])
 
 
 _HEAD = ("model, batch x tokens", "attention", "graph ms [p20, p80]", "faster", "plain calls, ms [p20, p80]", "faster")
@@ -72,6 +73,17 @@ def _median(row: Mapping[str, Any], clock: str) -> float:
 
 def _timing(found: Mapping[str, float] | None) -> str:
     return NOTHING if found is None else f"{found['p50']:.2f} [{found['p20']:.2f}, {found['p80']:.2f}]"
+
+
+def _found(content: Content) -> list[str]:
+    """The sites of each row; files of before have none."""
+    found = [
+        [name_of(row["problem"]), row["form"], in_words(group)]
+        for row in content["rows"]
+        for group in row.get("found", ())
+    ]
+    head = ("model, batch x tokens", "attention", "sites")
+    return ["", "### What the compiler found", "", *markdown_table(head, found)] if found else []
 
 
 def _failures(content: Content) -> list[str]:

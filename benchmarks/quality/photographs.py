@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from benchmarks.quality.task import TaskUnavailable, package_file
+from examples.images.picture import read_square
 
 BACKGROUNDS = Path("/usr/share/backgrounds")
 DEBIAN_PACKAGES = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04", "mate-backgrounds")
@@ -55,12 +54,7 @@ def read_photograph(photograph: Photograph, size: int) -> Tensor:
     Raises:
         TaskUnavailable: its package is not installed.
     """
-    path = _file(photograph)
-    from PIL import Image, ImageOps
-
-    image = Image.open(path).convert("RGB")
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
+    return read_square(_file(photograph), size)
 
 
 def _file(photograph: Photograph) -> Path:

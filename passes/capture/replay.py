@@ -176,7 +176,10 @@ def _is_step(node: Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return target is operator.getitem
-    return target.namespace == "aten" and not target._schema.is_mutable and UNREPEATABLE.isdisjoint(target.tags)
+    if target.namespace != "aten" or target._schema.is_mutable or not UNREPEATABLE.isdisjoint(target.tags):
+        return False
+    tensors = [x for x in pytree.tree_leaves(node.meta["val"]) if isinstance(x, Tensor)]
+    return all(type(n) is int for x in tensors for n in x.shape)  # not all ops that make symbols have the tag
 
 
 def _again(known: Recorded, tensors: list[Tensor], inputs: list[Node], tracer: Any) -> Any:

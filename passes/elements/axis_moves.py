@@ -100,6 +100,18 @@ def _of_repeat(seen: Layouts, node: Node) -> Layout:
     return tuple(found)
 
 
+def _of_repeat_interleave(seen: Layouts, node: Node) -> Layout | None:
+    """Each place is repeated along one dim; without a dim all are flattened first."""
+    source, given = inputs(node)[0], arg(node, 2, "dim")
+    if given is None:
+        return None
+    found, dim = [*seen.layout(source)], normal_dim(given, len(shape_of(node)))
+    size, why = shape_of(node)[dim], "each place along it is repeated"
+    is_alike = is_one(shape_of(source)[dim]) or found[dim].is_free
+    found[dim] = free(node, dim, size, why) if is_alike else other(node, dim, size, why)
+    return tuple(found)
+
+
 def _of_complex(seen: Layouts, node: Node) -> Layout:
     return seen.layout(inputs(node)[0])[:-1]
 
@@ -271,7 +283,9 @@ def _one_after_another(node: Node, dim: int, axes: Sequence[Axis], sizes: Sequen
     before = [is_placed(axis) for axis in axes[:-1]]
     if any(before):
         after = grid is not None or is_placed(axes[-1])
-        why = "two grids are joined one after the other" if after or sum(before) > 1 else "tokens come after a grid"
+        why = "tokens come after a grid, where only those before it have a form"
+        if after or sum(before) > 1:
+            why = "two grids are joined one after the other"
         return other(node, dim, size, why)
     if grid is None:
         blamed = axes[-1].explained
@@ -315,6 +329,7 @@ MOVES: dict[object, Rule] = {
     **dict.fromkeys(TRANSPOSES, _of_transpose),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _of_expand),
     aten.repeat.default: _of_repeat,
+    **dict.fromkeys((aten.repeat_interleave.self_int, aten.repeat_interleave.self_Tensor), _of_repeat_interleave),
     aten.view_as_complex.default: _of_complex,
     aten.view_as_real.default: _of_real,
     aten.unfold.default: _of_windows,

@@ -142,6 +142,12 @@ def _of_added_matmul(seen: Layouts, node: Node) -> Layout | None:
     return tuple(found)
 
 
+def _of_outer(seen: Layouts, node: Node) -> Layout:
+    """Each of one with each of the other: as elementwise, for nothing is summed."""
+    first, last = inputs(node)[:2]
+    return (*seen.layout(first), *seen.layout(last))
+
+
 def _of_einsum(seen: Layouts, node: Node) -> Layout | None:
     named, out = einsum_letters(node)
     if not named:
@@ -211,6 +217,7 @@ SUMS: dict[object, Rule] = {
     aten.linear.default: _of_linear,
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default), _of_matmul),
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _of_added_matmul),
+    **dict.fromkeys((aten.outer.default, aten.ger.default), _of_outer),
     aten.einsum.default: _of_einsum,
     aten.scaled_dot_product_attention.default: _of_attention,
 }

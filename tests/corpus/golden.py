@@ -6,7 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from tests.corpus import bodies, convolutions, hf_models, negatives, spellings, timm_models, torch_nn
+from tests.corpus import bodies, convolutions, hf_models, negatives, spellings, timm_models, torch_nn, vision
 from tests.corpus.entry import Entry
 
 FOLDER = Path(__file__).parent / "golden"
@@ -18,6 +18,7 @@ GROUPS = {
     "torch_nn": torch_nn.entries,
     "transformers": hf_models.entries,
     "timm": timm_models.entries,
+    "vision": vision.entries,
 }
 
 

@@ -209,4 +209,5 @@ def test_a_preset_for_a_device_that_is_not_there_is_refused(capsys: pytest.Captu
 
 
 def test_the_forms_are_the_default_and_the_papers() -> None:
-    assert [form.window for form in FORMS] == [1, None]
+    assert [str(form) for form in FORMS] == ["monarch window=1", "monarch window=None"]
+    assert FORMS[0].options("auto") == {"policy": "auto", "num_iters": 1, "window": 1}

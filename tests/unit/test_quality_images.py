@@ -10,11 +10,12 @@ from torch import nn
 pytest.importorskip("transformers", reason="the benchmark's tasks need transformers")
 
 from benchmarks.quality import __main__ as driver
-from benchmarks.quality import components, dinov2, photographs, warps
-from benchmarks.quality.onnx_weights import read_onnx
+from benchmarks.quality import dinov2, photographs, warps
 from benchmarks.quality.results import own_digest
 from benchmarks.quality.task import TASKS, TaskUnavailable
 from benchmarks.quality.variants import VARIANTS
+from examples.images import picture
+from examples.images.onnx_weights import read_onnx
 
 
 def varint(value: int) -> bytes:
@@ -148,25 +149,25 @@ def test_lengths_of_one_task_share_its_source_and_other_tasks_do_not():
 def test_components_are_the_largest_and_in_the_same_colours_for_others():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(64, 8, generator=generator) * torch.tensor([9.0, 1, 5, 1, 1, 3, 1, 1])
-    basis = components.components(reference)
+    basis = picture.components(reference)
     assert basis[1].abs().argmax(0).tolist() == [0, 2, 5]
-    image = components.colours(reference, basis)
+    image = picture.colours(reference, basis)
     assert image.shape == (3, 8, 8)
     assert (image.min(), image.max()) == (0, 1)
-    assert torch.equal(components.colours(reference.clone(), basis), image)
-    assert not torch.equal(components.colours(reference + 1, basis), image)
+    assert torch.equal(picture.colours(reference.clone(), basis), image)
+    assert not torch.equal(picture.colours(reference + 1, basis), image)
 
 
 def test_a_sheet_has_a_cell_for_each_image():
-    page = components.sheet([[torch.zeros(3, 8, 8), torch.ones(3, 500, 500)]])
-    assert page.shape == (components.SIZE, 2 * components.SIZE + components.GAP, 3)
-    assert (page[:, : components.SIZE].max(), page[:, components.SIZE :].min()) == (0, 255)
+    page = picture.sheet([[torch.zeros(3, 8, 8), torch.ones(3, 500, 500)]])
+    assert page.shape == (picture.SIZE, 2 * picture.SIZE + picture.GAP, 3)
+    assert (page[:, : picture.SIZE].max(), page[:, picture.SIZE :].min()) == (0, 255)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(TASKS["dinov2_1370"].missing()), reason="needs the packages of the images' task")
 def test_every_weight_of_dinov2_is_read_and_patches_of_a_photograph_are_found_again():
-    model = dinov2.read_dinov2()
+    model = dinov2.read_dinov2(dinov2.package_file(*dinov2.WEIGHTS))
     deviations = {name: float(x.std()) for name, x in model.state_dict().items() if name.endswith("proj.weight")}
     assert len(deviations) == 4 * dinov2.LAYERS
     assert len(set(deviations.values())) == len(deviations)

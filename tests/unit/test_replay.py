@@ -125,6 +125,12 @@ def sized(x: Tensor) -> Tensor:
     return total
 
 
+def repeated(x: Tensor) -> Tensor:
+    """A size that the elements of a tensor give, by an op that is not tagged so."""
+    counts = torch.tensor([1, 0, 2, 1])
+    return sum(x.repeat_interleave(counts, 0).sum(0) for _ in range(3)) + x
+
+
 class Turns:
     """Not the same each time."""
 
@@ -152,6 +158,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "switched": (switched, SQUARE),
     "made": (made, SQUARE),
     "sized": (sized, SQUARE),
+    "repeated": (repeated, SQUARE),
 }
 
 

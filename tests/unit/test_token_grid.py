@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
 from monarch_compile.passes.graph import inputs, source_of
+from tests.corpus.vision import DIFFUSERS
 
 IMAGE, SQUARE = (2, 3, 48, 64), (2, 3, 48, 48)
 Grid = tuple[int, ...]
@@ -228,6 +229,13 @@ STEPS: dict[str, tuple[Callable[[Net, Tensor], Tensor], Grid]] = {
                         (0, 6, 8)),
     "rolled as windows are": (lambda n, i: n.patches.conv(i).view(2, DIM, 6, 4, 2).roll(1, 2).permute(0, 3, 2, 4, 1)
                               .reshape(8, 12, DIM), (0, 6, 2)),
+    "features repeated": (lambda n, i: n.patches(i).repeat_interleave(2, 2)[..., ::2], (0, 6, 8)),
+    "images repeated": (lambda n, i: n.patches(i).repeat_interleave(3, dim=0, output_size=6), (0, 6, 8)),
+    "images repeated by numbers": (lambda n, i: n.patches(i).repeat_interleave(torch.tensor([1, 2]), 0, output_size=3),
+                                   (0, 6, 8)),
+    "a table of repeated positions": (lambda n, i: n.patches(i) + n.table[::2].repeat_interleave(2, 0), (0, 6, 8)),
+    "outer product of positions": (lambda n, i: n.patches(i) * torch.outer(n.table[:, 0], i[0, 0, 0, :DIM]), (0, 6, 8)),
+    "one token repeated": (lambda n, i: n.patches(i) + n.patches(i).mean(1, True).repeat_interleave(48, 1), (0, 6, 8)),
     "a mask of tokens": (lambda n, i: n.patches(i) * (torch.rand(2, 48, 1) > 0.5), (0, 6, 8)),
     "added in place, a part": (_part_added, (0, 6, 8)),
     "bands": (lambda n, i: n.patches(i).reshape(6, 16, DIM), (0, 2, 8)),
@@ -283,3 +291,16 @@ def test_models_of_transformers_of_symbolic_sizes(name: str) -> None:
     found = grids_of(_from_transformers(name), image(2, 3, 48, 48), dynamic=True)
     assert [x.prefix for x in found] == [TRANSFORMERS[name][0][0]] * 2
     assert all(isinstance(axis.size, torch.SymInt) for x in found for axis in x.axes)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_transformers_of_diffusers(name: str) -> None:
+    pytest.importorskip("diffusers")
+    model, given = DIFFUSERS[name].make(name)
+    graph, expected = graph_of(model, *given), DIFFUSERS[name].grid
+    sites = [node for node in graph.nodes if node.target is SDPA]
+    own = [node for node in sites if inputs(node)[0].meta["val"].shape == inputs(node)[1].meta["val"].shape]
+    found = [told(token_grid(inputs(node)[1], -2)) for node in own]
+    assert found
+    for one in found:
+        assert expected in one if isinstance(expected, str) else one == expected, found

@@ -12,6 +12,7 @@ from support.capture import run_passes
 
 from monarch_compile import ConfigError, LoweringError
 from monarch_compile.integrations import register_diffusers, replace_sdpa
+from monarch_compile.report.explainer import explain
 
 pytestmark = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 
@@ -219,3 +220,12 @@ def test_compiled_models_are_left_to_the_compiler():
     assert rewrite.num_lowered == 2
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
     assert replaced.lowered == replaced.exact == 0
+
+
+def test_the_grid_of_flux_is_given_by_hand():
+    """Its latents are packed before it is called."""
+    model, inputs = made(flux)
+    options = {"policy": "always", "grid": (6, 6), "prefix": 12}
+    with torch.no_grad():
+        sites = explain(model, **inputs, return_dict=False, options=options).sites
+    assert [(site.ir.grid, site.ir.form.prefix, site.ir.form.tile) for site in sites] == [((6, 6), 12, (4, 4))] * 2

