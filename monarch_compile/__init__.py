@@ -14,6 +14,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import (
     CodegenError,
     ConfigError,
+    DistillationError,
     InputError,
     IRError,
     LoweringError,
@@ -25,6 +26,8 @@ from monarch_compile.version import __version__
 if TYPE_CHECKING:
     from monarch_compile.calibration.plan import Plan
     from monarch_compile.calibration.search import calibrate
+    from monarch_compile.distillation.distill import distill
+    from monarch_compile.distillation.report import DistillReport
     from monarch_compile.export import lower_exported
     from monarch_compile.report.explainer import explain
     from monarch_compile.report.report import Report
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CodegenError",
     "ConfigError",
+    "DistillReport",
+    "DistillationError",
     "IRError",
     "InputError",
     "LoweringError",
@@ -42,15 +47,18 @@ __all__ = [
     "Report",
     "__version__",
     "calibrate",
+    "distill",
     "explain",
     "lower_exported",
     "monarch_attention",
 ]
 
 _LATER = {
+    "DistillReport": "distillation.report",
     "Plan": "calibration.plan",
     "Report": "report.report",
     "calibrate": "calibration.search",
+    "distill": "distillation.distill",
     "explain": "report.explainer",
     "lower_exported": "export",
 }

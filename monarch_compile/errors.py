@@ -27,5 +27,9 @@ class PlanError(MonarchError, ValueError):
     """A plan cannot be read, or does not fit the model that it is applied to."""
 
 
+class DistillationError(MonarchError, RuntimeError):
+    """A layer cannot learn: its loss is not finite. The message names it; the model is as it was."""
+
+
 class CodegenError(MonarchError, RuntimeError):
     """No kernel can be emitted for an IR and a schedule."""

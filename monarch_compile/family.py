@@ -34,6 +34,9 @@ class SiteCall(Protocol):
     def monarch(self, **changes: Any) -> Tensor:
         """What it computes in the form that it was lowered to, or with other options."""
 
+    def reference(self) -> Tensor:
+        """What it computes in the form that it was lowered to, by plain operators, for autograd to differentiate."""
+
 
 @dataclass(frozen=True)
 class Occurrence:
@@ -62,11 +65,14 @@ class Forms:
     read: the form of some options. Raises IRError or TypeError where they are none.
     that_pay: the forms to try at a site on a device, with the options that the caller has fixed.
     call: a run of a site, by its name and the arguments of its operator.
+    learned: those of the operator's arguments, each with a word for it, that decide how good the approximation is:
+        distillation changes the weights that lead to them, and no others.
     """
 
     read: Callable[..., Form]
     that_pay: Callable[[Sequence[Occurrence], Device, Mapping[str, Any]], list[Form]]
     call: Callable[[str, Sequence[Any]], SiteCall]
+    learned: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,11 @@ def forms_of(name: str) -> Forms:
     if forms is None:
         raise KeyError(f"the family {name!r} has no forms")
     return forms
+
+
+def with_forms(decisions: Iterable[Decision]) -> list[Decision]:
+    """Those about sites whose lowered form is an approximation."""
+    return [decision for decision in decisions if family(decision.family).forms is not None]
 
 
 def families() -> tuple[Family, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from monarch_compile.attention import trial
 from monarch_compile.attention.candidates import forms_that_pay
 from monarch_compile.attention.form import Form
@@ -40,6 +42,8 @@ FAMILY = Family(
     shape=_shape,
     blocks=_blocks,
     block_size=lambda ir: ir.form.block_size,
-    forms=Forms(read=Form, that_pay=forms_that_pay, call=AttentionCall.of),
+    forms=Forms(
+        read=Form, that_pay=forms_that_pay, call=AttentionCall.of, learned=MappingProxyType({0: "queries", 1: "keys"})
+    ),
     trial=Trial(trial.error, trial.BOUNDS),
 )

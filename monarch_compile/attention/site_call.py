@@ -12,6 +12,7 @@ from torch import Tensor
 
 from monarch_compile.attention.groups import split_mask
 from monarch_compile.attention.op import ATTENTION_OP, OPTIONS
+from monarch_compile.attention.reference import reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,10 @@ class AttentionCall:
             options["grid"] = None
         output: Tensor = ATTENTION_OP(self.q, self.k, self.v, self.key_mask, *(options[name] for name in OPTIONS))
         return output
+
+    def reference(self) -> Tensor:
+        """What `monarch` gives without changes, by plain operators."""
+        return reference(self.q, self.k, self.v, self.key_mask, **self.options)
 
     def exact(self) -> Tensor:
         """Softmax attention in bounded memory; a row that sees no key gives 0."""

@@ -51,7 +51,7 @@ class Probe:
     """A Dynamo backend that runs the passes on each graph and interprets the result, its sites calling `switch`.
 
     Without a switch each graph runs as it was. `rewrites` are the passes' results, `failures` the errors that left
-    graphs as they were.
+    graphs as they were. `interpreter` makes what runs a graph, a `SiteInterpreter` where it is None.
     """
 
     config: MonarchConfig
@@ -59,6 +59,7 @@ class Probe:
     rewrites: list[Rewrite] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     launcher: Launcher | None = None
+    interpreter: Callable[[GraphModule, Switch], Interpreter] | None = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The graph's callable."""
@@ -73,7 +74,9 @@ class Probe:
             self.failures.append(f"graph {len(self.rewrites) + len(self.failures)}: {error!r}")
             return unchanged
         self.rewrites.append(result)
-        return unchanged if self.switch is None else SiteInterpreter(result.after, self.switch).run
+        return (
+            unchanged if self.switch is None else (self.interpreter or SiteInterpreter)(result.after, self.switch).run
+        )
 
 
 class SiteInterpreter(Interpreter):
@@ -130,7 +133,7 @@ def capture(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
     def run(*args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)
 
-    inner = _uncompiled(model)
+    inner = uncompiled(model)
     fresh = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
     compiled: Callable[..., Any] = torch.compile(fresh, backend=backend, dynamic=False)
 
@@ -147,10 +150,10 @@ def capture(model: Callable[..., Any], backend: Callable[..., Any]) -> Callable[
     return call
 
 
-def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """What was given to torch.compile, for a model that is compiled already."""
     inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-    return _uncompiled(inner) if inner is not None else model
+    return uncompiled(inner) if inner is not None else model
 
 
 def size_hints(gm: GraphModule) -> dict[str, int]:

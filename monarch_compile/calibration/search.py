@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from monarch_compile.calibration.inputs import Call, calls_of
 from monarch_compile.calibration.instrument import Probe, Switch, capture, exact, size_hints
 from monarch_compile.calibration.metrics import ratio, relative_error, squares_apart
 from monarch_compile.calibration.plan import Plan, SitePlan, site_shape
@@ -21,12 +21,12 @@ from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.cost.devices import Device, installed
 from monarch_compile.decision import Decision
 from monarch_compile.errors import InputError
-from monarch_compile.family import Form, Occurrence, SiteCall, family, forms_of, total_seconds
+from monarch_compile.family import Form, Occurrence, SiteCall, forms_of, total_seconds, with_forms
+from monarch_compile.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 Metric = Callable[[Any, Any], float]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 MAX_TRIALS = 6
 """How many assignments are measured after the sites' weights are known."""
@@ -81,28 +81,9 @@ def calibrate(
         raise InputError("calibrate makes a plan: its options cannot have one already")
     fixed = {name: value for name, value in (options or {}).items() if value != "auto"}
     config = replace(config, policy="always", strict=False)
-    calls = _calls(inputs)
+    calls = calls_of(inputs)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=CAPTURE_LIMIT), Snapshot(model, calls) as state:
         return _Search(model, calls, state, metric or relative_error, config, fixed, progress).run(budget)
-
-
-def _calls(inputs: Any) -> list[Call]:
-    calls = [_call(x) for x in (inputs if isinstance(inputs, list) else [inputs])]
-    if not calls:
-        raise InputError("inputs must hold at least one call; found an empty list")
-    return calls
-
-
-def _call(sample: Any) -> Call:
-    if isinstance(sample, Tensor):
-        return (sample,), {}
-    if isinstance(sample, Mapping):
-        return (), dict(sample)
-    if isinstance(sample, tuple):
-        if len(sample) == 2 and isinstance(sample[0], tuple) and isinstance(sample[1], dict):
-            return sample
-        return sample, {}
-    raise InputError(f"a call must be a tensor, a tuple or a dict of arguments; found {type(sample)}")
 
 
 class _Search:
@@ -118,7 +99,8 @@ class _Search:
         fixed: Mapping[str, Any],
         progress: bool,
     ) -> None:
-        self._calls, self._metric, self._fixed, self._progress = calls, metric, fixed, progress
+        self._calls, self._metric, self._fixed = calls, metric, fixed
+        self._say = Progress("calibrate", progress)
         self._state = state
         self._switch = Switch()
         self._probe = Probe(config, self._switch)
@@ -139,7 +121,7 @@ class _Search:
             self._explore(fronts, exact, budget)
         within = [(_seconds(dict(key)), value, dict(key)) for key, value in self._measured.items() if value <= budget]
         _, value, chosen = min(within, key=lambda entry: entry[:2])
-        self._say("", end="\r")
+        self._say.end()
         return self._plan(chosen, value, fronts, budget, ran=meter.errors.keys())
 
     def _reference_pass(self) -> _FormMeter:
@@ -235,7 +217,7 @@ class _Search:
         """The first decision about each site that has forms, in the order in which they were found."""
         found: dict[str, Decision] = {}
         for result in self._probe.rewrites:
-            for decision in _with_forms(result.decisions):
+            for decision in with_forms(result.decisions):
                 found.setdefault(decision.name, decision)
         return found
 
@@ -252,7 +234,7 @@ class _Search:
     ) -> Plan:
         decisions = self._decisions()
         sites = tuple(_site_plan(d, chosen.get(name), fronts.get(name), name in ran) for name, d in decisions.items())
-        named = [tuple(d.name for d in _with_forms(result.decisions)) for result in self._probe.rewrites]
+        named = [tuple(d.name for d in with_forms(result.decisions)) for result in self._probe.rewrites]
         graphs = [names for names in named if names]
         return Plan(
             sites=sites,
@@ -263,11 +245,6 @@ class _Search:
             num_passes=self._num_passes,
             device=self._device().name if decisions else "",
         )
-
-    def _say(self, what: str, end: str = "") -> None:
-        if self._progress:
-            print(f"\rcalibrate: {what}".ljust(100)[:100] if what else "\r".ljust(101), end=end, file=sys.stderr)
-            sys.stderr.flush()
 
 
 @dataclass(eq=False)
@@ -308,11 +285,6 @@ class _Assigned:
         """The output of one call."""
         candidate = self.assignment.get(call.site)
         return call.exact() if candidate is None or candidate.form is None else call.monarch(**asdict(candidate.form))
-
-
-def _with_forms(decisions: Iterable[Decision]) -> list[Decision]:
-    """Those about sites whose lowered form is an approximation."""
-    return [decision for decision in decisions if family(decision.family).forms is not None]
 
 
 def _key(assignment: Assignment) -> tuple[tuple[str, Candidate], ...]:

@@ -1,0 +1,1 @@
+"""What layer-wise distillation gains on trained models, on data that they have not learned from."""

@@ -1,0 +1,275 @@
+"""Trained models with calls to learn from and others to be judged by, from packages or from a pack of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from benchmarks.quality.metrics import cosine_distance, relative_error
+from benchmarks.quality.photographs import CALIBRATION, SCENES, WALLPAPERS, Photograph, read_photograph
+from benchmarks.quality.task import TaskUnavailable
+
+PATCH = 14
+SIDE = 64
+"""Patches along a side of a photograph in a pack."""
+ZOOM = 1.5
+"""How much larger a photograph is that is used again, of which a part is taken."""
+LEARNED = (
+    *CALIBRATION,
+    *WALLPAPERS,
+    Photograph(None, "seeding_by_Clements_Engelhardt.jpg"),
+    Photograph(None, "picosdeeuropa_by_Aitzol_Berasategi.jpg"),
+    Photograph(None, "mate/nature/TwoWings.jpg"),
+    Photograph(None, "life_by_Aitzol_Berasategi.jpg"),
+    Photograph(None, "free_by_Peter_Nerlich.jpg"),
+    Photograph(None, "Picture_0B_by_freespace.jpg"),
+    Photograph(None, "aitzgorri_by_Aitzol_Berasategi.jpg"),
+    Photograph(None, "Dragonfly_by_Bolly.jpg"),
+)
+"""Photographs to learn from; none of them is in `SCENES`, by which is judged."""
+DINOV2_SIZES = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "patch_size": PATCH,
+                "image_size": 37 * PATCH, "use_mask_token": False}  # fmt: skip
+WHISPER_SIZES = (
+    "vocab_size", "d_model", "num_mel_bins", "max_source_positions", "encoder_layers", "encoder_attention_heads",
+    "encoder_ffn_dim",
+)  # fmt: skip
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Metrics = Callable[[Tensor, Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A model in eval mode, the inputs that it learns from, others that it is judged by, and how: by the exact model's
+    output of an unseen input, and another output."""
+
+    model: nn.Module
+    calls: list[Tensor]
+    unseen: list[Tensor]
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of the data is taken. number: calls to learn from. unseen: to be judged by. side: patches of a
+    photograph along a side."""
+
+    number: int
+    unseen: int
+    side: int = SIDE
+
+
+@dataclass(frozen=True)
+class Problem:
+    """load: the data, from a pack or (None) from packages. forms: options of the backend by a name for them."""
+
+    title: str
+    load: Callable[[Path | None, Limits], Data] = field(repr=False)
+    forms: Mapping[str, Mapping[str, Any]]
+
+
+class Output(nn.Module):
+    """A model of transformers, as a function of one tensor that gives one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last hidden state."""
+        states: Tensor = self.model(x).last_hidden_state
+        return states
+
+
+# ---- photographs -----------------------------------------------------------------------------------------------------
+
+
+def load_dinov2(pack: Path | None, limits: Limits) -> Data:
+    """DINOv2 ViT-S/14; it learns from wallpapers and is judged by scenes."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    if pack is None:
+        from benchmarks.quality.dinov2 import read_dinov2
+
+        model: nn.Module = read_dinov2()
+        learned, unseen = photographs(limits)
+    else:
+        tensors, _ = _unpacked(pack)
+        model = Dinov2Model(Dinov2Config(**DINOV2_SIZES))
+        model.load_state_dict(_weights(tensors))
+        learned, unseen = (
+            [_decoded(tensors[f"{kind}.{i}"], limits.side * PATCH) for i in range(number)]
+            for kind, number in (("calls", limits.number), ("unseen", limits.unseen))
+        )
+    calls, judged = ([_normalized(image) for image in images] for images in (learned, unseen))
+    return Data(Output(model).eval(), calls, judged, image_metrics)
+
+
+def image_metrics(reference: Tensor, output: Tensor) -> dict[str, float]:
+    """Of features (1, 1 + patches, dim): relative error and cosine of the patches', error of the class token's."""
+    x, y = reference[0], output[0]
+    return {
+        "patch_error": relative_error(x[1:], y[1:]),
+        "cosine": 1 - cosine_distance(x[1:], y[1:]),
+        "class_error": relative_error(x[:1], y[:1]),
+    }
+
+
+def photographs(limits: Limits) -> tuple[list[Tensor], list[Tensor]]:
+    """Photographs to learn from, then others, (3, size, size) in [0, 1] each.
+
+    To learn from: what calibration takes, and wallpapers where Debian's packages are installed; parts of them where
+    these are not enough.
+    """
+    size = limits.side * PATCH
+    sources = [source for source in LEARNED if _is_there(source)]
+    random = np.random.default_rng(0)
+    learned = []
+    for turn in range(limits.number):
+        source = sources[turn % len(sources)]
+        if turn < len(sources):
+            learned.append(read_photograph(source, size))
+        else:
+            large = read_photograph(source, round(size * ZOOM))
+            top, left = random.integers(large.shape[-1] - size + 1, size=2)
+            learned.append(large[:, top : top + size, left : left + size].flip(-1))
+    return learned, [read_photograph(source, size) for source in SCENES[: limits.unseen]]
+
+
+def _is_there(photograph: Photograph) -> bool:
+    try:
+        read_photograph(photograph, PATCH)
+    except TaskUnavailable:
+        return False
+    return True
+
+
+def _normalized(image: Tensor) -> Tensor:
+    return ((image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None])[None]
+
+
+def encoded(image: Tensor) -> Tensor:
+    """An image in [0, 1] as the bytes of a JPEG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=95, subsampling=0)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _decoded(data: Tensor, size: int) -> Tensor:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data.numpy().tobytes()))
+    image = image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+# ---- speech ----------------------------------------------------------------------------------------------------------
+
+
+def load_whisper(pack: Path | None, limits: Limits) -> Data:
+    """The encoder of Whisper base; it learns from a telephone conversation and is judged by LibriVox."""
+    if pack is None:
+        from examples.whisper.load import load_whisper as load
+
+        whisper = load(None)
+        encoder: nn.Module = whisper.model.model.encoder
+        learned, unseen = recordings(whisper.features, limits)
+    else:
+        from transformers import WhisperConfig
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        tensors, texts = _unpacked(pack)
+        encoder = WhisperEncoder(WhisperConfig(**json.loads(texts["sizes"]), attn_implementation="sdpa"))
+        encoder.load_state_dict(_weights(tensors))
+        learned, unseen = (
+            [tensors[f"{kind}.{i}"].float() for i in range(number)]
+            for kind, number in (("calls", limits.number), ("unseen", limits.unseen))
+        )
+    return Data(Output(encoder).eval(), learned, unseen, state_metrics)
+
+
+def state_metrics(reference: Tensor, output: Tensor) -> dict[str, float]:
+    """Relative error of the encoder's states."""
+    return {"state_error": relative_error(reference, output)}
+
+
+def recordings(features: Any, limits: Limits) -> tuple[list[Tensor], list[Tensor]]:
+    """Features (1, mel bins, 3000) of recordings to learn from, then of others.
+
+    To learn from: parts of one conversation, from 12 to 30 s, each begun anywhere in it and of another loudness.
+    """
+    from benchmarks.quality import speech
+    from examples.whisper.audio import SAMPLE_RATE, log_mel
+
+    talk, random = speech.conversation(), np.random.default_rng(1)
+    parts = []
+    for _ in range(limits.number):
+        start, length, gain = random.integers(len(talk)), random.uniform(12, 30), random.uniform(0.5, 1.2)
+        parts.append(np.roll(talk, start)[: int(length * SAMPLE_RATE)] * gain)
+    clips, words = speech.clips()
+    windows, _ = speech.noisy_windows(clips, words)
+    mixed = [sound for pair in zip(windows, clips, strict=False) for sound in pair]
+    return list(log_mel(features, parts).split(1)), list(log_mel(features, mixed[: limits.unseen]).split(1))
+
+
+# ---- packs -----------------------------------------------------------------------------------------------------------
+
+
+def pack_of(name: str, limits: Limits) -> bytes:
+    """What `PROBLEMS[name].load` needs, weights in float16, made of the installed packages."""
+    if name == "dinov2":
+        from benchmarks.quality.dinov2 import read_dinov2
+
+        model, texts = read_dinov2(), {}
+        learned, unseen = ([encoded(image) for image in images] for images in photographs(limits))
+    else:
+        from examples.whisper.load import load_whisper as load
+
+        whisper = load(None)
+        model = whisper.model.model.encoder
+        texts = {"sizes": json.dumps({size: getattr(whisper.model.config, size) for size in WHISPER_SIZES})}
+        learned, unseen = ([x.half() for x in found] for found in recordings(whisper.features, limits))
+    tensors = {f"weights.{key}": x.half().contiguous() for key, x in model.state_dict().items()}
+    tensors |= {f"calls.{i}": x for i, x in enumerate(learned)} | {f"unseen.{i}": x for i, x in enumerate(unseen)}
+    return safetensors.save({key: x.contiguous().clone() for key, x in tensors.items()}, texts)
+
+
+def _unpacked(pack: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    data = pack.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return safetensors.load(data), header.get("__metadata__", {})
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("weights."): x.float() for key, x in tensors.items() if key.startswith("weights.")}
+
+
+PROBLEMS: dict[str, Problem] = {
+    "dinov2": Problem(
+        "DINOv2 ViT-S/14, photographs",
+        load_dinov2,
+        {
+            "tiles": {"tile": (8, 8), "window": 1, "window_shape": "plus"},
+            "rows": {"grid": None, "prefix": 1, "window": 1},
+        },
+    ),
+    "whisper": Problem("Whisper base, encoder", load_whisper, {"paper": {"block_size": 50, "window": None}}),
+}
+
+
+def mean_metrics(metrics: Metrics, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The mean of each number over pairs of outputs."""
+    found = [metrics(*pair) for pair in pairs]
+    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}

@@ -1,0 +1,1 @@
+"""Layer-wise distillation: lowered sites learn to give what the exact form gives."""

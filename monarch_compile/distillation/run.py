@@ -1,0 +1,283 @@
+"""One run of `distill`: the teacher's outputs, the groups of sites in turn, the new weights at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monarch_compile.calibration.inputs import Call
+from monarch_compile.calibration.instrument import Behaviour, exact, monarch
+from monarch_compile.calibration.metrics import relative_error
+from monarch_compile.calibration.plan import Plan, SitePlan, site_shape
+from monarch_compile.calibration.snapshot import Snapshot, kept
+from monarch_compile.config import MonarchConfig
+from monarch_compile.cost.devices import installed
+from monarch_compile.decision import LOWERED, Decision
+from monarch_compile.distillation import training
+from monarch_compile.distillation.checkpoint import Checkpoint, digest
+from monarch_compile.distillation.groups import (
+    Group,
+    Masters,
+    check_replay,
+    groups_of,
+    learned_elements,
+    masters_of,
+    require_finite,
+)
+from monarch_compile.distillation.recording import Sample, Teacher
+from monarch_compile.distillation.report import DISTILLED, DistilledSite, DistillReport, Errors
+from monarch_compile.distillation.training import Schedule, Training
+from monarch_compile.distillation.unlearned import Unlearned
+from monarch_compile.distillation.widened import widened
+from monarch_compile.errors import InputError
+from monarch_compile.family import with_forms
+from monarch_compile.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY = 50
+"""Steps between two writes of the checkpoint."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What a run is asked for beside the model and its calls.
+
+    train_frozen: whether weights that want no gradient may change. hold: where the teacher's inputs are kept, None for
+    the model's device. target: what a site is to give.
+    """
+
+    config: MonarchConfig
+    schedule: Schedule
+    train_frozen: bool = False
+    hold: torch.device | None = None
+    checkpoint: str | Path | None = None
+    progress: bool = True
+    target: Behaviour = exact
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a group: rows of the report, and the new values of the parameters that changed."""
+
+    rows: tuple[DistilledSite, ...]
+    weights: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
+
+
+class Run:
+    """The state of a run on a model in eval mode. calls: those to learn from, then those that are held out."""
+
+    def __init__(
+        self, model: nn.Module, calls: Sequence[Call], held_out: Sequence[Call], state: Snapshot, settings: Settings
+    ) -> None:
+        self._model, self._settings = model, settings
+        self._calls, self._num_calls = [*calls, *held_out], len(calls)
+        self._teacher = Teacher(model, self._calls, settings.config, state, settings.hold)
+        self._known = {p: name for name, p in model.named_parameters()}
+        self._say = Progress("distill", settings.progress)
+
+    def report(self) -> DistillReport:
+        """Let every site learn that can, write the new weights into the model, and report."""
+        start = time.perf_counter()
+        references = [self._output(n, "exact model", self._teacher.count) for n in range(len(self._calls))]
+        for failure in self._teacher.probe.failures:
+            logger.warning("the passes failed on a graph, which stays exact: %s", failure)
+        before = after = self._output_errors(references, "lowered model")
+        rows, weights = self._learn_all()
+        if weights:
+            write(weights)
+            after = self._output_errors(references, "distilled model")
+        self._say.end()
+        calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
+        return DistillReport(
+            sites=tuple(rows.values()),
+            calls=calls,
+            held_out=held_out,
+            num_calls=self._num_calls,
+            num_held_out=len(self._calls) - self._num_calls,
+            **asdict(self._settings.schedule),
+            seconds=time.perf_counter() - start,
+            plan=self._settings.config.plan or self._plan(rows, calls.after),
+            model=self._model,
+        )
+
+    def _learn_all(self) -> tuple[dict[str, DistilledSite], dict[nn.Parameter, Tensor]]:
+        """What became of every site, by its name in the order found, and the new values of parameters."""
+        decisions = self._decisions()
+        lowered = [name for name, decision in decisions.items() if decision.status == LOWERED]
+        if not lowered:
+            logger.warning("nothing to distill: no site is lowered under these options")
+        groups, refused = groups_of(self._teacher.tape.graphs, lowered, self._known)
+        outcomes = self._outcomes(groups)
+        rows = {name: _left(name, Unlearned("exact", decision.reason)) for name, decision in decisions.items()}
+        rows |= {name: _left(name, unlearned) for name, unlearned in refused.items()}
+        rows |= {row.name: row for outcome in outcomes for row in outcome.rows}
+        return rows, {p: value for outcome in outcomes for p, value in outcome.weights.items()}
+
+    def _output(self, number: int, what: str, run: Callable[[int], Any]) -> Any:
+        self._say(f"{what}, call {number + 1} of {len(self._calls)}")
+        return kept(run(number))
+
+    def _output_errors(self, references: Sequence[Any], what: str) -> tuple[float | None, float | None]:
+        """Relative error of the lowered model's output over the calls, and over the held-out ones."""
+        outputs = [self._output(n, what, lambda n: self._teacher.output(n, monarch)) for n in range(len(references))]
+        cut = self._num_calls
+        return _error_of(references[:cut], outputs[:cut]), _error_of(references[cut:], outputs[cut:])
+
+    def _decisions(self) -> dict[str, Decision]:
+        """A decision about each site that has forms, in the order found: one that lowers it, if any."""
+        found: dict[str, Decision] = {}
+        for result in self._teacher.probe.rewrites:
+            for decision in with_forms(result.decisions):
+                if decision.name not in found or decision.status == LOWERED:
+                    found[decision.name] = decision
+        return found
+
+    def _outcomes(self, groups: Sequence[Group]) -> list[Outcome]:
+        """What became of each group: learned now, or read from the checkpoint."""
+        path = self._settings.checkpoint
+        checkpoint = Checkpoint.open(path, "" if path is None else self._key(groups))
+        outcomes = []
+        for number, group in enumerate(groups):
+            if number not in checkpoint.done:
+                outcome = self._learn(number, group, checkpoint)
+                weights = {self._known[p]: value.cpu() for p, value in outcome.weights.items()}
+                checkpoint.done[number] = {"weights": weights, "rows": [asdict(row) for row in outcome.rows]}
+                checkpoint.current = None
+                checkpoint.write()
+            outcomes.append(self._read(checkpoint.done[number]))
+        return outcomes
+
+    def _read(self, done: Mapping[str, Any]) -> Outcome:
+        named = {name: p for p, name in self._known.items()}
+        errors = ("calls", "held_out")
+        rows = [DistilledSite(**{**row, **{name: Errors(**row[name]) for name in errors}}) for row in done["rows"]]
+        return Outcome(tuple(rows), {named[name]: value for name, value in done["weights"].items()})
+
+    def _key(self, groups: Sequence[Group]) -> str:
+        """A hash of all that the new weights depend on."""
+        decisions = [decision for result in self._teacher.probe.rewrites for decision in result.decisions]
+        lowered = [(d.name, str(d.ir)) for d in decisions if d.status == LOWERED]
+        own = (self._settings.schedule, self._settings.train_frozen, [group.sites for group in groups], lowered)
+        return digest([repr(own), self._num_calls, self._calls, list(self._model.state_dict().items())])
+
+    def _learn(self, number: int, group: Group, checkpoint: Checkpoint) -> Outcome:
+        """Let a group learn, from its start or from where the checkpoint is."""
+        names = ", ".join(group.sites)
+        calls, held_out = self._samples(names, group)
+        elements = self._elements(group, calls, held_out)
+        if isinstance(elements, Unlearned):
+            return Outcome(tuple(_left(site, elements) for site in group.sites))
+        own = Training(names, [call for call in calls if call], group.parameters, elements, self._settings.schedule)
+        if checkpoint.current is not None and checkpoint.current[0] == number:
+            own.resume(checkpoint.current[1])
+
+        def save() -> None:
+            checkpoint.current = (number, own.progressed())
+            checkpoint.write()
+
+        own.run(self._say, save, SAVE_EVERY)
+        self._say(f"{names}: errors")
+        return self._judged(group, own, calls, held_out)
+
+    def _samples(self, names: str, group: Group) -> tuple[list[list[Sample]], list[list[Sample]]]:
+        """What the group's sites are given in each of the calls, and in each of the held-out ones."""
+        found = []
+        for n in range(len(self._calls)):
+            self._say(f"{names}: inputs of call {n + 1} of {len(self._calls)}")
+            found.append(self._teacher.samples(n, group.feeds, self._settings.target))
+        return found[: self._num_calls], found[self._num_calls :]
+
+    def _elements(
+        self, group: Group, calls: Sequence[Sequence[Sample]], held_out: Sequence[Sequence[Sample]]
+    ) -> dict[nn.Parameter, Tensor] | Unlearned:
+        """Which elements of which parameters learn, or why the group does not."""
+        if not any(calls):
+            return Unlearned("not_run", "none of the calls runs it")
+        every = [sample for call in (*calls, *held_out) for sample in call]
+        require_finite(every)
+        refused = check_replay(every, masters_of(group.parameters))
+        if refused is not None:
+            return refused
+        graphs, train_frozen = self._teacher.tape.graphs, self._settings.train_frozen
+        return learned_elements(group, graphs, every, self._known, train_frozen=train_frozen)
+
+    def _judged(
+        self, group: Group, own: Training, calls: Sequence[Sequence[Sample]], held_out: Sequence[Sequence[Sample]]
+    ) -> Outcome:
+        """The group with its new weights, if its error over the calls fell; else with the old ones."""
+        weights = own.learned()
+        old = masters_of(group.parameters)
+        new = {**old, **{p: widened(value) for p, value in weights.items()}}
+        whole = [training.relative_error(calls, values) for values in (old, new)]
+        reason = ""
+        if not whole[1] < whole[0]:
+            reason = f"its error went from {whole[0]:.4g} to {whole[1]:.4g}, so that its weights are kept"
+            weights, new = {}, old
+        rows = []
+        for site in group.sites:
+            seen, unseen = (_errors_of(site, part, old, new) for part in (calls, held_out))
+            code = "no_gain" if reason else DISTILLED
+            names = tuple(self._known[p] for p in weights)
+            rows.append(DistilledSite(site, code, reason, names, seen, unseen, own.step, own.seconds))
+        return Outcome(tuple(rows), weights)
+
+    def _plan(self, rows: Mapping[str, DistilledSite], output_error: float | None) -> Plan:
+        """The forms that the sites were lowered to."""
+        decisions = self._decisions()
+        sites = tuple(_site_plan(decision, rows[name]) for name, decision in decisions.items())
+        graphs = [tuple(d.name for d in with_forms(result.decisions)) for result in self._teacher.probe.rewrites]
+        worst = max((site.error for site in sites), default=0.0) if output_error is None else output_error
+        return Plan(
+            sites=sites,
+            graphs=tuple(dict.fromkeys(names for names in graphs if names)),
+            budget=worst,
+            metric=worst,
+            num_samples=self._num_calls,
+            num_passes=1,
+            device=installed(next(iter(decisions.values())).device).name if decisions else "",
+        )
+
+
+def write(weights: Mapping[nn.Parameter, Tensor]) -> None:
+    """Give parameters new values: all of them, or none where this is interrupted."""
+    old = {parameter: parameter.detach().clone() for parameter in weights}
+    try:
+        for parameter, value in weights.items():
+            parameter.data.copy_(value)  # without a new version, of which a snapshot would warn
+    except BaseException:
+        for parameter, value in old.items():
+            parameter.data.copy_(value)
+        raise
+
+
+def _left(site: str, unlearned: Unlearned) -> DistilledSite:
+    return DistilledSite(site, unlearned.code, unlearned.reason)
+
+
+def _errors_of(site: str, calls: Sequence[Sequence[Sample]], old: Masters, new: Masters) -> Errors:
+    """Errors of one site of a group over calls; unknown where none of them runs it."""
+    own = [[sample for sample in call if sample.feed.site == site] for call in calls]
+    return Errors(*(training.relative_error(own, values) for values in (old, new))) if any(own) else Errors()
+
+
+def _error_of(references: Sequence[Any], outputs: Sequence[Any]) -> float | None:
+    """Relative error over several outputs; None where there is no floating tensor in them."""
+    try:
+        return relative_error(list(references), list(outputs))
+    except InputError:
+        return None
+
+
+def _site_plan(decision: Decision, row: DistilledSite) -> SitePlan:
+    shape = site_shape(decision.q_shape, decision.v_shape)
+    if decision.status != LOWERED:
+        return SitePlan(decision.name, shape, None, decision.reason)
+    return SitePlan(decision.name, shape, decision.ir.form, error=row.calls.after or 0.0)
