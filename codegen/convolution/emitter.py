@@ -22,7 +22,10 @@ IR = LongConvolution | FilterGradient
 
 
 def _check(ir: IR) -> None:
-    schedule.check_supported(_convolution(ir))
+    if isinstance(ir, FilterGradient):
+        filter_gradient.check(ir)
+    else:
+        schedule.check_supported(ir)
 
 
 def _canonical(ir: IR) -> IR:

@@ -18,7 +18,7 @@ from monarch_compile.codegen.convolution.schedule import choose_schedule, read_s
 from monarch_compile.codegen.render import sources
 from monarch_compile.convolution import work
 from monarch_compile.convolution.ir import FilterGradient, LongConvolution
-from monarch_compile.errors import IRError
+from monarch_compile.errors import CodegenError, IRError
 
 COMPILED = """
 import dataclasses, json, sys
@@ -27,13 +27,15 @@ from monarch_compile.codegen.convolution.emitter import EMITTER
 from monarch_compile.codegen.convolution.kernels import Specialization
 from monarch_compile.codegen.tuning.compiler_report import compile_report
 from monarch_compile.convolution.ir import FilterGradient, LongConvolution
+from monarch_compile.convolution.work import MOST_GRADIENT_POINTS
 reports = []
 for batch, points in json.loads(sys.stdin.read()):
     sizes = (batch, 768, points, points, points, points, 0)
     dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
     convolution = LongConvolution(*sizes, *dtypes, skip=True, pre_gate=True, post_gate=True)
     twice = dataclasses.replace(convolution, second_gate=True)
-    for ir in map(EMITTER.bucketed, (twice, FilterGradient(convolution))):
+    gradient = (FilterGradient(convolution),) if points <= MOST_GRADIENT_POINTS else ()
+    for ir in map(EMITTER.bucketed, (twice, *gradient)):
         for kernel in EMITTER.program_of(ir, EMITTER.choose_schedule(ir, (9, 0)), Specialization()).kernels:
             reports.append({**dataclasses.asdict(compile_report(kernel)), "points": points, "ptx": ""})
 print(json.dumps(reports))
@@ -103,6 +105,14 @@ def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None
         assert report["local_bytes"] <= allowed, f"spills: {report}"
         if "tables" not in report["name"] and "noise" not in report["name"]:
             assert report["has_wgmma"] or report["has_mma"], report
+
+
+def test_a_longer_gradient_of_a_filter_has_no_kernels() -> None:
+    longer = EMITTER.bucketed(FilterGradient(ir_of(30000)))
+    with pytest.raises(CodegenError, match="gradient of a filter"):
+        EMITTER.check(longer)
+    with pytest.raises(CodegenError, match="gradient of a filter"):
+        EMITTER.choose_schedule(longer, None)
 
 
 @pytest.mark.parametrize("points", [1000, 30000])
