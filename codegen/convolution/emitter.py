@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from monarch_compile.codegen.convolution import filter_gradient, kernels, launch, schedule, search
+from monarch_compile.codegen.convolution import filter_gradient, kernels, launch, programs, schedule, search
 from monarch_compile.codegen.convolution.kernels import Specialization
 from monarch_compile.codegen.convolution.schedule import Schedule
 from monarch_compile.codegen.emitters import Emitter, Tuning
@@ -22,7 +22,10 @@ IR = LongConvolution | FilterGradient
 
 
 def _check(ir: IR) -> None:
-    schedule.check_supported(_convolution(ir))
+    if isinstance(ir, FilterGradient):
+        filter_gradient.check(ir)
+    else:
+        schedule.check_supported(ir)
 
 
 def _canonical(ir: IR) -> IR:
@@ -38,7 +41,7 @@ def _choose_schedule(ir: IR, capability: Capability | None = None) -> Schedule:
 def _program(ir: IR, made: Schedule, specialization: Specialization) -> Program:
     if isinstance(ir, FilterGradient):
         return filter_gradient.program(ir, made, specialization)
-    return kernels.program(ir, made, specialization)
+    return programs.program(ir, made, specialization)
 
 
 def _specialize(ir: IR, made: Schedule, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> Specialization:

@@ -28,7 +28,8 @@ from monarch_compile.codegen.program import Buffer, Kernel, Program, Tiles
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import Capability, Tiling
 from monarch_compile.convolution.ir import FilterGradient, LongConvolution, looks_back
-from monarch_compile.convolution.work import points_of
+from monarch_compile.convolution.work import MOST_GRADIENT_POINTS, points_of
+from monarch_compile.errors import CodegenError
 
 CORRELATIONS: dict[int, Schedule] = {
     256: Schedule(Tiling(16, 16, 1, 1, 16), precision="single", ahead=True),
@@ -46,13 +47,20 @@ def canonical(ir: FilterGradient) -> FilterGradient:
     return FilterGradient(bucketed(replace(ir.of, scale=1.0)))
 
 
+def check(ir: FilterGradient) -> None:
+    """Raise CodegenError where no kernel exists for `ir`."""
+    check_supported(ir.of)
+    if points(ir.of) > MOST_GRADIENT_POINTS:
+        raise CodegenError(f"the gradient of a filter has kernels up to {MOST_GRADIENT_POINTS} points; found {ir}")
+
+
 def choose_schedule(ir: FilterGradient, capability: Capability | None = None) -> Schedule:
     """The shipped schedule.
 
     Raises:
         CodegenError: no kernel exists.
     """
-    check_supported(ir.of)
+    check(ir)
     batch = ir.of.batch if isinstance(ir.of.batch, int) else USUAL_BATCH
     chosen = CORRELATIONS[points(ir.of)]
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))

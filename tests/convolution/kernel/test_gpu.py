@@ -35,6 +35,8 @@ ROUNDED = 1.2
 ROUNDING = 2.0**-9 / 3**0.5
 """Of numbers that are no exact bfloat16 numbers: what ours may have where rounding happens to be exact."""
 LENGTHS = (1, 2, 127, 256, 500, 1000, 1024, 2000, 2048, 3000, 4096, 6000, 8192)
+LONG = (8193, 1 << 14, 20001, 1 << 15, 50000, 1 << 17, 200000, 1 << 19, 1 << 20)
+"""Lengths whose transforms have an outer factor."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,7 +45,7 @@ def test_convolves(case: Case, out_dtype: torch.dtype) -> None:
     untraced(lambda: check(case, "cuda", out_dtype))()  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", LENGTHS + LONG)
 def test_is_as_accurate_as_a_result_in_bfloat16_allows(length: int) -> None:
     given, options = tensors(Case(3, 2, length, length, 2 * length, length, terms="daz"), "cuda")
     wanted = expected(given, options)
@@ -62,7 +64,7 @@ def test_is_as_accurate_as_a_result_in_float16_allows(length: int) -> None:
     assert (errors(found, wanted) <= ROUNDED * errors(rounded, wanted)).all()
 
 
-@pytest.mark.parametrize("points", [256, 1024, 4096, 8192])
+@pytest.mark.parametrize("points", [256, 1024, 4096, 8192, 1 << 14, 1 << 15, 1 << 17, 1 << 20])
 def test_small_results_of_large_transforms(points: int) -> None:
     """A constant, chirps, an impulse at the end, one large number: as accurate as float32 FFTs, rounded."""
     ramp = torch.arange(points, device="cuda", dtype=torch.float64)
@@ -109,7 +111,10 @@ def untraced_pair(tensors: list[Any], options: dict[str, Any]) -> tuple[Tensor, 
     return found[0]
 
 
-@pytest.mark.parametrize(("batch", "channels", "length"), [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000)])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length"),
+    [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000), (1, 8, 100000)],
+)
 def test_compiled_with_gradients(batch: int, channels: int, length: int) -> None:
     """A filter that does not decay leaves sequences to be computed again; few sequences leave tiles not full."""
 

@@ -181,7 +181,7 @@ def test_no_kernels(changes: dict[str, object]) -> None:
 
 def test_longer_than_any_transform() -> None:
     with pytest.raises(CodegenError, match="at most"):
-        choose_schedule(bucketed(ir_of(8193)))
+        choose_schedule(bucketed(ir_of((1 << 20) + 1)))
 
 
 def test_launchers_are_shared() -> None:
