@@ -126,7 +126,7 @@ TABLE: dict[tuple[int, int], Rows] = {
         ),
     ),
     (2, 256): _streamed(Tiling(64, 32, 8, 1), *[Tiling(32, 32, 8, 1)] * 3),
-    (4, 64): _streamed(*[Tiling(32, 32, 4, 1)] * 3, Tiling(16, 32, 4, 1)),
+    (4, 64): _streamed(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1)),
     (4, 128): _streamed(Tiling(32, 32, 8, 1), *[Tiling(16, 32, 8, 1)] * 3),
     (4, 256): _streamed(*[Tiling(16, 16, 8, 1)] * 4),
 }
