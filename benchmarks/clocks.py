@@ -39,6 +39,18 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"[:400]
 
 
+def peak_mib(call: Call, place: str) -> float | None:
+    """MiB of device memory that a call takes at most beyond what is held before it; None on a CPU."""
+    if place != "cuda":
+        return None
+    synchronize(place)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    synchronize(place)
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
 def synchronize(place: str) -> None:
     """Wait for the device, so that what went wrong on it is raised here."""
     if place == "cuda":

@@ -12,6 +12,10 @@ import torch
 
 from monarch_compile.tools.timing import environment
 
+FORWARD = "forward"
+STEP = "step"
+"""A forward and a backward pass."""
+
 
 def machine(place: str) -> dict[str, str]:
     """Device, versions and date; everything but the date decides whether rows can stand side by side."""
@@ -28,10 +32,11 @@ def machine(place: str) -> dict[str, str]:
 def opened(path: Path, empty: Mapping[str, Any], *, fresh: bool) -> dict[str, Any]:
     """The file's content where a run that would start from `empty` can go on with it, else `empty`.
 
-    Both hold "environment" (of `machine`), "clocks" and "rows".
+    Both hold "environment" (of `machine`), "clocks" and "rows", and may hold the "pass" that is timed: `FORWARD`, which
+    it is where nothing is said, or `STEP`.
 
     Raises:
-        SystemExit: the file holds something else.
+        SystemExit: the file holds something else, or another pass.
     """
     if fresh or not path.is_file():
         return dict(empty)
@@ -42,6 +47,8 @@ def opened(path: Path, empty: Mapping[str, Any], *, fresh: bool) -> dict[str, An
         same = same and isinstance(content["rows"], list)
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} holds no results of this benchmark ({error!r}); name another file") from error
+    if content.get("pass", FORWARD) != empty.get("pass", FORWARD):
+        raise SystemExit(f"{path} holds times of another pass ({content.get('pass', FORWARD)!r}); name another file")
     if not same:
         print(f"{path} was measured elsewhere or with other versions: it is made anew", flush=True)
     return content if same else dict(empty)

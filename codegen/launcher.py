@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from monarch_compile.codegen.emitters import IR, Schedule, Specialization, emitter
+from monarch_compile.codegen.emitters import IR, Emitter, Schedule, Specialization, emitter
 from monarch_compile.codegen.program import Kernel, Program, extent
 from monarch_compile.codegen.render import render
 from monarch_compile.codegen.source import is_interpreted
@@ -24,11 +24,15 @@ MIN_CAPABILITY = (8, 0)
 
 
 class Step(NamedTuple):
-    """One kernel as it is launched: `parameters` are the names of its arguments."""
+    """One kernel as it is launched.
+
+    parameters: the names of its arguments. released: buffers that no kernel reads after it, and that no one is given.
+    """
 
     kernel: Kernel
     function: Any
     parameters: tuple[str, ...]
+    released: tuple[str, ...]
 
 
 class Loaded(NamedTuple):
@@ -40,12 +44,15 @@ class Loaded(NamedTuple):
 
 
 class Launcher:
-    """The loaded kernels of one IR under one schedule, and the order in which they run."""
+    """The loaded kernels of one IR under one schedule, and the order in which they run.
 
-    def __init__(self, ir: IR, schedule: Any) -> None:
+    own: the emitter whose program they are; None: that of the IR's family.
+    """
+
+    def __init__(self, ir: IR, schedule: Any, own: Emitter | None = None) -> None:
         self.ir = ir
         self.schedule = schedule
-        self._emitter = emitter(ir.family)
+        self._emitter = own or emitter(ir.family)
         self._wrap = _wrapper()
         self._loaded: dict[Specialization, Loaded] = {}
 
@@ -54,7 +61,10 @@ class Launcher:
         if specialization not in self._loaded:
             program = self._emitter.program_of(self.ir, self.schedule, specialization)
             rendered = [(kernel, render(kernel)) for kernel in program.kernels]
-            steps = tuple(Step(kernel, source.load(), source.parameters) for kernel, source in rendered)
+            steps = tuple(
+                Step(kernel, source.load(), source.parameters, released)
+                for (kernel, source), released in zip(rendered, _released(program), strict=True)
+            )
             self._loaded[specialization] = Loaded(steps, _strides(program), program.outputs)
         return self._loaded[specialization]
 
@@ -68,19 +78,33 @@ class Launcher:
         like = next(iter(tensors.values()))
         for name, strides in loaded.given:
             values.update(zip(strides, tensors[name].stride(), strict=True))
-        for kernel, function, parameters in loaded.steps:
+        for kernel, function, parameters, released in loaded.steps:
             for buffer in kernel.writes:  # spelled out: a call of eager code waits for it
                 shape = [sizes[size] if size.__class__ is str else size for size in buffer.dims]
-                tensor = values[buffer.name] = _allocate(like, shape, buffer.dtype)
+                values[buffer.name] = _allocate(like, shape, buffer.dtype)
                 if buffer.strides:
-                    values.update(buffer.stride_values(tensor.stride()))
+                    values.update(buffer.stride_values(values[buffer.name].stride()))
             programs: Any = 1
             for size in kernel.grid:
                 programs *= sizes[size] if size.__class__ is str else extent(size, sizes)
             arguments = [values[name] for name in parameters]
             tiling = kernel.tiling
             self._wrap(function)[programs,](*arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+            del arguments
+            for name in released:
+                del values[name]
         return tuple(values[name] for name in loaded.outputs)
+
+
+def _released(program: Program) -> tuple[tuple[str, ...], ...]:
+    """Of each kernel, the buffers between kernels that it is the last to use: their memory is free after it."""
+    written = {buffer.name for kernel in program.kernels for buffer in kernel.writes}
+    kept, released = set(program.outputs), []
+    for kernel in reversed(program.kernels):
+        used = {buffer.name for buffer in kernel.buffers}
+        released.append(tuple(sorted((used & written) - kept)))
+        kept |= used
+    return tuple(reversed(released))
 
 
 def _strides(program: Program) -> tuple[tuple[str, tuple[str, ...]], ...]:

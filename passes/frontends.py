@@ -23,6 +23,8 @@ class Frontend:
     """A family's way from a graph to its op, as plain functions.
 
     op: the operator that stands for a lowered site; its first `num_tensors` arguments are tensors or None.
+    trained_op: what may stand for a site that is differentiated; it has the arguments of `op`, and the result of `op`
+        as the first of several. None where `op` itself does.
     prepare: passes before matching, for what the family spells in many ways.
     laid_out: a fake tensor like the op's result, with the strides that the op gives it.
     find: every site of a graph and of the bodies in it that are opened, refused ones included, in the graph's order.
@@ -41,6 +43,7 @@ class Frontend:
     lower: Callable[[Choice], Node]
     prepare: tuple[Pass, ...] = ()
     finish: tuple[Pass, ...] = ()
+    trained_op: Any = None
 
 
 def frontends(gm: GraphModule | None = None) -> tuple[Frontend, ...]:

@@ -85,7 +85,7 @@ def fake_value(node: Node, fake_mode: FakeTensorMode) -> Any:
     return node.meta["val"]
 
 
-def values_from(values: Mapping[Node, torch.Tensor], after: Iterable[Node]) -> dict[Node, Any]:
+def values_from(values: Mapping[Node, Any], after: Iterable[Node]) -> dict[Node, Any]:
     """`values`, fake, and those of the nodes `after`, in their order, computed from them instead of what was traced.
 
     Nothing is guarded on, and no node's own value changes.

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch.fx import GraphModule, Node
 
 import monarch_compile
@@ -177,10 +178,13 @@ def rewrite(
 ) -> Rewrite:
     """Run the pipeline on a graph from Dynamo. `gm` itself is not changed.
 
+    Hooks on saved tensors rest meanwhile: a checkpoint around the call would count what tracing saves.
+
     launcher: who launches kernels, if not what the mode of `config` says.
     """
     launcher = launcher or launcher_of(config.mode_patches())
-    result: Rewrite = with_stack_chunk(_rewrite, gm, example_inputs, config, launcher)
+    with _disable_saved_tensors_hooks_during_tracing():
+        result: Rewrite = with_stack_chunk(_rewrite, gm, example_inputs, config, launcher)
     return result
 
 

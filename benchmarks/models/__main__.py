@@ -4,6 +4,7 @@ Random weights, long sequences: an encoder as large as ViT-L and the blocks of D
 images and videos, whose grids the compiler must find: DINOv2, DiT-XL/2, blocks of Flux and Wan (images, tiny-images).
 backend="monarch" against plain torch.compile with the exact attention that is fastest here (cuDNN, FlashAttention or
 the memory-efficient kernel, each forced in turn and timed alone). Times are of CUDA-graph replays and of plain calls.
+With --backward, a call is a step of training: the forward pass, and the gradients of all parameters.
 Results go to a JSON file after each row, with a Markdown table beside it. Rows that the file holds already, measured
 with the same versions on the same device, are skipped; --fresh forgets them.
 """
@@ -15,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if preset.device == "cuda" and not torch.cuda.is_available():
         print(f"preset {args.preset!r} needs a CUDA device; --preset tiny needs none", file=sys.stderr)
         return 1
-    bench = _bench(preset.device, args.rep, math.inf if args.every_kernel else 1.0)
+    bench = replace(_bench(preset.device, args.rep, math.inf if args.every_kernel else 1.0), backward=args.backward)
     with one_thread():
         content = run(bench, preset, args.output, only=args.rows, fresh=args.fresh, minutes=args.minutes)
     table = markdown(content)
@@ -61,7 +62,7 @@ def run(
     A row is named as "vit-l 1x4096 monarch window=1"; `only` those in whose name one of these occurs. After `minutes`
     no further row is begun; a later run goes on from there.
     """
-    empty = {"environment": machine(bench.place), "clocks": list(bench.clocks), "rows": []}
+    empty = {"environment": machine(bench.place), "clocks": list(bench.clocks), "pass": bench.timed_pass, "rows": []}
     content = opened(path, empty, fresh=fresh)
     started = time.monotonic()
     for problem in preset.problems:
@@ -114,11 +115,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="PATH", help="results file (default: models_PRESET.json)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="TEXT", help="only rows in whose name a TEXT occurs")
     parser.add_argument("--every-kernel", action="store_true", help="run whole models with each exact kernel")
+    parser.add_argument("--backward", action="store_true", help="time steps of training instead of forward passes")
     parser.add_argument("--rep", type=int, default=1000, metavar="MS", help="ms that each timing takes")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row later; run again to go on")
     parser.add_argument("--fresh", action="store_true", help="forget what the results file holds")
     args = parser.parse_args(argv)
-    args.output = args.output or Path(f"models_{args.preset}.json")
+    args.output = args.output or Path(f"models_{args.preset}{'_step' if args.backward else ''}.json")
     return args
 
 

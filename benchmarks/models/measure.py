@@ -18,8 +18,9 @@ from torch._functorch import config as functorch_config
 from benchmarks.clocks import Clock, reason, synchronize, tidy
 from benchmarks.models.found import grouped
 from benchmarks.models.problems import Preset, Problem
+from benchmarks.resumable import FORWARD, STEP
 from benchmarks.speed.problems import Inputs, inputs
-from benchmarks.speed.subjects import EXACT, Call, monarch
+from benchmarks.speed.subjects import EXACT, Call, monarch, step_of
 from monarch_compile.backend import monarch as backend  # by name it would have to be installed
 from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.cost.devices import Device
@@ -36,6 +37,8 @@ class Bench:
     clocks: of whole models, "graph" (CUDA-graph replays) and "eager" (plain calls), in that order.
     alone: the clock of attention alone.
     slack: an exact kernel runs in a whole model where it takes, alone, at most this many times what the fastest does.
+    backward: a call is a step of training, the gradients of all parameters included; of attention alone those of q, k
+    and v.
     """
 
     place: str
@@ -43,6 +46,12 @@ class Bench:
     clocks: Mapping[str, Clock]
     alone: Clock
     slack: float = 1.0
+    backward: bool = False
+
+    @property
+    def timed_pass(self) -> str:
+        """What a call is."""
+        return STEP if self.backward else FORWARD
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,9 @@ class Row:
     """One form on one problem; what could not be measured is None, and `failures` says why.
 
     attention_ms: median of the attention of one block, alone. times: of the whole model, by clock. error: relative, of
-    the output against the same weights in float32 with exact attention. peak_mib: of device memory in one plain call.
-    lowered, sites: attention sites that the backend lowered, of how many. found: what it found of them, by groups of
-    equal sites (`benchmarks.models.found`). first_call_s: with compilation.
+    the output against the same weights in float32 with exact attention. peak_mib: of device memory in one plain call,
+    weights and inputs included. lowered, sites: attention sites that the backend lowered, of how many. found: what it
+    found of them, by groups of equal sites (`benchmarks.models.found`). first_call_s: with compilation.
     """
 
     problem: Problem
@@ -137,28 +146,31 @@ class Prepared:
         return cls(model, given, reference.cpu())
 
 
-@torch.no_grad()
 def _alone(bench: Bench, problem: Problem, subject: Subject) -> tuple[float | None, dict[str, str]]:
     """Milliseconds of the attention of one block, or why not."""
     try:
-        with subject.around():
-            return bench.alone(subject.alone(inputs(problem.attention, bench.place))).p50, {}
+        with subject.around(), torch.set_grad_enabled(bench.backward):
+            given = inputs(problem.attention, bench.place)
+            given = given.trained() if bench.backward else given
+            call = subject.alone(given)
+            return bench.alone(step_of(call, given) if bench.backward else call).p50, {}
     except Exception as error:
         return None, {"alone": reason(error)}
     finally:
         tidy(bench.place)
 
 
-@torch.no_grad()
 def _whole(bench: Bench, problem: Problem, subject: Subject, model: Prepared, row: Row) -> Row:
     """`row` with what the model as a whole gives; a form may fail in any way without taking the others with it."""
     found: dict[str, Any] = asdict(row) | {"problem": problem}
     # The cache of AOTAutograd does not know which kernel SDPA may pick.
-    with subject.around(), functorch_config.patch(enable_autograd_cache=not subject.exact):
+    cached = functorch_config.patch(enable_autograd_cache=not subject.exact)
+    with subject.around(), cached, torch.set_grad_enabled(bench.backward):
         try:
             if not subject.exact:
                 found["found"] = _sites(model, subject)
             call = _compiled(model, subject)
+            call = _step_of(call, model) if bench.backward else call
             found |= _first(bench, model, call)
         except Exception as error:
             found["failures"]["model"] = reason(error)
@@ -171,6 +183,18 @@ def _whole(bench: Bench, problem: Problem, subject: Subject, model: Prepared, ro
             finally:
                 tidy(bench.place)
     return Row(**found)
+
+
+def _step_of(call: Call, model: Prepared) -> Call:
+    """A call and its backward pass, as of a loss whose gradient is one everywhere. Gives the output."""
+    parameters = tuple(model.model.parameters())
+
+    def step() -> Tensor:
+        output = call()
+        torch.autograd.grad(output, parameters, torch.ones_like(output), allow_unused=True)
+        return output.detach()
+
+    return step
 
 
 def _sites(model: Prepared, subject: Subject) -> tuple[dict[str, Any], ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.models.found import in_words
 from benchmarks.models.measure import EXACT_WORD
+from benchmarks.resumable import FORWARD
 from benchmarks.tables import NOTHING, markdown_table, number
 
 Content = Mapping[str, Any]
@@ -16,6 +17,8 @@ Content = Mapping[str, Any]
 def markdown(content: Content) -> str:
     """A table of every row, ratios against the best exact row of its problem, what was found, and what failed."""
     head = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
+    if content.get("pass", FORWARD) != FORWARD:
+        head += "; a call is a step: forward and backward pass"
     return "\n".join([head, "", *markdown_table(_HEAD, _body(content)), *_found(content), *_failures(content), ""])
 
 

@@ -1,7 +1,8 @@
 """The speed benchmark: ``monarch-compile bench speed`` (or ``python -m benchmarks.speed``).
 
 Attention alone, every form side by side: Monarch, exact attention by cuDNN, FlashAttention, the memory-efficient
-kernel and FlexAttention, and peers of yours, called as f(q, k, v) with (batch, heads, seq_len, head_dim) tensors.
+kernel and FlexAttention, and peers of yours, called as f(q, k, v) with (batch, heads, seq_len, head_dim) tensors. With
+--backward, a call is a step of training: the forward pass, and the gradients of q, k and v.
 Results go to a JSON file after each problem, with a Markdown table and a plot beside it. Problems that the file holds
 already, measured with the same versions on the same device, are skipped; --fresh forgets them.
 """
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preset {args.preset!r} needs a CUDA device; --preset cpu needs none", file=sys.stderr)
         return 1
     clocks = cuda_clocks(args.rep) if preset.device == "cuda" else cpu_clocks(args.rep / 50)
-    bench = Bench(preset.device, installed(preset.device), clocks, peers([(name, load(name)) for name in args.peer]))
+    others = peers([(name, load(name)) for name in args.peer])
+    bench = Bench(preset.device, installed(preset.device), clocks, others, args.backward)
     with one_thread():
         content = run(bench, preset, args.output, fresh=args.fresh, minutes=args.minutes)
     _present(content, args.output)
@@ -52,7 +54,8 @@ def run(bench: Bench, preset: Preset, path: Path, *, fresh: bool = False, minute
 
     After `minutes` no further problem is begun; a later run goes on from there.
     """
-    empty = {"environment": machine(bench.place), "clocks": list(bench.clocks), "rows": [], "verdicts": []}
+    empty = {"environment": machine(bench.place), "clocks": list(bench.clocks), "pass": bench.timed_pass}
+    empty |= {"rows": [], "verdicts": []}
     content = opened(path, empty, fresh=fresh)
     names = [subject.name for subject in bench.subjects()]
     total, started = len(preset.problems), time.monotonic()
@@ -125,11 +128,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", dest="batch_and_length", nargs="+", metavar="BATCHxN", help="only these shapes of the preset"
     )
+    parser.add_argument("--backward", action="store_true", help="time steps of training instead of forward passes")
     parser.add_argument("--rep", type=int, default=50, metavar="MS", help="ms a timing takes (CPU: 20 times that)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no problem later; run again to go on")
     parser.add_argument("--fresh", action="store_true", help="forget what the results file holds")
     args = parser.parse_args(argv)
-    args.output = args.output or Path(f"speed_{args.preset}.json")
+    args.output = args.output or Path(f"speed_{args.preset}{'_step' if args.backward else ''}.json")
     return args
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.clocks import Clock, reason, synchronize, tidy
+from benchmarks.clocks import Clock, peak_mib, reason, tidy
+from benchmarks.resumable import FORWARD, STEP
 from benchmarks.speed.problems import AutoForm, Inputs, Problem, inputs
-from benchmarks.speed.subjects import EXACT, Call, Subject, monarch
-from monarch_compile.attention.work import exact_cost, monarch_cost, predict
+from benchmarks.speed.subjects import EXACT, Call, Subject, monarch, step_of
+from monarch_compile.attention.work import backward_cost, exact_backward_cost, exact_cost, monarch_cost, predict
+from monarch_compile.calls import Calls
 from monarch_compile.cost.devices import Device
+from monarch_compile.cost.prediction import Cost
 from monarch_compile.tools.timing import Timing
 
 MONARCH = "monarch"
@@ -23,12 +26,27 @@ CLOSE = 1.1
 
 @dataclass(frozen=True)
 class Bench:
-    """What every row has in common. clocks: "graph" (CUDA-graph replays) and "eager" (plain calls), in that order."""
+    """What every row has in common.
+
+    clocks: "graph" (CUDA-graph replays) and "eager" (plain calls), in that order. backward: a call is a step, the
+    backward pass included.
+    """
 
     place: str
     device: Device
     clocks: Mapping[str, Clock]
     peers: Sequence[Subject] = ()
+    backward: bool = False
+
+    @property
+    def timed_pass(self) -> str:
+        """What a call is."""
+        return STEP if self.backward else FORWARD
+
+    @property
+    def calls(self) -> Calls:
+        """How the cost model is asked."""
+        return Calls(trains=self.backward)
 
     def subjects(self) -> tuple[Subject, ...]:
         """Exact attention by every hand there is, then the peers."""
@@ -40,6 +58,7 @@ class Row:
     """One subject on one problem. times: by clock, those that could be taken; failures: the others, and why.
 
     flops, bytes: of the matrix products, and between memory and kernels, as the cost model counts them.
+    peak_mib: of device memory in one call, beyond its inputs; None where it is not known.
     """
 
     problem: Problem
@@ -52,6 +71,7 @@ class Row:
     predicted_ms: float | None
     times: dict[str, Timing]
     failures: dict[str, str]
+    peak_mib: float | None = None
 
     @property
     def ms(self) -> float | None:
@@ -105,21 +125,36 @@ def rows(bench: Bench, problem: Problem, forms: Sequence[AutoForm]) -> Iterator[
     """Every subject on `problem`: the exact ones and the peers once, the Monarch form in each of `forms`."""
     made: list[Inputs] = []
 
-    def timed(subject: Subject) -> tuple[dict[str, Timing], dict[str, str]]:
+    def timed(subject: Subject) -> Timed:
         with subject.around():
-            return _timed(bench, lambda: subject.prepare(_only(made, problem, bench.place)))
+            return _timed(bench, lambda: _prepared(bench, subject, _only(made, problem, bench)))
 
     reference = AutoForm().ir(problem, bench.device)
-    exact = exact_cost(reference)
+    flops, moved = _work(bench, exact_cost(reference), exact_backward_cost(reference))
     for subject in bench.subjects():
-        predicted = predict(reference, bench.device).exact_s * 1e3 if subject.exact else None
-        found = timed(subject)
-        yield Row(problem, subject.name, subject.exact, None, None, exact.flops, exact.bytes, predicted, *found)
+        predicted = predict(reference, bench.device, calls=bench.calls).exact_s * 1e3 if subject.exact else None
+        yield Row(problem, subject.name, subject.exact, None, None, flops, moved, predicted, *timed(subject))
     for form in forms:
         ir = form.ir(problem, bench.device)
-        cost, predicted = monarch_cost(ir), predict(ir, bench.device).monarch_s * 1e3
+        flops, moved = _work(bench, monarch_cost(ir), backward_cost(ir))
+        predicted = predict(ir, bench.device, calls=bench.calls).monarch_s * 1e3
         found = timed(Subject(MONARCH, functools.partial(monarch, ir), exact=False))
-        yield Row(problem, MONARCH, False, form, ir.form.block_size, cost.flops, cost.bytes, predicted, *found)
+        yield Row(problem, MONARCH, False, form, ir.form.block_size, flops, moved, predicted, *found)
+
+
+Timed = tuple[dict[str, Timing], dict[str, str], float | None]
+"""Times by clock, failures, and peak memory."""
+
+
+def _work(bench: Bench, forward: Cost, backward: Cost) -> tuple[int, int]:
+    """FLOP and bytes of a call."""
+    passes = (forward, backward) if bench.backward else (forward,)
+    return sum(cost.flops for cost in passes), sum(cost.bytes for cost in passes)
+
+
+def _prepared(bench: Bench, subject: Subject, x: Inputs) -> Call:
+    """The call to time."""
+    return step_of(subject.prepare(x), x) if bench.backward else subject.prepare(x)
 
 
 def verdicts(bench: Bench, measured: Sequence[Row]) -> list[Verdict]:
@@ -130,7 +165,7 @@ def verdicts(bench: Bench, measured: Sequence[Row]) -> list[Verdict]:
             continue
         rivals = [r.ms for r in measured if r.exact and r.problem == row.problem and r.ms is not None]
         ir = row.form.ir(row.problem, bench.device)
-        prediction = predict(ir, bench.device)
+        prediction = predict(ir, bench.device, calls=bench.calls)
         found.append(
             Verdict(
                 row.problem,
@@ -146,32 +181,32 @@ def verdicts(bench: Bench, measured: Sequence[Row]) -> list[Verdict]:
     return found
 
 
-def _only(made: list[Inputs], problem: Problem, place: str) -> Inputs:
+def _only(made: list[Inputs], problem: Problem, bench: Bench) -> Inputs:
     """The inputs, made when they are first asked for: where that fails, each subject fails by it."""
     if not made:
-        made.append(inputs(problem, place))
+        given = inputs(problem, bench.place)
+        made.append(given.trained() if bench.backward else given)
     return made[0]
 
 
-def _timed(bench: Bench, prepare: Callable[[], Call]) -> tuple[dict[str, Timing], dict[str, str]]:
+def _timed(bench: Bench, prepare: Callable[[], Call]) -> Timed:
     """Times by clock, and what went wrong: a subject may fail in any way without taking the others with it."""
     times: dict[str, Timing] = {}
     failures: dict[str, str] = {}
-    try:
-        call = prepare()
-        with torch.no_grad():
-            call()
-            synchronize(bench.place)
-    except Exception as error:
-        return {}, {"call": reason(error)}
-    finally:
-        tidy(bench.place)
-    for name, clock in bench.clocks.items():
+    with torch.set_grad_enabled(bench.backward):
         try:
-            with torch.no_grad():
-                times[name] = clock(call)
+            call = prepare()
+            call()
+            peak = peak_mib(call, bench.place)
         except Exception as error:
-            failures[name] = reason(error)
+            return {}, {"call": reason(error)}, None
         finally:
             tidy(bench.place)
-    return times, failures
+        for name, clock in bench.clocks.items():
+            try:
+                times[name] = clock(call)
+            except Exception as error:
+                failures[name] = reason(error)
+            finally:
+                tidy(bench.place)
+    return times, failures, peak

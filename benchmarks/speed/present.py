@@ -7,8 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.resumable import FORWARD
 from benchmarks.speed.problems import AutoForm
-from benchmarks.tables import NOTHING, markdown_table, median
+from benchmarks.tables import NOTHING, markdown_table, median, number
 
 Content = Mapping[str, Any]
 PROBLEM = ("batch", "seq_len", "num_heads", "head_dim", "dtype", "masked")
@@ -18,7 +19,8 @@ def markdown(content: Content) -> str:
     """Times, then choices of policy "auto", then fractions of the device's ceilings, then what failed."""
     environment = content["environment"]
     head = ", ".join(f"{name} {value}" for name, value in environment.items())
-    sections = (("Median ms", _times), ('Choices of policy "auto"', _choices), *_more(content))
+    what = "Median ms" if content.get("pass", FORWARD) == FORWARD else "Median ms of a step: forward and backward pass"
+    sections = ((what, _times), ('Choices of policy "auto"', _choices), *_more(content))
     lines = [head, ""]
     for title, table in sections:
         lines += [f"### {title}", "", *table(content), ""]
@@ -26,6 +28,8 @@ def markdown(content: Content) -> str:
 
 
 def _more(content: Content) -> Iterator[tuple[str, Any]]:
+    if any(row.get("peak_mib") is not None for row in content["rows"]):
+        yield "Peak MiB of a call, beyond its inputs", _peaks
     if any(row["fractions"] for row in content["rows"]):
         yield "Fractions of the device's ceilings: FLOP / bytes", _fractions
     if any(row["failures"] for row in content["rows"]):
@@ -67,6 +71,10 @@ def _times(content: Content) -> list[str]:
         return " / ".join(NOTHING if ms is None else f"{ms:.4g}" for ms in found)
 
     return [f"({title})", "", *_by_problem(content, cell)]
+
+
+def _peaks(content: Content) -> list[str]:
+    return _by_problem(content, lambda row: number(row.get("peak_mib"), ".0f"))
 
 
 def _fractions(content: Content) -> list[str]:

@@ -90,6 +90,11 @@ class Inputs:
     v: Tensor
     mask: Tensor | None = None
 
+    def trained(self) -> Inputs:
+        """The same as leaves that want gradients."""
+        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
+        return Inputs(q, k, v, self.mask)
+
 
 def inputs(problem: Problem, device: str) -> Inputs:
     """Standard normal q, k, v as a fused projection gives them: views of one (batch, seq, 3, heads, dim) tensor."""
@@ -145,6 +150,7 @@ def _odd() -> Iterator[Problem]:
         yield Problem(batch, seq_len, num_heads, dtype="bfloat16")
 
 
+STEP_SHAPES = ((4, 1024), (16, 1024), (1, 4096), (4, 4096), (1, 16384), (4, 16384))
 _GRIDS = ((4, 4096, 16), (4, 4097, 16), (16, 4096, 12), (1, 16384, 16), (1, 16385, 16))
 _TILED = (
     AutoForm(1, 1, tile=(8, 8), window_shape="plus"),
@@ -163,6 +169,7 @@ PRESETS: dict[str, Preset] = {
     "h200-heads": Preset("cuda", tuple(_heads()), _ONE_ITERATION),
     "h200-odd": Preset("cuda", tuple(_odd()), (*_ONE_ITERATION, *(AutoForm(1, 1, prefix=prefix) for prefix in (1, 4)))),
     "grids": Preset("cuda", tuple(Problem(*shape, dtype="bfloat16") for shape in _GRIDS), (AutoForm(1, 1), *_TILED)),
+    "steps": Preset("cuda", tuple(Problem(*shape, dtype="bfloat16") for shape in STEP_SHAPES), _ONE_ITERATION),
     "full": Preset("cuda", tuple(_full()), tuple(AutoForm(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }

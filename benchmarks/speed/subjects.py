@@ -116,6 +116,20 @@ def peers(functions: Sequence[tuple[str, Peer]]) -> tuple[Subject, ...]:
     )
 
 
+def step_of(call: Call, x: Inputs) -> Call:
+    """A call and its backward pass: gradients of q, k and v, which want them, for one of the output that lies as heads
+    merge. Gives the output."""
+    batch, heads, seq_len, dim = x.v.shape
+    grad = torch.randn(batch, seq_len, heads, dim, dtype=x.v.dtype, device=x.v.device).transpose(1, 2)
+
+    def step() -> Tensor:
+        output = call()
+        torch.autograd.grad(output, (x.q, x.k, x.v), grad)
+        return output.detach()
+
+    return step
+
+
 def monarch(ir: MonarchAttention, x: Inputs) -> Call:
     """The Monarch form of `ir`, compiled by the backend."""
     torch._dynamo.reset()  # as for flex

@@ -44,7 +44,7 @@ class Role:
     """What one kernel is to its IR.
 
     tiling: the field of the schedule that tiles it.
-    reads, writes: names of its tensors (see `_buffers`), without those that masks and exact groups add.
+    reads, writes: names of its tensors (see `buffers_of`), without those that masks and exact groups add.
     values: whether it also carries values.
     near: whether it computes the exact groups.
     far: whether it weighs the far field against the exact groups.
@@ -85,6 +85,7 @@ WEIGH = Role("monarch_weigh", "attend", "attend", ("q", "a", "c"), ("neg_lse",),
 REPRESENT = Role("monarch_represent", "represent", "represent", ("q", "a", "neg_lse"), ("qhat",))
 EXCHANGE = Role("monarch_exchange", "exchange", "represent", ("q", "a", "c"), ("qhat",), far=True)
 ATTEND = Role("monarch_attend", "attend", "attend", ("q", "a", "y", "c"), ("z",), values=True, far=True)
+ATTEND_WITH_LSE = replace(ATTEND, writes=("z", "lse"))
 
 
 def roles(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
@@ -119,13 +120,24 @@ def canonical(ir: MonarchAttention) -> MonarchAttention:
 
 def program(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
     """The kernels of a canonical IR, and what they pass to each other."""
-    buffers, kernels = _buffers(ir), []
+    return _program(roles(ir, schedule), ir, schedule, specialization)
+
+
+def program_with_lse(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
+    """The same, whose last kernel also writes `lse`, which gradients are computed from: of no row of the prefix."""
+    return _program((*roles(ir, schedule)[:-1], ATTEND_WITH_LSE), ir, schedule, specialization)
+
+
+def _program(
+    sequence: tuple[Role, ...], ir: MonarchAttention, schedule: Schedule, specialization: Specialization
+) -> Program:
+    buffers, kernels = buffers_of(ir), []
     one, each = (replace(buffers["qhat"], dims=_dims_of_qhat(ir, count)) for count in (1, "num_blocks"))
-    for role in roles(ir, schedule):
+    for role in sequence:
         if "qhat" in role.writes:
             buffers["qhat"] = one if role is MEAN else each
-        kernels.append(_kernel(role, ir, schedule, specialization, buffers))
-    return Program(tuple(kernels), ("z",))
+        kernels.append(kernel_of(role, ir, schedule, specialization, buffers))
+    return Program(tuple(kernels), sequence[-1].writes)
 
 
 def rows_of(ir: MonarchAttention) -> Size:
@@ -137,27 +149,30 @@ def _dims_of_qhat(ir: MonarchAttention, count: Size) -> tuple[Size, ...]:
     return "heads", rows_of(ir), count, pitch(ir.head_dim)
 
 
-def _buffers(ir: MonarchAttention) -> dict[str, Buffer]:
+def buffers_of(ir: MonarchAttention) -> dict[str, Buffer]:
     """Every tensor that a kernel may read or write, by the name of its parameter. "heads" are those of all batches."""
     head, value, dtype, f32 = ir.head_dim, ir.value_dim, ir.dtype, torch.float32
     per_block: tuple[Size, ...] = ("heads", rows_of(ir), "num_blocks")
     mask_dtype = f32 if ir.mask is MaskKind.KEY_BIAS else torch.bool  # a bias is centred in float32
     found = (
-        Buffer("q", dtype, ("batch", "num_heads", "seq_len_q", head), _strides("q_batch", "q_head", "q_row", "q_dim")),
         Buffer(
-            "k", dtype, ("batch", "num_kv_heads", "seq_len_k", head), _strides("k_batch", "k_head", "k_row", "k_dim")
+            "q", dtype, ("batch", "num_heads", "seq_len_q", head), strides_of("q_batch", "q_head", "q_row", "q_dim")
         ),
         Buffer(
-            "v", dtype, ("batch", "num_kv_heads", "seq_len_k", value), _strides("v_batch", "v_head", "v_row", "v_dim")
+            "k", dtype, ("batch", "num_kv_heads", "seq_len_k", head), strides_of("k_batch", "k_head", "k_row", "k_dim")
         ),
-        Buffer("key_mask", mask_dtype, ("batch", "seq_len_k"), _strides("mask_batch", "mask_row")),
+        Buffer(
+            "v", dtype, ("batch", "num_kv_heads", "seq_len_k", value), strides_of("v_batch", "v_head", "v_row", "v_dim")
+        ),
+        Buffer("key_mask", mask_dtype, ("batch", "seq_len_k"), strides_of("mask_batch", "mask_row")),
         Buffer(
             "rows",
             dtype,
             ("batch", "num_heads", ir.form.prefix, value),
-            _strides("rows_batch", "rows_head", "rows_row", "rows_dim"),
+            strides_of("rows_batch", "rows_head", "rows_row", "rows_dim"),
         ),
         Buffer("z", dtype, ("batch", "seq_len_q", "num_heads", value)),
+        Buffer("lse", f32, ("batch", "num_heads", "seq_len_q")),
         Buffer("prefix_sum", f32, ("heads", ir.form.prefix, "num_blocks", pitch(value))),
         Buffer("prefix_total", f32, ("heads", ir.form.prefix, "num_blocks")),
         Buffer("prefix_top", f32, ("heads", ir.form.prefix, "num_blocks")),
@@ -176,11 +191,11 @@ def _buffers(ir: MonarchAttention) -> dict[str, Buffer]:
     return {buffer.name: buffer for buffer in found}
 
 
-def _strides(*parameters: str) -> tuple[tuple[str, int], ...]:
+def strides_of(*parameters: str) -> tuple[tuple[str, int], ...]:
     return tuple((name, dim) for dim, name in enumerate(parameters))
 
 
-def _kernel(
+def kernel_of(
     role: Role, ir: MonarchAttention, schedule: Schedule, specialization: Specialization, buffers: dict[str, Buffer]
 ) -> Kernel:
     tiling: Tiling = getattr(schedule, role.tiling) or schedule.summarize
@@ -210,7 +225,7 @@ def _kernel(
         variables=tuple(variables.items()),
         grid=("heads", *_grid(role, tiling, rows_of(ir))),
         tiling=tiling,
-        header=_header(role, ir, schedule, specialization),
+        header=header_of(role.name, ir, schedule, specialization),
     )
 
 
@@ -230,10 +245,11 @@ def _grid(role: Role, tiling: Tiling, rows: Size) -> tuple[Size | Tiles, ...]:
     return Tiles(rows, tiling.turns), Tiles("num_blocks", tiling.rows)
 
 
-def _header(role: Role, ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> str:
+def header_of(name: str, ir: MonarchAttention, schedule: object, specialization: Specialization) -> str:
+    """The comment on top of a kernel's text."""
     return "\n".join(
         (
-            f"# {role.name}: generated by monarch_compile {__version__}; do not edit.",
+            f"# {name}: generated by monarch_compile {__version__}; do not edit.",
             f"# ir: {ir}",
             f"# schedule: {schedule}",
             f"# specialization: {specialization}",
@@ -252,14 +268,15 @@ def _choices(
     return {
         **{field.name: getattr(schedule, field.name) for field in fields(schedule) if field.name not in tiled},
         "values": role.values,
+        "writes_lse": "lse" in role.writes,
         "from_sequence": "qhat" not in role.reads,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         "summarizes": role.summarizes,
         "near": role.near or (role.far and ir.form.has_exact_keys),
         "plain": ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE,
         "near_aligned": not (specialization.partial_block or ir.form.block_size % steps_of_near),
-        "ragged_near": _keys_of_neighbours(role, ir) % steps_of_near != 0,
-        **_axes(ir),
+        "ragged_near": keys_of_neighbours(ir, role.summarizes) % steps_of_near != 0,
+        **axes_of(ir),
         "shares_prefix": shares_prefix(ir, schedule),
         "writes_prefix": shares_prefix(ir, schedule) and role is FUSED,
         "several_tiles": tiling.turns != ALL and ir.form.block_size > tiling.rows,
@@ -273,7 +290,7 @@ def _choices(
     }
 
 
-def _axes(ir: MonarchAttention) -> dict[str, Any]:
+def axes_of(ir: MonarchAttention) -> dict[str, Any]:
     """The axes of the tiles that blocks are, and the names of what is known along them; axes: 0 where there is none."""
     axes = range(len(ir.form.tile or ()))
     return {
@@ -286,12 +303,12 @@ def _axes(ir: MonarchAttention) -> dict[str, Any]:
     }
 
 
-def _keys_of_neighbours(role: Role, ir: MonarchAttention) -> int:
-    """Keys of the tiles in a window, without the tile itself where stage 1 counts it."""
+def keys_of_neighbours(ir: MonarchAttention, apart: bool) -> int:
+    """Keys of the tiles in a window, without the tile itself where its keys are met `apart`, as in stage 1."""
     form = ir.form
     if form.tile is None or form.window is None:
         return 0
-    tiles = len(steps_to_neighbours(form.window, form.window_shape, len(form.tile))) - role.summarizes
+    tiles = len(steps_to_neighbours(form.window, form.window_shape, len(form.tile))) - apart
     return tiles * form.block_size
 
 
@@ -299,14 +316,7 @@ def _constants(
     role: Role, ir: MonarchAttention, schedule: Schedule, tiling: Tiling, specialization: Specialization
 ) -> dict[str, Any]:
     """What may stand as a literal at the top of a kernel; its text uses some."""
-    near, block = schedule.near or schedule.summarize, ir.form.block_size
-    dims: dict[str, Any] = {"BLOCK": block, "GROUP": ir.group, "STRIDE_MULTIPLE": specialization.stride_multiple}
-    for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
-        dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
-    window, prefix = ir.form.window or 0, ir.form.prefix
-    dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
-    dims |= {"NEIGHBOURS": _keys_of_neighbours(role, ir) // block}
-    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // block), "PREFIX": min(prefix, MAX_POSITION)}
+    near, block, prefix = schedule.near or schedule.summarize, ir.form.block_size, ir.form.prefix
     tiles = {"TILE_L": tiling.step}
     if role.reads_keys:
         tiles = {"TILE_J": tiling.rows, "TILE_I": tiling.step, "TILES_J": -(-block // tiling.rows)}
@@ -320,7 +330,29 @@ def _constants(
         tiles["TILE_S"] = JOINED_SHARES
     elif role.template == "exchange":
         tiles = {"TILE": tiling.rows}
-    return {**dims, **tiles, "SCALE": repr(ir.scale * math.log2(math.e)), "LOG2E": math.log2(math.e), "HIDDEN": HIDDEN}
+    return constants_of(ir, specialization, tiles, keys_of_neighbours(ir, role.summarizes))
+
+
+def constants_of(
+    ir: MonarchAttention, specialization: Specialization, tiles: dict[str, int], keys_near: int
+) -> dict[str, Any]:
+    """What may stand as a literal at the top of a kernel, whose tiles and `keys_of_neighbours` these are."""
+    block, window = ir.form.block_size, ir.form.window or 0
+    dims: dict[str, Any] = {"BLOCK": block, "GROUP": ir.group, "STRIDE_MULTIPLE": specialization.stride_multiple}
+    for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
+        dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
+    dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
+    dims |= {"NEIGHBOURS": keys_near // block}
+    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // block), "PREFIX": min(ir.form.prefix, MAX_POSITION)}
+    return {
+        **dims,
+        **tiles,
+        "SCALE": repr(ir.scale * math.log2(math.e)),
+        "NATURAL_SCALE": repr(ir.scale),
+        "LOG2E": math.log2(math.e),
+        "LN2": math.log(2.0),
+        "HIDDEN": HIDDEN,
+    }
 
 
 def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, specialization: Specialization) -> dict[str, Any]:

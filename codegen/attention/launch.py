@@ -49,9 +49,25 @@ def launch(
     Raises:
         CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
-    form = _form(**options)
+    form = form_of(**options)
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
+    ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
+    launcher = build(ir, capability_of(q.device), is_interpreted())
+    with on_device(q):
+        return run(launcher, q, k, v, key_mask, grid)
+
+
+def site(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    form: Form,
+    scale: float,
+    grid: Sequence[Any] | None,
+) -> tuple[MonarchAttention, Tensor | None]:
+    """The bucketed IR of a call, and its mask as kernels read it."""
     num_blocks = _num_blocks(k, form, grid)
     blocks = _bucket(num_blocks) if isinstance(num_blocks, int) else None
     rows = None if q.shape[2] == k.shape[2] else _bucket_of_rows(_rows(q, num_blocks))
@@ -61,9 +77,7 @@ def launch(
         key_mask = centred(key_mask) if mask is MaskKind.KEY_BIAS else key_mask
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
     ir = _bucket_ir(int(q.shape[3]), int(v.shape[3]), q.dtype, form, scale, mask, group, blocks, rows)
-    launcher = build(ir, capability_of(q.device), is_interpreted())
-    with on_device(q):
-        return run(launcher, q, k, v, key_mask, grid)
+    return ir, key_mask
 
 
 def run(
@@ -72,6 +86,33 @@ def run(
     """q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v), laid out (E, N_q, H, D_v).
 
     grid: sizes of the axes that the tokens after the prefix flatten, where the form has a tile.
+
+    Raises:
+        CodegenError: the schedule is for fewer blocks.
+    """
+    return outputs(launcher, q, k, v, key_mask, grid)[0].transpose(1, 2)
+
+
+def outputs(
+    launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: Sequence[Any] | None
+) -> tuple[Tensor, ...]:
+    """What the launcher's program gives: first the output, (E, N_q, H, D_v).
+
+    Raises:
+        CodegenError: the schedule is for fewer blocks.
+    """
+    form, sizes = launcher.ir.form, sizes_of(launcher, q, k, grid)
+    tensors = {"q": q, "k": k, "v": v}
+    if key_mask is not None:
+        tensors["key_mask"] = key_mask
+    if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
+        first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
+        tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
+    return launcher(tensors, sizes)
+
+
+def sizes_of(launcher: Launcher, q: Tensor, k: Tensor, grid: Sequence[Any] | None) -> dict[str, Any]:
+    """The sizes that kernels, buffers and grids of a launch name; they may be symbolic.
 
     Raises:
         CodegenError: the schedule is for fewer blocks.
@@ -94,14 +135,7 @@ def run(
     if form.tile is not None and grid is not None:
         sizes |= {f"grid_{axis}": size for axis, size in enumerate(grid)}
         sizes |= {f"counts_{axis}": count for axis, count in enumerate(count_tiles(grid, form.tile))}
-    tensors = {"q": q, "k": k, "v": v}
-    if key_mask is not None:
-        tensors["key_mask"] = key_mask
-    if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
-        first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
-        tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
-    (output,) = launcher(tensors, sizes)
-    return output.transpose(1, 2)
+    return sizes
 
 
 def bucketed(ir: MonarchAttention) -> MonarchAttention:
@@ -122,7 +156,7 @@ def describe(ir: MonarchAttention) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(**options: Any) -> Form:
+def form_of(**options: Any) -> Form:
     """Checked once: a call of eager code waits for it."""
     return Form(**options).simplest()
 

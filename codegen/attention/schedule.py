@@ -65,6 +65,11 @@ class Schedule:
         limits = [self.attend.step] * self.whole + [self.represent.rows] * self.exchange
         return min(limits, default=None)
 
+    @property
+    def sizes_over_blocks(self) -> tuple[int, ...]:
+        """The tiles that cover blocks."""
+        return tuple(size for tiling in (self.attend, self.represent) for size in (tiling.rows, tiling.step))
+
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "summarize", self.summarize

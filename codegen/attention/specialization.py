@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.tiling import DTYPE_BYTES
 
 MAX_POSITION = 2**31 - 1
@@ -19,7 +18,7 @@ MAX_POSITION = 2**31 - 1
 PITCH_MULTIPLE = 16
 """Rows of the intermediates are padded to this many elements, so that they load as whole aligned vectors."""
 
-STRIDED_ROWS = ("q", "k", "v", "rows")
+STRIDED_ROWS = ("q", "k", "v", "rows", "dz", "z")
 """Tensors of rows that the caller laid out: `Specialization.stride_multiple` is of their strides but the last."""
 
 
@@ -46,6 +45,15 @@ class Specialization:
 
 UNKNOWN = Specialization()
 
+
+class CoversBlocks(Protocol):
+    """A schedule of kernels of attention."""
+
+    @property
+    def sizes_over_blocks(self) -> tuple[int, ...]:
+        """The tiles that cover blocks."""
+
+
 VECTOR_BYTES = 16
 """The most that one thread loads at once."""
 
@@ -66,7 +74,7 @@ def sees_strides(head_dim: int, value_dim: int) -> bool:
 def specialization_of(
     num_blocks: Any,
     sides: Sequence[tuple[Any, Any]],
-    schedule: Schedule,
+    schedule: CoversBlocks,
     reaches: Sequence[Any],
     stride_multiple: int = 1,
 ) -> Specialization:
@@ -77,8 +85,8 @@ def specialization_of(
     address.
     """
     partial_block = not all(_known(*side) and side[0] == side[1] for side in sides)
-    sizes = [size for tiling in (schedule.attend, schedule.represent) for size in (tiling.rows, tiling.step)]
-    partial_tile = not _known(num_blocks) or not num_blocks or any(num_blocks % size for size in sizes)
+    partial_tile = not _known(num_blocks) or not num_blocks
+    partial_tile = partial_tile or any(num_blocks % size for size in schedule.sizes_over_blocks)
     wide_offsets = not _known(*reaches) or max(reaches) > MAX_POSITION
     return Specialization(partial_block, partial_tile, wide_offsets, stride_multiple)
 
@@ -92,12 +100,13 @@ def stride_multiple_of(head_dim: int, value_dim: int, dtype: torch.dtype, stride
 
 
 def specialize(
-    ir: MonarchAttention, schedule: Schedule, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]
+    ir: MonarchAttention, schedule: CoversBlocks, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]
 ) -> Specialization:
     """What holds of these tensors and sizes; nothing is asked of symbolic ones, which would add guards."""
     num_blocks, block_q, prefix = sizes["num_blocks"], sizes["block_q"], ir.form.prefix
     row = max(pitch(ir.head_dim), pitch(ir.value_dim))
-    reaches = [block_q * num_blocks * row, sizes["seq_len_q"] * sizes["num_heads"] * ir.value_dim]
+    output = sizes["seq_len_q"] * sizes["num_heads"] * max(ir.head_dim, ir.value_dim)
+    reaches = [block_q * num_blocks * row, output]
     for name, tensor in tensors.items():
         within_head = 1 if name == "key_mask" else 2  # the dims before are addressed by 64 bits
         dims = zip(tensor.shape[within_head:], tensor.stride()[within_head:], strict=True)
@@ -119,7 +128,7 @@ def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int
     return stride_multiple_of(ir.head_dim, ir.value_dim, ir.dtype, strides)
 
 
-def expected(ir: MonarchAttention, schedule: Schedule) -> Specialization:
+def expected(ir: MonarchAttention, schedule: CoversBlocks) -> Specialization:
     """That of a launch of `ir` on tensors that one projection gave, as far as its sizes are known."""
     sides: list[tuple[Any, Any]] = []
     if ir.form.tile is not None:

@@ -23,17 +23,22 @@ NOISE = 0.1
 """Products of float16 numbers leave rounding errors of a power of 1.1e-7 of that of the transform, and as much of what
 the filter makes of an input with a flat spectrum; a result in bfloat16, itself rounded with a power of 2.8e-6, may have
 .4 of that: 1.18 times the error of rounding alone. What has more is marked."""
-TURNS_AGAIN, MARKS_AT_ONCE = 16, 64
+PROGRAMS_AGAIN, MARKS_AT_ONCE = 264, 64
+"""How many programs of the second pass there are, two for each multiprocessor of an H100, and how many sequences of a
+channel each looks at, at a time."""
 SPECTRUM_UNIT = 2.0**-4
 """The largest number of a spectrum, so that nothing leaves the range of float16: of numbers below 2, the transform has
 a norm of at most 2 POINTS, and a sum of 128 of its numbers is at most 2**3.5 times that, for 2**13 points 2**17.5."""
+HEADROOM = 6
+"""The power of two of numbers that are multiplied as pairs of float16 numbers: 128 of them, below 2**8, add up to
+2**15, which float16 holds, and what is below the largest by 2**-32 is lost."""
 MAX_OFFSET = 2**31 - 1
 SMALL = Tiling(16, 16, 4, 1)
 """Of the kernel that prepares tables: its tiles follow from the transform's."""
 
 SIZES = ("batch", "channels", "seq_len", "out_len", "filter_len", "transform_len", "lag", "scale")
 """What a kernel may be told at run time; it takes what it reads."""
-STRIDES = {"u": "u", "pre_gate": "pre", "post_gate": "post"}
+STRIDES = {"u": "u", "pre_gate": "pre", "post_gate": "post", "second_gate": "second"}
 
 
 @dataclass(frozen=True)
@@ -71,70 +76,83 @@ def expected(ir: LongConvolution, schedule: Schedule) -> Specialization:
 
 def program(ir: LongConvolution, schedule: Schedule, specialization: Specialization) -> Program:
     """Kernels of a bucketed IR."""
-    make = _Maker(ir, schedule, specialization)
-    return Program(_kernels(make), ("y",))
+    make = Maker(ir, schedule, specialization)
+    outputs = tuple(buffer.name for buffer in result_buffers(ir))
+    if schedule.precision == "single":
+        matrices = tables(schedule, "single")
+        return Program((make.tables(matrices), *_transforms(make, matrices)), outputs)
+    matrices, again = tables(schedule, "half"), tables(for_one_sequence(schedule), "single", "_single")
+    made = (make.tables((*matrices, *again), "marks"), *_transforms(make, matrices, "marks"), _again(make, again))
+    return Program(made, outputs)
 
 
-def _kernels(make: _Maker) -> tuple[Kernel, ...]:
-    """With products of float16 numbers, some sequences are transformed twice."""
-    if make.schedule.precision == "single":
-        return _transforms(make, "single")
-    again = replace(make, schedule=_again(make.schedule))
-    return (*_transforms(make, "half", "marks"), *_transforms(again, "single", "marked"))
+def for_one_sequence(schedule: Schedule) -> Schedule:
+    """`schedule` with tiles of one sequence each."""
+    main = replace(schedule.main, step=schedule.main.step // schedule.sequences)
+    return replace(schedule, main=main, sequences=1)
 
 
-def _again(schedule: Schedule) -> Schedule:
-    """Tiles of what is computed a second time, which is little: enough warps for operands of twice the size."""
-    main, turns = schedule.main, max(2, min(TURNS_AGAIN, schedule.main.turns))
-    main = replace(main, step=main.step // schedule.sequences, num_warps=max(4, main.num_warps), turns=turns)
-    return replace(schedule, main=main, sequences=1, kept="nothing")
-
-
-def _transforms(make: _Maker, precision: str, role: str = "") -> tuple[Kernel, ...]:
-    """Tables, spectrum, and transform. role: "marks" what is to be computed again, or computes what is "marked"."""
+def _transforms(make: Maker, matrices: tuple[Buffer, ...], role: str = "") -> tuple[Kernel, ...]:
+    """Spectrum and transform. role: "marks" where what its products are too coarse for is marked."""
     ir, main = make.ir, make.schedule.main
-    dtype = STORED[precision]
-    spectrum = Buffer("spectrum", dtype, ("channels", 2, points(ir)))
+    spectrum = Buffer("spectrum", STORED[make.schedule.precision], ("channels", 2, points(ir)))
     gain = Buffer("gain", torch.float32, (2, "channels"))
-    noisy = (Buffer("noisy", torch.int8, ("batch", "channels")),)
-    tables = _tables(make.schedule, precision)
+    any_noisy, noisy = _marks() if role else ((), ())
     small = Tiling(main.rows, max(MIN_TILE, points(ir) // main.rows), main.num_warps, 1)
-    tile = make.schedule.sequences * main.turns
-    marked = noisy if role == "marked" else ()
-    result = (_result(ir),)
-    kernel = partial(make.kernel, precision=precision, role=role)
+    kernel = partial(make.kernel, precision=make.schedule.precision, role=role)
     return (
-        kernel("tables", (), tables, (max(main.rows, main.step),), SMALL),
-        kernel("spectrum", (_filter(ir), *tables, *marked), (spectrum, gain), ("channels",), small),
+        kernel("spectrum", (filter_buffer(ir), *matrices), (spectrum, gain, *any_noisy), ("channels",), small),
         kernel(
             "transform",
-            (*_sequences(ir), *tables, spectrum, gain, *marked),
-            {"marks": (*result, *noisy), "marked": (), "": result}[role],
-            ("channels", Tiles("batch", tile)),
+            (*sequence_buffers(ir), *matrices, spectrum, gain),
+            (*result_buffers(ir), *noisy),
+            ("channels", Tiles("batch", make.schedule.sequences * main.turns)),
             main,
-            updates=result if role == "marked" else (),
+            updates=any_noisy,
         ),
     )
 
 
-def _tables(schedule: Schedule, precision: str) -> tuple[Buffer, ...]:
-    rows, width, dtype = schedule.main.rows, schedule.main.step, STORED[precision]
-    return (
-        Buffer("first", dtype, (2, rows, rows)),
-        Buffer("twiddle", dtype, (2, rows, width)),
-        Buffer("second", dtype, (2, width, width)),
+def _again(make: Maker, matrices: tuple[Buffer, ...]) -> Kernel:
+    """What computes marked sequences a second time: enough warps for operands of twice the size."""
+    ir, main = make.ir, for_one_sequence(make.schedule).main
+    (any_noisy,), (noisy,) = _marks()
+    return make.kernel(
+        "again",
+        (filter_buffer(ir), *sequence_buffers(ir), *matrices, any_noisy, noisy),
+        (),
+        (PROGRAMS_AGAIN,),
+        replace(main, num_warps=max(4, main.num_warps), turns=1),
+        precision="single",
+        kept="nothing",
+        updates=result_buffers(ir),
     )
 
 
-def _filter(ir: LongConvolution) -> Buffer:
+def _marks() -> tuple[tuple[Buffer], tuple[Buffer]]:
+    """Whether any sequence is marked, and which are."""
+    return (Buffer("any_noisy", torch.int32, (1,)),), (Buffer("noisy", torch.int8, ("batch", "channels")),)
+
+
+def tables(schedule: Schedule, precision: str, suffix: str = "") -> tuple[Buffer, ...]:
+    """The matrices of the transform, as the kernel `tables` makes them; `suffix` ends their names."""
+    rows, width, dtype = schedule.main.rows, schedule.main.step, STORED[precision]
+    return (
+        Buffer("first" + suffix, dtype, (2, rows, rows)),
+        Buffer("twiddle" + suffix, dtype, (2, rows, width)),
+        Buffer("second" + suffix, dtype, (2, width, width)),
+    )
+
+
+def filter_buffer(ir: LongConvolution) -> Buffer:
     strides = (("filter_channel", 0), ("filter_time", 1))
     return Buffer("filter", ir.filter_dtype, ("channels", "filter_len"), strides)
 
 
-def _sequences(ir: LongConvolution) -> tuple[Buffer, ...]:
+def sequence_buffers(ir: LongConvolution) -> tuple[Buffer, ...]:
     """What is read for each output, as far as it is there."""
-    lengths = {"u": "seq_len", "pre_gate": "seq_len", "post_gate": "out_len"}
-    here = ("u", *(name for name in ("pre_gate", "post_gate") if getattr(ir, name)))
+    lengths = {"u": "seq_len", "pre_gate": "seq_len", "post_gate": "out_len", "second_gate": "out_len"}
+    here = ("u", *(name for name in ("pre_gate", "post_gate", "second_gate") if getattr(ir, name)))
     found = []
     for name in here:
         strides = tuple((f"{STRIDES[name]}_{dim}", place) for place, dim in enumerate(("batch", "channel", "time")))
@@ -144,17 +162,32 @@ def _sequences(ir: LongConvolution) -> tuple[Buffer, ...]:
     return tuple(found)
 
 
-def _result(ir: LongConvolution) -> Buffer:
-    return Buffer("y", ir.out_dtype, ("batch", "channels", "out_len"))
+def result_buffer(ir: LongConvolution, name: str = "y") -> Buffer:
+    """A result."""
+    return Buffer(name, ir.out_dtype, ("batch", "channels", "out_len"))
+
+
+def result_buffers(ir: LongConvolution) -> tuple[Buffer, ...]:
+    """The result; where there is a second gate, also the second one."""
+    second = (result_buffer(ir, "y_second"),) if ir.second_gate else ()
+    return (result_buffer(ir), *second)
 
 
 @dataclass(frozen=True)
-class _Maker:
+class Maker:
     """Kernels of one program, which share what texts are told."""
 
     ir: LongConvolution
     schedule: Schedule
     specialization: Specialization
+    title: str = ""
+    """What headers say is computed; the IR by default."""
+
+    def tables(self, matrices: tuple[Buffer, ...], role: str = "") -> Kernel:
+        """The kernel that makes `matrices`: of the schedule's precision, and with role "marks" those of `again`."""
+        main = self.schedule.main
+        grid = (max(main.rows, main.step),)
+        return self.kernel("tables", (), matrices, grid, SMALL, precision=self.schedule.precision, role=role)
 
     def kernel(
         self,
@@ -166,6 +199,7 @@ class _Maker:
         *,
         precision: str,
         role: str = "",
+        kept: str = "",
         updates: tuple[Buffer, ...] = (),
     ) -> Kernel:
         """One kernel, named by its template and role."""
@@ -182,10 +216,9 @@ class _Maker:
             variables=tuple(
                 {
                     **self._variables(),
-                    **({"ragged_batch": True} if role == "marked" else {}),
                     "single": precision == "single",
                     "marks": role == "marks",
-                    "marked": role == "marked",
+                    **({"kept": kept} if kept else {}),
                 }.items()
             ),
             grid=grid,
@@ -193,7 +226,7 @@ class _Maker:
             header="\n".join(
                 (
                     f"# {name}: generated by monarch_compile {__version__}; do not edit.",
-                    f"# ir: {self.ir}",
+                    f"# ir: {self.title or self.ir}",
                     f"# schedule: {self.schedule}",
                     f"# specialization: {self.specialization}",
                 )
@@ -204,7 +237,9 @@ class _Maker:
         main, sequences = self.schedule.main, self.schedule.sequences
         count = points(self.ir)
         return {
+            "HEADROOM": HEADROOM,
             "MARKS": MARKS_AT_ONCE,
+            "PROGRAMS": PROGRAMS_AGAIN,
             "NOISE": NOISE,
             "ROWS": main.rows,
             "WIDTH": main.step,
@@ -223,7 +258,9 @@ class _Maker:
             "skips": self.ir.skip,
             "pre_gates": self.ir.pre_gate,
             "post_gates": self.ir.post_gate,
+            "second_gates": self.ir.second_gate,
             "kept": self.schedule.kept,
+            "ahead": self.schedule.ahead,
             "sequences": self.schedule.sequences,
             "turns": self.schedule.main.turns,
             "partial_in": found.partial_in,

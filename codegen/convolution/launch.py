@@ -17,6 +17,9 @@ from monarch_compile.convolution.work import points_of
 MOST_BATCH = 64
 """Schedules look no further than this number of sequences."""
 
+Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""u, filter, skip, pre_gate, post_gate and second_gate."""
+
 
 def launch(
     u: Tensor,
@@ -40,15 +43,44 @@ def launch(
     Raises:
         CodegenError: no kernel exists for these sizes, dtypes or device, or triton is not installed.
     """
-    points = points_of(u.shape[-1], out_len)
-    wraps = not looks_back(u.shape[-1], filter.shape[-1], transform_len, lag)
-    batch = _bucket(u.shape[0]) if isinstance(u.shape[0], int) else None
-    terms = (skip is not None, pre_gate is not None, post_gate is not None)
-    ir = _bucket_ir(batch, points, wraps, u.dtype, filter.dtype, out_dtype, *terms)
-    launcher = build(ir, capability_of(u.device), is_interpreted())
     options = {"transform_len": transform_len, "out_len": out_len, "lag": lag, "scale": scale}
+    return _launch((u, filter, skip, pre_gate, post_gate, None), options, out_dtype)[0]
+
+
+def launch_twice(
+    u: Tensor,
+    filter: Tensor,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor,
+    second_gate: Tensor,
+    *,
+    transform_len: Any,
+    out_len: Any,
+    lag: Any,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Two long convolutions as of `launch` that differ in the gates of their results alone.
+
+    Raises:
+        CodegenError: as `launch`.
+    """
+    options = {"transform_len": transform_len, "out_len": out_len, "lag": lag, "scale": scale}
+    one, other = _launch((u, filter, skip, pre_gate, post_gate, second_gate), options, out_dtype)
+    return one, other
+
+
+def _launch(tensors: Given, options: dict[str, Any], out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    u, filter, *terms = tensors
+    points = points_of(u.shape[-1], options["out_len"])
+    wraps = not looks_back(u.shape[-1], filter.shape[-1], options["transform_len"], options["lag"])
+    batch = bucket(u.shape[0]) if isinstance(u.shape[0], int) else None
+    there = tuple(term is not None for term in terms)
+    ir = _bucket_ir(batch, points, wraps, u.dtype, filter.dtype, out_dtype, *there)
+    launcher = build(ir, capability_of(u.device), is_interpreted())
     with on_device(u):
-        return run(launcher, u, filter, skip, pre_gate, post_gate, options)
+        return _run(launcher, tensors, options)
 
 
 def run(
@@ -61,18 +93,23 @@ def run(
     options: dict[str, Any],
 ) -> Tensor:
     """Launch on tensors as those of `launch`. options: transform_len, out_len, lag and scale."""
+    return _run(launcher, (u, filter, skip, pre_gate, post_gate, None), options)[0]
+
+
+def _run(launcher: Launcher, given: Given, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    u, filter, skip, pre_gate, post_gate, second_gate = given
     batch, channels, seq_len = u.shape
     sizes = {"batch": batch, "channels": channels, "seq_len": seq_len, "filter_len": filter.shape[-1], **options}
-    tensors = {"u": _by_rows(u), "filter": filter}
-    for name, tensor in (("pre_gate", pre_gate), ("post_gate", post_gate)):
+    tensors = {"u": by_rows(u), "filter": filter}
+    for name, tensor in (("pre_gate", pre_gate), ("post_gate", post_gate), ("second_gate", second_gate)):
         if tensor is not None:
-            tensors[name] = _by_rows(tensor)
+            tensors[name] = by_rows(tensor)
     if skip is not None:
         tensors["skip"] = skip.to(torch.float32)
-    return launcher(tensors, sizes)[0]
+    return launcher(tensors, sizes)
 
 
-def _by_rows(x: Tensor) -> Tensor:
+def by_rows(x: Tensor) -> Tensor:
     """`x` with the positions of a sequence side by side: a program reads whole sequences, and it would read a cache
     line for each number of one that lies otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -80,8 +117,8 @@ def _by_rows(x: Tensor) -> Tensor:
 
 def bucketed(ir: LongConvolution) -> LongConvolution:
     """`ir` as its launcher is made for it: a batch and lengths of powers of two."""
-    batch = _bucket(ir.batch) if isinstance(ir.batch, int) else None
-    terms = (ir.skip, ir.pre_gate, ir.post_gate)
+    batch = bucket(ir.batch) if isinstance(ir.batch, int) else None
+    terms = (ir.skip, ir.pre_gate, ir.post_gate, ir.second_gate)
     if not isinstance(ir.seq_len, int) or not isinstance(ir.out_len, int):
         return replace(ir, batch="B", channels="C", scale=1.0)
     points = points_of(ir.seq_len, ir.out_len)
@@ -99,6 +136,7 @@ def _bucket_ir(
     skip: bool,
     pre_gate: bool,
     post_gate: bool,
+    second_gate: bool,
 ) -> LongConvolution:
     """The IR of the longest sequences in a transform of `points`: circular where the filter wraps, else causal."""
     return LongConvolution(
@@ -115,8 +153,10 @@ def _bucket_ir(
         skip=skip,
         pre_gate=pre_gate,
         post_gate=post_gate,
+        second_gate=second_gate,
     )
 
 
-def _bucket(batch: int) -> int:
+def bucket(batch: int) -> int:
+    """The largest power of two of at most this batch: schedules depend on no more of it."""
     return min(MOST_BATCH, 1 << (max(1, batch).bit_length() - 1))

@@ -10,7 +10,7 @@ import torch
 
 from monarch_compile.codegen.tiling import MIN_TILE, Capability, Tiling
 from monarch_compile.convolution.ir import LongConvolution
-from monarch_compile.convolution.work import MOST_POINTS, points_of
+from monarch_compile.convolution.work import MOST_POINTS, ON_CHIP, factors, points_of
 from monarch_compile.errors import CodegenError
 from monarch_compile.ir import DTYPE_NAMES
 
@@ -20,7 +20,7 @@ PRECISIONS = ("half", "single")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tiling of the kernel that convolves: a Fourier transform in two factors.
+    """The tiling of the kernels that convolve: a Fourier transform in two factors, or, with an outer one, in three.
 
     main: rows are the first factor, step is the second one times `sequences`; a program meets `Tiling.turns` such
         tiles one after the other.
@@ -28,7 +28,10 @@ class Schedule:
     kept: what a program keeps in registers from turn to turn: "nothing", "twiddles", or "all": the spectrum, too.
     precision: of what is multiplied. "half": float16 numbers, where the errors cannot be seen in a result of
         bfloat16, which is checked for each sequence, and as "single" elsewhere. "single": float32 numbers, as sums of
-        two of float16.
+        two of float16; with an outer factor, as three of TF32.
+    ahead: whether a sequence is read while the one before it is transformed.
+    outer: of the outer factor: rows are the factor, step is how many numbers of each row a tile has; None where there
+        are two factors, all on chip. With it, tiles are of one sequence, and nothing is kept.
     """
 
     family: ClassVar[str] = "convolution"
@@ -37,26 +40,50 @@ class Schedule:
     sequences: int = 1
     kept: str = "nothing"
     precision: str = "half"
+    ahead: bool = False
+    outer: Tiling | None = None
 
     def tilings(self) -> Iterator[tuple[str, Tiling]]:
         """Each kernel's name and tiling."""
         yield "main", self.main
+        if self.outer is not None:
+            yield "outer", self.outer
 
     def __str__(self) -> str:
-        return f"main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}"
+        outer = "" if self.outer is None else f"outer={self.outer} "
+        ahead = " ahead" * self.ahead
+        return f"{outer}main={self.main} sequences={self.sequences} keeps {self.kept} {self.precision}{ahead}"
 
 
 TRANSFORMS: dict[int, Schedule] = {
-    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all"),
-    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all"),
-    1024: Schedule(Tiling(32, 32, 1, 1, 8), kept="all"),
-    2048: Schedule(Tiling(64, 32, 2, 1, 16), kept="twiddles"),
-    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles"),
+    256: Schedule(Tiling(16, 16, 1, 1, 8), kept="all", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="all", ahead=True),
+    1024: Schedule(Tiling(32, 32, 1, 1, 16), kept="all", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="twiddles", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="twiddles", ahead=True),
     8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="twiddles"),
+    1 << 14: Schedule(Tiling(32, 32, 1, 2, 8), outer=Tiling(16, 128, 2, 1, 4)),
+    1 << 15: Schedule(Tiling(32, 32, 1, 2, 16), outer=Tiling(32, 64, 2, 1, 4)),
+    1 << 16: Schedule(Tiling(32, 32, 1, 2, 8), outer=Tiling(64, 64, 4, 2, 4)),
+    1 << 17: Schedule(Tiling(64, 64, 4, 2, 8), outer=Tiling(32, 64, 2, 1, 4)),
+    1 << 18: Schedule(Tiling(64, 64, 4, 2, 8), outer=Tiling(64, 64, 4, 2, 4)),
+    1 << 19: Schedule(Tiling(64, 64, 4, 2, 8), outer=Tiling(128, 64, 8, 2, 4)),
+    1 << 20: Schedule(Tiling(128, 64, 8, 2, 4), outer=Tiling(128, 64, 8, 2, 4)),
 }
 """By points, for large batches. A single warp, where the tile leaves it registers enough, waits for no other."""
 
+PRECISE: dict[int, Schedule] = {
+    256: Schedule(Tiling(16, 16, 1, 1, 4), kept="all", precision="single", ahead=True),
+    512: Schedule(Tiling(32, 16, 1, 1, 8), kept="nothing", precision="single", ahead=True),
+    1024: Schedule(Tiling(32, 32, 2, 1, 8), kept="nothing", precision="single", ahead=True),
+    2048: Schedule(Tiling(64, 32, 4, 1, 16), kept="nothing", precision="single", ahead=True),
+    4096: Schedule(Tiling(64, 64, 4, 1, 16), kept="nothing", precision="single"),
+    8192: Schedule(Tiling(128, 64, 8, 1, 16), kept="nothing", precision="single"),
+}
+"""The same for products of float32 numbers."""
 
+INNER_PRECISE, COLUMNS_PRECISE, TURNS_PRECISE = 1024, 32, 16
+"""Points on chip, columns of an outer tile and turns where products of three factors are of float32 numbers."""
 USUAL_BATCH = 16
 """What an unknown number of sequences is taken for."""
 
@@ -84,11 +111,18 @@ def choose_schedule(ir: LongConvolution, capability: Capability | None = None) -
     """
     check_supported(ir)
     batch = ir.batch if isinstance(ir.batch, int) else USUAL_BATCH
-    chosen = TRANSFORMS[points(ir)]
-    if ir.out_dtype is not torch.bfloat16:
-        main = replace(chosen.main, num_warps=max(4, chosen.main.num_warps))
-        chosen = replace(chosen, main=main, kept="nothing", precision="single")
+    if points(ir) > ON_CHIP:
+        return TRANSFORMS[points(ir)] if ir.out_dtype is torch.bfloat16 else precise(points(ir))
+    chosen = (TRANSFORMS if ir.out_dtype is torch.bfloat16 else PRECISE)[points(ir)]
     return replace(chosen, main=replace(chosen.main, turns=min(chosen.main.turns, power_of_two(batch))))
+
+
+def precise(count: int) -> Schedule:
+    """That of transforms of `count` points in three factors with products of float32 numbers: for results of more than
+    16 bits, and for the second pass over sequences that are marked."""
+    inner = min(INNER_PRECISE, count // MIN_TILE)
+    outer = Tiling(count // inner, COLUMNS_PRECISE, 4, 1, TURNS_PRECISE)
+    return Schedule(Tiling(*factors(inner), 4, 1, TURNS_PRECISE), precision="single", outer=outer)
 
 
 def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
@@ -98,11 +132,22 @@ def check_schedule(schedule: Schedule, ir: LongConvolution) -> None:
         raise CodegenError(f"what is kept must be one of {KEPT}, the precision of {PRECISIONS}; found {schedule}")
     if sequences < 1 or sequences & (sequences - 1):
         raise CodegenError(f"sequences of a tile must be a power of two; found {schedule}")
-    columns = main.step // sequences
-    if main.turns < 1 or main.rows * columns != points(ir) or columns < MIN_TILE:
+    columns, outer = main.step // sequences, schedule.outer
+    count = points(ir) // (1 if outer is None else outer.rows)
+    if main.turns < 1 or main.rows * columns != count or columns < MIN_TILE:
         raise CodegenError(
             f"rows and columns must be factors of {points(ir)}, of at least {MIN_TILE}; found {schedule}"
         )
+    if outer is None:
+        if count > ON_CHIP:
+            raise CodegenError(f"more than {ON_CHIP} points need an outer factor; found {schedule}")
+        return
+    if sequences > 1 or schedule.kept != "nothing":
+        raise CodegenError(f"with an outer factor, tiles are of one sequence, and nothing is kept; found {schedule}")
+    if any(tiling.turns != power_of_two(max(1, tiling.turns)) for tiling in (main, outer)):
+        raise CodegenError(f"with an outer factor, turns must be powers of two; found {schedule}")
+    if outer.step % columns or outer.step > count:
+        raise CodegenError(f"an outer tile must have whole rows of the inner matrix, at most all; found {schedule}")
 
 
 def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
@@ -116,7 +161,10 @@ def is_made_for(schedule: Schedule, ir: LongConvolution) -> bool:
 
 def read_schedule(fields: Mapping[str, Any]) -> Schedule:
     """The inverse of `dataclasses.asdict`."""
-    return Schedule(Tiling(**fields["main"]), int(fields["sequences"]), fields["kept"], fields["precision"])
+    main, outer = Tiling(**fields["main"]), fields.get("outer")
+    sequences, kept, precision = int(fields["sequences"]), fields["kept"], fields["precision"]
+    ahead, through_memory = bool(fields["ahead"]), None if outer is None else Tiling(**outer)
+    return Schedule(main, sequences, kept, precision, ahead, through_memory)
 
 
 def shared_bytes(tiling: Tiling, ir: LongConvolution) -> int:

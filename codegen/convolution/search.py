@@ -15,11 +15,15 @@ from monarch_compile.codegen.convolution.schedule import KEPT, Schedule, points
 from monarch_compile.codegen.tiling import MIN_TILE, Tiling
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.reference import reference
+from monarch_compile.convolution.work import ON_CHIP
 
 CHANNELS = 768
 FACTORS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-TURNS = (1, 2, 4, 8)
+TURNS = (1, 2, 4, 8, 16)
+OUTER_COLUMNS = (32, 64, 128)
+TURNS_ON_CHIP = (4, 8, 16)
+STAGES = (1, 2)
 ERROR_BOUNDS = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-10}
 """Relative Frobenius error against the float64 reference that a kernel may have, by the dtype of its result."""
 
@@ -37,17 +41,35 @@ def sized(ir: LongConvolution) -> LongConvolution:
 
 def stages(ir: LongConvolution) -> tuple[str, ...]:
     """The fields of a schedule that matter."""
-    return ("main",)
+    return ("main",) if points(bucketed(ir)) <= ON_CHIP else ("main", "outer")
 
 
 def variants(start: Schedule, stage: str, ir: LongConvolution) -> Iterator[Schedule]:
-    """All schedules of a precision: they are few."""
+    """All schedules of a precision: they are few. With an outer factor, stage "main" chooses all factors."""
+    if start.outer is not None:
+        yield from _with_outer(start, start.outer, stage, points(bucketed(ir)))
+        return
     count, batch = points(bucketed(ir)), int(ir.batch)
-    for rows, warps, turns, sequences, kept in itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT):
+    choices = itertools.product(FACTORS, WARPS, TURNS, (1, 2, 4), KEPT, (False, True))
+    for rows, warps, turns, sequences, kept, ahead in choices:
         columns = count // rows
         fits = MIN_TILE <= columns <= 2 * rows and sequences * turns <= batch and columns * sequences <= 128
-        if fits and (turns > 1 or kept == "nothing"):
-            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision)
+        if fits and (turns > 1 or (kept == "nothing" and not ahead)):
+            yield Schedule(Tiling(rows, columns * sequences, warps, 1, turns), sequences, kept, start.precision, ahead)
+
+
+def _with_outer(start: Schedule, outer: Tiling, stage: str, count: int) -> Iterator[Schedule]:
+    if stage == "outer":
+        for step, warps, loads, turns in itertools.product(OUTER_COLUMNS, WARPS, STAGES, TURNS):
+            if start.main.step <= step <= count // outer.rows:
+                yield replace(start, outer=Tiling(outer.rows, step, warps, loads, turns))
+        return
+    for by, rows, warps, loads, turns in itertools.product(FACTORS, FACTORS, WARPS, STAGES, TURNS_ON_CHIP):
+        columns = count // (by * rows)
+        if MIN_TILE <= columns <= rows:
+            step = max(columns, outer.step)
+            main = Tiling(rows, columns, warps, loads, turns)
+            yield replace(start, main=main, outer=replace(outer, rows=by, step=step))
 
 
 def inputs(ir: LongConvolution, device: torch.device) -> tuple[Any, ...]:

@@ -83,13 +83,19 @@ def monarch_attention(
     except IRError as error:
         raise InputError(str(error)) from None
     _check_grid(q, k, form, grid)
-    from monarch_compile.attention.op import attention, attention_under_transforms
+    from monarch_compile.attention import gradients
+    from monarch_compile.attention.op import attention, attention_under_transforms, attention_with_lse
 
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    run = attention_under_transforms if active_transform() else attention
-    output: Tensor = run(q, k, v, key_mask, float(scale), *form.arguments(), grid and list(grid))
+    arguments = (q, k, v, key_mask, float(scale), *form.arguments(), grid and list(grid))
+    if active_transform():
+        return attention_under_transforms(*arguments)
+    if gradients.are_wanted(arguments[:4], form, is_cross=q.shape[2] != k.shape[2]):
+        found: tuple[Tensor, Tensor] = attention_with_lse(*arguments)
+        return found[0]
+    output: Tensor = attention(*arguments)
     return output
 
 

@@ -102,14 +102,19 @@ def prefix_group(
 
 def exact_rows(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """Softmax attention of a few rows q (E, H, P, D) to every key of their key head; 0 where a row sees no key."""
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of a few rows q (E, H, P, D) to every key of their key head.
+
+    Returns values (E, H, P, D_v), 0 where a row sees no key, and logsumexps (E, H, P), -inf there.
+    """
     seen = None if key_mask is None else key_mask[:, None, None, :]
     group = q.shape[1] // k.shape[1]
     rows = torch.unflatten(q, 1, (-1, group)).flatten(2, 3)  # (E, H_kv, group * P, D)
     scores = biased(scale * rows @ k.mT, None if bias is None else bias[:, None, None, :])
-    found = softmax_lse(scores, seen)[0] @ v
-    return torch.unflatten(found, 2, (group, -1)).flatten(1, 2)
+    weights, lse = softmax_lse(scores, seen)
+    if seen is not None:
+        lse = lse.masked_fill(~seen.any(-1), float("-inf"))
+    return tuple(torch.unflatten(x, 2, (group, -1)).flatten(1, 2) for x in (weights @ v, lse))  # type: ignore[return-value]
 
 
 def shares(lses: Sequence[Tensor]) -> list[Tensor]:
@@ -129,3 +134,10 @@ def merge(values: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
     """Attention over disjoint groups of keys from attention within each: values (..., D_v), logsumexps (...)."""
     first, *rest = (value * share.unsqueeze(-1) for value, share in zip(values, shares(lses), strict=True))
     return sum(rest, start=first)
+
+
+def total_lse(lses: Sequence[Tensor]) -> Tensor:
+    """The logsumexp of a row over all of its groups, from those of each; -inf where it sees no key."""
+    if len(lses) == 1:
+        return lses[0]
+    return functools.reduce(torch.logaddexp, lses)

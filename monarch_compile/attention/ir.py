@@ -52,6 +52,14 @@ def is_exact(seq_len_q: Any, seq_len_k: Any, block_size: int, prefix: int) -> bo
     return in_one_block or bool(prefix and guard_or_false(seq_len_q <= prefix))
 
 
+def differentiated_by_kernels(form: Form, *, is_cross: bool) -> bool:
+    """Whether gradients of a form have kernels on CUDA; those of the others are the vjp of the reference.
+
+    One iteration from the identity start, between sequences of one length, with a prefix that the blocks' kernels hold.
+    """
+    return form.weighs_own_block_exactly and not is_cross and form.prefix <= SHARED_PREFIX
+
+
 @dataclass(frozen=True)
 class MonarchAttention:
     """One attention site in Monarch form.

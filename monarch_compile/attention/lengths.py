@@ -127,7 +127,7 @@ def exact_wins(
 WHY: dict[str, str] = {
     "cost_exact_wins": "",
     "host_exact_wins": "the host, which launches the kernels, takes longer than the device",
-    "backward_exact_wins": "in training, for the backward pass is that of the reference, not a kernel",
+    "backward_exact_wins": "in training, where the backward pass has to pay, too",
 }
 """Codes of sites that exact attention wins, and what of their calls decides it."""
 

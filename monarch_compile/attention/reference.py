@@ -8,6 +8,7 @@ Index letters: l, b blocks (of queries, of keys); j, i offsets in a block (of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,41 @@ from monarch_compile.attention.groups import (
     shares,
     softmax_lse,
     split_mask,
+    total_lse,
     window_group,
     window_scores,
 )
 from monarch_compile.attention.ir import is_exact
 
 
-def reference(
+def reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Monarch attention of q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v).
+
+    H is a multiple of H_kv, and query head h reads key head h // (H / H_kv): nothing is copied for it, since offsets of
+    the queries never mix, and the heads that share keys stand side by side as offsets (H_kv, H / H_kv * j).
+    `key_mask` (E, N_k) is bool, True where a key is visible, or floating: added to the scores of every row, and hiding
+    a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
+    The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
+
+    options: `scale`, those of `Form` and `grid`. `window`, `prefix`, `tile` and `window_shape` are those of `Form`:
+    blocks are of what follows the prefix, whose own rows attend to every key exactly. `grid` is what the tokens that
+    follow the prefix lie on, flattened row by row: blocks are its tiles.
+    """
+    return _attend(q, k, v, key_mask, **options)[0]
+
+
+def reference_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`reference`, and the natural logarithm of each row's total weight, (E, H, N_q): what its softmax over exact
+    groups and far blocks divides by, -inf where a row sees no key. float32, or float64 for such inputs. A floating
+    `key_mask` counts as `groups.centred` leaves it."""
+    output, lse = _attend(q, k, v, key_mask, wants_lse=True, **options)
+    assert lse is not None
+    return output, lse
+
+
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,18 +75,9 @@ def reference(
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     grid: Sequence[int] | None = None,
-) -> Tensor:
-    """Monarch attention of q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v).
-
-    H is a multiple of H_kv, and query head h reads key head h // (H / H_kv): nothing is copied for it, since offsets of
-    the queries never mix, and the heads that share keys stand side by side as offsets (H_kv, H / H_kv * j).
-    `key_mask` (E, N_k) is bool, True where a key is visible, or floating: added to the scores of every row, and hiding
-    a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
-    The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
-    `window`, `prefix`, `tile` and `window_shape` are those of `Form`: blocks are of what follows the prefix, whose own
-    rows attend to every key exactly. `grid` is what the tokens that follow the prefix lie on, flattened row by row:
-    blocks are its tiles.
-    """
+    wants_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The result of `reference`, and the second of `reference_with_lse` where it is wanted."""
     if window == 0 and weighs_own_block_exactly(num_iters, init):
         window = None  # as in `Form.simplest`
     dtype = q.dtype
@@ -68,10 +88,10 @@ def reference(
         key_mask = centred(key_mask) if key_mask.is_floating_point() else key_mask
         key_mask, bias = split_mask(key_mask, q.dtype)
     if is_exact(q.shape[2], k.shape[2], block_size, prefix):
-        rows = exact_rows(q, k, v, key_mask, scale, bias)
-        return rows.transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
+        rows, rows_lse = exact_rows(q, k, v, key_mask, scale, bias)
+        return rows.transpose(1, 2).contiguous().transpose(1, 2).to(dtype), rows_lse if wants_lse else None
     if prefix:
-        rows = exact_rows(q[:, :, :prefix], k, v, key_mask, scale, bias).transpose(1, 2)
+        rows, rows_lse = exact_rows(q[:, :, :prefix], k, v, key_mask, scale, bias)
         (k_lead, k), (v_lead, v) = ((x[:, :, :prefix], x[:, :, prefix:]) for x in (k, v))
         (mask_lead, key_mask), (bias_lead, bias) = (_cut(x, prefix) for x in (key_mask, bias))
         q = q[:, :, prefix:]
@@ -114,18 +134,22 @@ def reference(
         c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)
         logits = _bmm(a_at, q_at, transposed=True) - c.unsqueeze(-1)  # (E, H, j, b, l)
         left, far_lse = softmax_lse(logits, far_blocks, dim=-2)
-        if near and far_blocks is not None:
+        if (near or wants_lse) and far_blocks is not None:
             far_lse = far_lse.masked_fill(~far_blocks.any(-2), float("-inf"))
         if step < num_iters - 1:
             far_share = shares([far_lse, *near_lses])[0].unsqueeze(-2) if near else None
             qhat_at = _next_query(left, far_share, q_at, row_is_real)
     z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
+    lses = [far_lse, *near_lses]
     if near:
-        z = merge([z, *(value.transpose(2, 3) for value, _ in near)], [far_lse, *near_lses])
+        z = merge([z, *(value.transpose(2, 3) for value, _ in near)], lses)
     output = _from_blocks(z, query_blocks, group)
     if prefix:
-        output = torch.cat([rows, output.transpose(1, 2)], 1).transpose(1, 2)
-    return output.to(dtype)
+        output = torch.cat([rows.transpose(1, 2), output.transpose(1, 2)], 1).transpose(1, 2)
+    if not wants_lse:
+        return output.to(dtype), None
+    lse = _from_blocks(total_lse(lses).unsqueeze(-1), query_blocks, group).squeeze(-1)
+    return output.to(dtype), torch.cat([rows_lse, lse], -1) if prefix else lse
 
 
 def _cut(of_keys: Tensor | None, prefix: int) -> tuple[Tensor | None, Tensor | None]:

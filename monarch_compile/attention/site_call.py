@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monarch_compile.attention.gradients import OPTIONS
 from monarch_compile.attention.groups import split_mask
-from monarch_compile.attention.op import ATTENTION_OP, OPTIONS
+from monarch_compile.attention.op import ATTENTION_OP
 from monarch_compile.attention.reference import reference
 
 

@@ -94,13 +94,14 @@ class SiteInterpreter(Interpreter):
 
         if is_opened(n):
             return self._run_call(n)
-        own = next((frontend for frontend in frontends() if frontend.op is n.target), None)
+        own = next((x for x in frontends() if n.target in (x.op, x.trained_op)), None)
         forms = None if own is None else family(own.family).forms
         if own is None or forms is None:
             return super().run_node(n)
         arguments, _ = self.fetch_args_kwargs_from_env(n)
         output = self._switch.behaviour(forms.call(n.meta[SITE_NAME], arguments))
-        return own.laid_out(output).copy_(output)  # as the graph was traced
+        result = own.laid_out(output).copy_(output)  # as the graph was traced
+        return result if n.target is own.op else (result,)
 
     def _run_call(self, n: Node) -> Any:
         """A call of an op that runs bodies, in which there may be sites too."""

@@ -32,7 +32,7 @@ def _no_kernels(ir: LongConvolution) -> str:
         return ""
     least = ".".join(map(str, LEAST_CAPABILITY))
     return (
-        f"torch.fft computes it: kernels are for 16-bit inputs of at most {MOST_POINTS} points and bfloat16 results, "
+        f"torch.fft computes it: kernels are for 16-bit inputs and results of at most {MOST_POINTS} points, "
         f"on NVIDIA GPUs of compute capability {least} or later"
     )
 

@@ -40,6 +40,7 @@ class LongConvolution:
     dtype, filter_dtype, out_dtype: of u, of the filter and of y. Products and sums are those of float32 (of float64
     where u has it), whatever these are.
     skip, pre_gate, post_gate: whether there are such.
+    second_gate: whether the result is also multiplied by another gate instead of post_gate, for a second result.
     """
 
     family: ClassVar[str] = "convolution"
@@ -58,6 +59,7 @@ class LongConvolution:
     skip: bool = False
     pre_gate: bool = False
     post_gate: bool = False
+    second_gate: bool = False
 
     def __post_init__(self) -> None:
         verify(self)
@@ -71,6 +73,29 @@ class LongConvolution:
 
     def __str__(self) -> str:
         return _text(self)
+
+
+@dataclass(frozen=True)
+class FilterGradient:
+    """The gradients of the filter and of the skip term of a convolution: sums over the batch.
+
+    With g = grad * post_gate and v = u * pre_gate, for the filter's number at p: scale * sum over batch, t of
+    g[t] v[(t + lag - p) mod n]; for the skip term: sum over batch, t of g[t] v[t].
+
+    of: the convolution; `of.out_dtype` is the dtype of grad, `of.filter_dtype` that of the gradient of the filter.
+    """
+
+    family: ClassVar[str] = "convolution"
+
+    of: LongConvolution
+
+    @property
+    def batch(self) -> Dim:
+        """That of the convolution."""
+        return self.of.batch
+
+    def __str__(self) -> str:
+        return f"gradient of the filter of {self.of}"
 
 
 class Rule(NamedTuple):
@@ -125,7 +150,7 @@ def _text(ir: LongConvolution) -> str:
         f"points {ir.transform_len}",
         f"lag {ir.lag}",
         *([f"scale {ir.scale:.6g}"] if ir.scale != 1.0 else []),
-        *(name for name in ("pre_gate", "skip", "post_gate") if getattr(ir, name)),
+        *(name for name in ("pre_gate", "skip", "post_gate", "second_gate") if getattr(ir, name)),
         f"-> {names[ir.out_dtype]}[{ir.out_len}]",
     ]
     return " ".join(parts)

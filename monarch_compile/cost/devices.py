@@ -128,7 +128,8 @@ class Device:
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
-    exact_back, monarch_back: rates of their backward passes.
+    exact_back, monarch_back: rates of their backward passes, of the Monarch form's without kernels.
+    gradients: rates of the kernels of the Monarch form's backward pass; None where there are none.
     dense: FLOP per second of products with weights and what is fused beside them, rather too high than too low.
     replayed, compiled, eager: what calls take of the host; None where it is itself the device.
     ceiling: what benchmarks compare with, and what descriptions of other devices are scaled by; None: not measured.
@@ -143,6 +144,7 @@ class Device:
     overlap: float
     exact_back: Backward
     monarch_back: Backward
+    gradients: Form | None = None
     pad_penalty: float = 1.0
     wide_gain: float = 1.0
     dense: Rates = Rates(math.inf, math.inf, math.inf)
@@ -189,7 +191,7 @@ never_slower_h100.json for replays, of which each copies the graph's inputs)."""
 
 # Fitted to CUDA-graph replays on an H100 of 80 GB HBM3 (benchmarks/results/h100_rates.json): the fastest of cuDNN,
 # flash and memory-efficient attention, two kernels for the Monarch form, and steps of training through Inductor.
-# The float64 rates are guesses.
+# The float64 rates are guesses. Those of the backward kernels are three quarters of the forward pass's, rather slow.
 _H100 = Device(
     name="h100",
     kind="cuda",
@@ -200,6 +202,7 @@ _H100 = Device(
     overlap=1.6,
     exact_back=Backward(Rates(half=170e12, single=13e12, double=8e12), launch_s=20e-6),
     monarch_back=Backward(values_per_s=85e9, exps_per_s=42e9, launch_s=60e-6, near=1.25),
+    gradients=Form(Rates(half=220e12, single=20e12, double=15e12), bytes_per_s=2.55e12, launch_s=2.8e-6),
     wide_gain=1.4,
     dense=Rates(half=500e12, single=400e12, double=50e12),
     replayed=_REPLAYED,
@@ -249,6 +252,7 @@ DEVICES: dict[str, Device] = {
         overlap=2.0,
         exact_back=Backward(Rates(half=60e12, single=6e12, double=3e12), launch_s=20e-6),
         monarch_back=Backward(values_per_s=40e9, exps_per_s=20e9, launch_s=60e-6, near=1.25),
+        gradients=Form(Rates(half=45e12, single=6e12, double=2e12), bytes_per_s=0.75e12, launch_s=4e-6),
         dense=Rates(half=250e12, single=125e12, double=20e12),
         replayed=_REPLAYED,
         compiled=_COMPILED,
@@ -302,6 +306,7 @@ def scaled(ceiling: Ceiling) -> Device:
         monarch=form(like.monarch),
         exact_back=back(like.exact_back),
         monarch_back=back(like.monarch_back),
+        gradients=like.gradients and form(like.gradients),
         dense=like.dense.times(flops),
         replayed=like.replayed and like.replayed.times(launch),
         compiled=like.compiled and like.compiled.times(launch),

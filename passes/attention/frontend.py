@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from monarch_compile.attention.op import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_OP, ATTENTION_WITH_LSE_OP
 from monarch_compile.passes.attention.anchors import is_no_attention
 from monarch_compile.passes.attention.choose import FAMILY, choose
 from monarch_compile.passes.attention.fusion import keep_from_fusion, may_be_misread
@@ -30,7 +30,7 @@ def _find(gm: GraphModule) -> list[Site]:
 
 
 def _lower(choice: Choice) -> Node:
-    return lower(choice.region, choice.details, choice.ir)
+    return lower(choice.region, choice.details, choice.ir, trains=choice.decision.calls.trains)
 
 
 def _keep_from_fusion(state: State) -> str:
@@ -52,6 +52,7 @@ def _keep_from_fusion(state: State) -> str:
 FRONTEND = Frontend(
     family=FAMILY,
     op=ATTENTION_OP,
+    trained_op=ATTENTION_WITH_LSE_OP,
     num_tensors=4,
     laid_out=lambda x: as_op_gives(x, x.shape),
     find=_find,

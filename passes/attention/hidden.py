@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from monarch_compile.attention.op import ATTENTION_OP
+from monarch_compile.attention.op import ATTENTION_BACKWARD_OP, ATTENTION_OP, ATTENTION_WITH_LSE_OP
 from monarch_compile.passes.graph import FLOATS, aten, value_of
 from monarch_compile.passes.memory import is_mutating
 from monarch_compile.refusal import Refusal
@@ -20,7 +20,8 @@ from monarch_compile.refusal import Refusal
 LAYERS = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
 """torch.nn's inference fast paths."""
 
-SEEN = frozenset({aten.scaled_dot_product_attention.default, ATTENTION_OP})
+OURS = frozenset({ATTENTION_OP, ATTENTION_WITH_LSE_OP, ATTENTION_BACKWARD_OP})
+SEEN = frozenset({aten.scaled_dot_product_attention.default, *OURS})
 """Attention that is no secret: what is matched, and what it is lowered to."""
 
 NAME = re.compile(r"attention|attn|sdpa")

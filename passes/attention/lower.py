@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch.fx import Graph, Node
 
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.attention.op import ATTENTION_OP
+from monarch_compile.attention.ir import MaskKind, MonarchAttention, differentiated_by_kernels
+from monarch_compile.attention.op import ATTENTION_OP, ATTENTION_WITH_LSE_OP
 from monarch_compile.passes.attention.masks import MaskFact
 from monarch_compile.passes.attention.region import AttentionRegion, Factor, MaskTerm, Operand
 from monarch_compile.passes.capture.enclosed import enclosing
@@ -38,8 +39,11 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> Mon
     )
 
 
-def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttention) -> Node:
-    """Replace the region's output by the Monarch attention op; returns the op's node."""
+def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttention, *, trains: bool = False) -> Node:
+    """Replace the region's output by the Monarch attention op; returns the op's node.
+
+    trains: a backward pass follows. Where that has kernels, the op is the one that keeps what they need.
+    """
     graph, output = region.output.graph, region.output
     with graph.inserting_before(output):
         frame = region.kv_lead(region.lead)
@@ -53,8 +57,11 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         q, k, v = (_split_packed(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
         key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
-        op: Node = graph.call_function(ATTENTION_OP, (q, k, v, key_mask, *_options(graph, ir, region)))
-        result = _join_packed(graph, op, region, ir.value_dim)
+        keeps_lse = trains and differentiated_by_kernels(ir.form, is_cross=ir.is_cross)
+        target = ATTENTION_WITH_LSE_OP if keeps_lse else ATTENTION_OP
+        op: Node = graph.call_function(target, (q, k, v, key_mask, *_options(graph, ir, region)))
+        result = graph.call_function(operator.getitem, (op, 0)) if keeps_lse else op
+        result = _join_packed(graph, result, region, ir.value_dim)
         if len(region.pv_lead) != 2 or str(region.pv_lead) != str(region.lead):
             sizes = [*sizes_in(graph, region.pv_lead), *sizes_in(graph, (region.rows,)), ir.value_dim]
             result = graph.call_function(aten.reshape.default, (result, sizes))
@@ -86,7 +93,8 @@ def as_op_gives(like: torch.Tensor, shape: Iterable[Any]) -> torch.Tensor:
 def _lowered_value(op: Node, result: Node, region: AttentionRegion) -> torch.Tensor:
     """A fake tensor with the strides that `result` has, computed from those of the op."""
     own = as_op_gives(region.output.meta["val"], (*region.q_shape[:3], region.v_shape[3]))
-    value: torch.Tensor = values_from({op: own}, nodes_between(op, result)[1:])[result]
+    known = {op: own if op.target is ATTENTION_OP else (own,)}
+    value: torch.Tensor = values_from(known, nodes_between(op, result)[1:])[result]
     return value
 
 
@@ -128,12 +136,12 @@ def _split_packed(graph: Graph, x: Node, region: AttentionRegion, shape: tuple[A
     return parts
 
 
-def _join_packed(graph: Graph, op: Node, region: AttentionRegion, dim: int) -> Node:
+def _join_packed(graph: Graph, attended: Node, region: AttentionRegion, dim: int) -> Node:
     """The op's result, (batch, heads, seq_len, dim) of the region as it was written."""
     if region.length is None:
-        return op
+        return attended
     sizes = [region.lead[0], -1, *region.q_shape[1:3], dim]
-    split = graph.call_function(aten.reshape.default, (op, sizes))
+    split = graph.call_function(aten.reshape.default, (attended, sizes))
     turned = graph.call_function(aten.transpose.int, (split, 1, 2))
     joined: Node = graph.call_function(aten.reshape.default, (turned, [*region.lead, region.rows, dim]))
     return joined

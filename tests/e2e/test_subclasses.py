@@ -16,9 +16,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import monarch_compile
-from monarch_compile.attention.sharding import _shardings
+from monarch_compile.attention.op import attention_with_lse
+from monarch_compile.attention.reference import reference
+from monarch_compile.attention.sharding import _shardings, shards_attention
 from monarch_compile.errors import LoweringError
 from monarch_compile.passes.memory import storages_of
+from tests.support.backward_kernels import backward_kernels  # noqa: F401
 from tests.support.block import Block
 from tests.support.capture import run_passes
 from tests.support.versions import sharded_heads
@@ -218,3 +221,35 @@ def test_differentiated_dtensors_stay_exact(mesh: Any) -> None:
     output = compiled(lambda q: torch.softmax(q @ q.mT, -1) @ q)(given)
     assert codes() == {"tensor_subclass": 1}
     torch.testing.assert_close(output.to_local(), torch.softmax(x @ x.mT, -1) @ x)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sharded", [0, pytest.param(1, marks=sharded_heads)], ids=["batch", "heads"])
+def test_operators_of_a_step_are_sharded(
+    mesh: Any,
+    backward_kernels: list[str],  # noqa: F811
+    sharded: int,
+    biased: bool,
+) -> None:
+    """Each rank differentiates what it holds; a bias gets a part of its gradient from the heads of each."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    assert shards_attention()
+    local = [torch.randn(2, 4, 41, 8).requires_grad_() for _ in range(3)]
+    arguments = (1.0, 8, 1, "identity", "post", None, 0, None, "box", None)
+    given = [DTensor.from_local(x.detach(), mesh, [Shard(sharded)], run_check=False).requires_grad_() for x in local]
+    bias = torch.randn(2, 41).requires_grad_()
+    split = Shard(0) if sharded == 0 else Replicate()
+    added = DTensor.from_local(bias.detach(), mesh, [split], run_check=False).requires_grad_()
+    leaves = [*given, added] if biased else given
+    output, lse = attention_with_lse(*given, added if biased else None, *arguments)
+    assert output.placements == lse.placements == (Shard(sharded),)
+    found = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert "backward" in backward_kernels
+    expected = reference(*local, bias if biased else None, scale=1.0, block_size=8)
+    grads = torch.autograd.grad(expected, [*local, bias] if biased else local, torch.ones_like(expected))
+    for x, y in zip(found, grads, strict=True):
+        torch.testing.assert_close(x.to_local(), y, rtol=1e-4, atol=1e-4)
+    assert [x.placements for x in found[:3]] == [(Shard(sharded),)] * 3
+    if biased:
+        assert found[3].placements == ((split,) if sharded == 0 else (Partial(),))

@@ -61,7 +61,7 @@ def test_the_operator_is_registered_without_reading_what_it_calls() -> None:
         "import monarch_compile.attention.op\n"
         "print(*found)"
     )
-    assert said(count).split() in ([], ["attention"])
+    assert said(count).split() in ([], ["attention", "attention_with_lse", "attention_backward"])
 
 
 def test_room_changes_nothing_but_the_size_of_a_frame() -> None:

@@ -189,6 +189,24 @@ def test_attention_has_no_share_where_not_all_of_it_was_lowered() -> None:
     assert share(_row("monarch window=1", 1.0, lowered=0)) == "–"
 
 
+@pytest.mark.usefixtures("_not_compiled")
+def test_a_step_takes_the_gradients_of_all_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: list[int] = []
+    grad = torch.autograd.grad
+
+    def counted(outputs, inputs, *args, **more):
+        gradients.append(len(inputs))
+        return grad(outputs, inputs, *args, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    content = driver.run(bench(backward=True), replace(TINY, problems=TINY.problems[:1]), tmp_path / "models.json")
+    assert content["pass"] == "step"
+    assert [row["failures"] for row in content["rows"]] == [{}, {}, {}]
+    assert [row["error"] < 0.3 for row in content["rows"]] == [True] * 3
+    assert len(list(TINY_VIT.model("cpu", torch.float32).parameters())) in gradients
+    assert "a call is a step" in markdown(content)
+
+
 @pytest.mark.slow
 def test_the_command_compiles_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,7 @@ def sizes(ir: MonarchAttention) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_kernels_move_the_bytes_that_the_cost_model_counts(name: str) -> None:
-    """Two lists of what crosses memory: that of the kernels, and `cost.STAGES`."""
+    """Two lists of what crosses memory: that of the kernels, and `stages.STAGES`."""
     ir = FORMS[name]
     moved = program(ir).bytes_moved(sizes(ir))
     if ir.form.init == "mean":  # reads all queries and writes a mean of each offset, in a kernel that costs little

@@ -205,9 +205,43 @@ def test_a_fault_on_the_device_does_not_end_the_run(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "empty_cache", faulty)
     monkeypatch.setattr(torch.cuda, "synchronize", faulty)
-    times, failures = measure._timed(replace(bench(), place="cuda"), lambda: lambda: torch.zeros(1))
+    times, failures, _ = measure._timed(replace(bench(), place="cuda"), lambda: lambda: torch.zeros(1))
     assert times == {}
     assert failures == {"call": "RuntimeError: CUDA error: an illegal memory access was encountered"}
+
+
+def test_a_step_takes_the_gradients_of_all_inputs(tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def attend(q, k, v):
+        asked.append(all(x.requires_grad and torch.is_grad_enabled() for x in (q, k, v)))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def detached(q, k, v):
+        return v.detach()
+
+    trains = replace(bench(attend, detached), backward=True)
+    content = driver.run(trains, TINY, tmp_path / "speed.json")
+    assert content["pass"] == "step"
+    assert asked
+    assert all(asked)
+    found = {row["subject"]: row for row in content["rows"]}
+    assert "does not require grad" in found["detached"]["failures"]["call"]
+    assert all(row["failures"] == {} for name, row in found.items() if name != "detached")
+    assert all(row["peak_mib"] is None for row in content["rows"])  # a CPU
+    assert "Median ms of a step" in markdown(content)
+    verdict = next(v for v in content["verdicts"] if v["problem"]["seq_len"] == 24)
+    forward = driver.run(bench(), TINY, tmp_path / "forward.json")["verdicts"][0]
+    assert verdict["predicted_exact_ms"] > forward["predicted_exact_ms"]
+    exact = next(row for row in content["rows"] if row["subject"] == "sdpa")
+    assert exact["flops"] == 7 * 4 * 24**2 * 16  # two products forward, five backward
+
+
+def test_a_file_holds_times_of_one_pass(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    driver.run(bench(), TINY, path)
+    with pytest.raises(SystemExit, match="holds times of another pass"):
+        driver.run(replace(bench(), backward=True), TINY, path)
 
 
 def test_results_of_other_versions_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

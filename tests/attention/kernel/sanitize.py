@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from monarch_compile.codegen import launcher as launching
+from tests.attention.kernel.gradients import check_backward
 from tests.attention.kernel.problems import Case, check
 
 CASES = (
@@ -37,6 +38,13 @@ CASES = (
     Case(4097, 40, 64, 64, 2, "mean", batch=1, queries=2500, mask="some"),
 )
 
+TRAINED = (  # gradients too
+    Case(2048, 64, 64, 64, batch=1, window=1),  # a block, and all blocks, in one program
+    Case(2000, 150, 64, 64, batch=1, window=1, prefix=3, mask="bias", pad="pre"),
+    Case(9000, 16, 64, 64, batch=1, num_heads=2, group=2, mask="some"),  # 563 blocks
+    Case.tiled((37, 37), (4, 8), 128, 128, batch=1, window=1, window_shape="plus", prefix=1),
+)
+
 
 def main() -> None:
     for case in CASES:
@@ -44,6 +52,10 @@ def main() -> None:
             launching.build.cache_clear()
             check(case, dtype, "cuda")
             print(dtype, case, flush=True)
+    for case in TRAINED:
+        for dtype in (torch.float16, torch.float32):
+            check_backward(case, dtype, "cuda")
+            print(dtype, case, "gradients", flush=True)
 
 
 if __name__ == "__main__":

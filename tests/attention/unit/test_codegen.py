@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import json
@@ -27,7 +26,7 @@ from monarch_compile.codegen.attention.specialization import Specialization, exp
 from monarch_compile.codegen.source import KernelSource, cache_dir
 from monarch_compile.codegen.tiling import ALL, SHARED_LIMITS, Tiling
 from monarch_compile.errors import CodegenError
-from tests.support.kernels import emit
+from tests.support.kernels import check_text, emit
 
 BASE = MonarchAttention(
     batch=2,
@@ -221,25 +220,7 @@ def test_any_source_parses_and_is_deterministic(
     schedule = data.draw(turned(ir, schedule))
     for source, again in zip(emit(ir, schedule, specialization), emit(ir, schedule, specialization), strict=True):
         assert source == again
-        tree = ast.parse(source.text)
-        (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
-        assert function.name == source.name
-        assert tuple(argument.arg for argument in function.args.args) == source.parameters
-        _check_names(function)
-        assert all(len(line) <= 120 or line.startswith(("# ir:", "# schedule:")) for line in source.text.splitlines())
-        assert all(line == line.rstrip() for line in source.text.splitlines())
-        assert "\n\n\n" not in source.text.partition("@triton.jit")[2]
-
-
-def _check_names(function: ast.FunctionDef) -> None:
-    """A kernel reads only its parameters, what it assigned and its imports, and it reads all of those it could."""
-    parameters = {argument.arg for argument in function.args.args}
-    nodes = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-    stored = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
-    read = {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
-    assert read <= parameters | stored | {"tl", "triton", "float"}
-    assert parameters <= read
-    assert stored <= read, f"assigned and never read: {stored - read}"
+        check_text(source)
 
 
 @given(irs(), schedules, st.integers(1, 99), st.integers(1, 1 << 20))

@@ -12,11 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.speed.problems import HEAD_DIMS, ODD_SHAPES, AutoForm, Problem
-from monarch_compile.attention import work as cost
+from monarch_compile.attention import stages as cost
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
-from monarch_compile.attention.work import exact_cost, exact_cost_of_shapes, monarch_cost, predict
+from monarch_compile.attention.work import (
+    backward_cost,
+    exact_backward_cost,
+    exact_cost,
+    exact_cost_of_shapes,
+    monarch_cost,
+    predict,
+)
+from monarch_compile.calls import EAGER, Calls
 from monarch_compile.cost.devices import DEVICES, device_for
 from monarch_compile.errors import InputError
 
@@ -87,7 +95,7 @@ def test_a_window_adds_its_keys_and_one_more_output():
     ],
 )
 def test_what_exact_groups_cost(groups, options, extra_keys, exact_rows):
-    paper, found = (cost.monarch_cost(attention(**options, **e)) for e in ({}, groups))
+    paper, found = (monarch_cost(attention(**options, **e)) for e in ({}, groups))
     assert found.flops - paper.flops == 12 * 4 * 64 * (4096 * extra_keys + exact_rows * 4096)
     keys_and_values = 12 * 2 * 4096 * 64 * 4
     merged = 12 * 2 * 4096 * (64 * 4 + 4) if groups != {"window": 0} else 0
@@ -102,6 +110,58 @@ def test_exact_attention_takes_4NND_flops_and_compulsory_bytes():
 def test_two_kernel_form_moves_nine_tensors_and_the_bias():
     found = cost.monarch_formula().bytes.subs({**SQUARE, cost.T: 1}).subs(N, M * B)
     assert is_equal(found, (9 * N * D * E + 2 * 4 * N).subs(N, M * B))
+
+
+def test_the_backward_pass_takes_20NBD_plus_10NMD_and_moves_23_tensors():
+    """The summaries again (6NBD), stage 2 (five products), stage 1 (seven), and the sums of dz * z."""
+    found = cost.backward_formula().flops.subs(SQUARE)
+    assert is_equal(found.subs(N, M * B), (20 * N * B * D + 10 * N * M * D + 2 * N * D).subs(N, M * B))
+    found = cost.backward_formula().bytes.subs(SQUARE)
+    assert is_equal(found.subs(N, M * B), (23 * N * D * E + 7 * 4 * N).subs(N, M * B))
+
+
+def test_a_window_adds_seven_products_to_the_backward_pass():
+    window = {**SQUARE, cost.X: 2 * B, cost.G: 1}
+    found, paper = (cost.backward_formula().flops.subs(x).subs(N, M * B) for x in (window, SQUARE))
+    assert is_equal(found - paper, (28 * N * B * D).subs(N, M * B))
+
+
+def test_the_backward_pass_of_exact_attention_is_five_products():
+    ir = attention(300, 20, batch=2)
+    assert exact_backward_cost(ir).flops == 5 * exact_cost(ir).flops // 2
+    assert backward_cost(ir).flops > 2 * monarch_cost(ir).flops
+
+
+TRAINED = Calls(trains=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "has_kernels"),
+    [
+        ({}, True),
+        ({"window": 1, "prefix": 16}, True),
+        ({"num_iters": 2}, False),
+        ({"init": "mean"}, False),
+        ({"prefix": 17}, False),
+        ({"num_kv_heads": 3}, True),
+        ({"dtype": torch.float64}, False),
+    ],
+)
+def test_forms_without_backward_kernels_are_priced_by_the_vjp_of_the_reference(options, has_kernels):
+    ir = attention(**{"dtype": torch.bfloat16, **options})
+    h100 = DEVICES["h100"]
+    faster = replace(h100, monarch_back=replace(h100.monarch_back, values_per_s=1e15, exps_per_s=1e15))
+    by_vjp = predict(ir, h100, calls=TRAINED) != predict(ir, faster, calls=TRAINED)
+    assert by_vjp is not has_kernels
+    no_kernels = replace(h100, gradients=None)
+    assert (predict(ir, h100, calls=TRAINED) == predict(ir, no_kernels, calls=TRAINED)) is not has_kernels
+
+
+def test_what_eager_code_adds_to_the_vjp_is_not_added_to_kernels():
+    ir, h100 = attention(dtype=torch.bfloat16), DEVICES["h100"]
+    slower = replace(h100, eager=replace(h100.eager, back_work=100.0, monarch_back_s=1.0))
+    calls = Calls(EAGER, trains=True)
+    assert predict(ir, slower, calls=calls) == predict(ir, h100, calls=calls)
 
 
 def test_symbolic_sizes_stay_symbols():

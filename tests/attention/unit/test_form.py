@@ -12,7 +12,8 @@ import torch
 
 from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, Form
 from monarch_compile.attention.functional import monarch_attention
-from monarch_compile.attention.op import OPTIONS
+from monarch_compile.attention.gradients import OPTIONS
+from monarch_compile.attention.op import ATTENTION_BACKWARD_OP, ATTENTION_OP, ATTENTION_WITH_LSE_OP
 from monarch_compile.config import MonarchConfig
 from monarch_compile.errors import ConfigError, InputError, IRError
 
@@ -24,7 +25,9 @@ SIGNATURES = {
     ("config.py", "MonarchConfig"): "options of torch.compile, with their defaults",
     ("functional.py", "monarch_attention"): "the public function",
     ("op.py", "attention"): "the operator's schema",
-    ("reference.py", "reference"): "the meaning",
+    ("op.py", "attention_with_lse"): "that of the operator that is differentiated",
+    ("op.py", "attention_backward"): "that of its gradients",
+    ("reference.py", "_attend"): "the meaning",
     ("candidates.py", "SEARCH"): "values that calibrate tries",
     ("ir.py", "__str__"): "prints them",
 }
@@ -72,8 +75,14 @@ def test_the_options_are_spelled_out_in_one_place() -> None:
 
 
 def test_the_operator_and_the_config_have_the_options_of_the_form() -> None:
-    schema = torch.ops.monarch_compile.attention.default._schema
-    assert tuple(argument.name for argument in schema.arguments)[4:] == OPTIONS == ("scale", *FORM_OPTIONS, "grid")
+    plain, with_lse, backward = (
+        [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+        for op in (ATTENTION_OP, ATTENTION_WITH_LSE_OP, ATTENTION_BACKWARD_OP)
+    )
+    assert tuple(name for name, _ in plain)[4:] == OPTIONS == ("scale", *FORM_OPTIONS, "grid")
+    assert with_lse == plain
+    assert backward[:1] + backward[5:7] == [(name, "Tensor") for name in ("grad", "output", "lse")]
+    assert backward[1:5] + backward[7:] == plain
     config = MonarchConfig(
         block_size=15, num_iters=2, init="mean", window=3, prefix=4, tile=(3, 5), window_shape="plus"
     )

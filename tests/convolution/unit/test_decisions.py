@@ -89,7 +89,7 @@ def _model_in_float32(u: Tensor, k: Tensor, d: Tensor) -> Tensor:
     [
         (_model, torch.bfloat16, 4096, 16, "lowered"),
         (_model, torch.bfloat16, 1 << 21, 1, "cost_exact_wins"),
-        (_model, torch.float16, 4096, 16, "cost_exact_wins"),
+        (_model, torch.float16, 4096, 16, "lowered"),
         (_model, torch.float32, 4096, 16, "float32_result"),
         (_model_in_float32, torch.bfloat16, 4096, 16, "float32_result"),
     ],

@@ -1,0 +1,147 @@
+"""Gradients of Monarch attention on kernels: the forward pass that keeps what they need, and the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from monarch_compile.attention.form import Form
+from monarch_compile.attention.ir import SHARED_PREFIX, MonarchAttention, is_exact
+from monarch_compile.codegen.attention.backward import backward_program
+from monarch_compile.codegen.attention.emitter import EMITTER
+from monarch_compile.codegen.attention.gradient_schedule import (
+    check_gradient_schedule,
+    choose_gradient_schedule,
+)
+from monarch_compile.codegen.attention.kernels import program_with_lse
+from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of
+from monarch_compile.codegen.attention.prefix_gradients import PrefixGradients
+from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
+from monarch_compile.codegen.source import is_interpreted
+from monarch_compile.codegen.tiling import Capability
+from monarch_compile.errors import CodegenError
+
+WITH_LSE = replace(EMITTER, program=program_with_lse)
+"""The forward pass that also gives the logsumexp of each row."""
+
+BACKWARD = replace(
+    EMITTER,
+    program=backward_program,
+    choose_schedule=choose_gradient_schedule,
+    check_schedule=check_gradient_schedule,
+)
+"""The backward pass."""
+
+
+def backward_refusal(form: Form, is_cross: bool, seq_len: Any = None) -> str | None:
+    """Why there are no kernels for the gradients of a form; None where there are.
+
+    is_cross: whether queries and keys are sequences of different lengths. seq_len: that of the keys, where it is known.
+    """
+    form = form.simplest()
+    if is_cross:
+        return "there are no backward kernels for queries and keys of different lengths"
+    if form.num_iters != 1:
+        return f"there are backward kernels for one iteration; found num_iters={form.num_iters}"
+    if form.init != "identity":
+        return f"there are backward kernels for the identity start; found init={form.init!r}"
+    if form.prefix > SHARED_PREFIX:
+        return f"there are backward kernels for a prefix of at most {SHARED_PREFIX}; found {form.prefix}"
+    if seq_len is not None and is_exact(seq_len, seq_len, form.block_size, form.prefix):
+        return "the form is exact attention: all keys are in one block"
+    return None
+
+
+def launch_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    *,
+    scale: float,
+    grid: Sequence[Any] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Monarch attention as `launch.launch` gives it, and the logsumexps of its rows, which `launch_backward` takes.
+
+    q (E, H, N, D), k (E, H_kv, N, D), v (E, H_kv, N, D_v), key_mask (E, N). Returns z (E, H, N, D_v), of q's dtype, and
+    lse (E, H, N), float32: the natural logarithm of a row's total weight over all of its groups; -inf where it sees no
+    key.
+
+    Raises:
+        CodegenError: no kernel exists for this dtype, head size or device, or `backward_refusal` gives a reason.
+    """
+    form = _supported(q, k, options)
+    ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
+    launcher = _launcher_with_lse(ir, capability_of(q.device), is_interpreted())
+    with on_device(q):
+        z, lse = outputs(launcher, q, k, v, key_mask, grid)
+    if form.prefix:
+        PrefixGradients(q, k, v, key_mask, scale, form.prefix).write_lse(lse)
+    return z.transpose(1, 2), lse
+
+
+def launch_backward(
+    dz: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    z: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    grid: Sequence[Any] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of Monarch attention from those of its output dz (E, H, N, D_v); `z, lse` are from `launch_with_lse`.
+
+    Returns dq, dk, dv, of the shapes and dtypes of q, k, v and laid out (batch, seq, heads, dim), and dbias (E, N),
+    float32: that of a floating key_mask, 0 for the keys that it hides; None for no mask and for one of bools.
+    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read through their strides.
+
+    Raises:
+        CodegenError: as for `launch_with_lse`.
+    """
+    form = _supported(q, k, options)
+    ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
+    launcher = _backward_launcher(ir, capability_of(q.device), is_interpreted())
+    sizes = sizes_of(launcher, q, k, grid)
+    sizes |= {"num_kv_heads": k.shape[1], "key_heads": k.shape[0] * k.shape[1]}
+    tensors = {"q": q, "k": k, "v": v, "dz": dz, "z": z, "lse": lse.contiguous()}
+    if key_mask is not None:
+        tensors["key_mask"] = key_mask
+    prefix = PrefixGradients(q, k, v, key_mask, scale, form.prefix)
+    if form.prefix:
+        tensors["delta_of_prefix"] = prefix.delta_of_rows(dz, z)
+    with on_device(q):
+        dq, dk, dv, *rest = launcher(tensors, sizes)
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+    is_biased = key_mask is not None and key_mask.is_floating_point()
+    dbias = rest.pop(0).sum(1) if is_biased else None
+    if form.prefix:
+        prefix.add(dz, z, lse, (dq, dk, dv, dbias), *rest)
+    return dq, dk, dv, dbias
+
+
+def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
+    form = form_of(**options)
+    refusal = backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2])
+    if refusal is not None:
+        raise CodegenError(refusal)
+    return form
+
+
+@functools.cache
+def _launcher_with_lse(ir: MonarchAttention, capability: Capability | None, interpreted: bool) -> Launcher:
+    """With the schedule of the forward pass: a tuned one, where there is one."""
+    return Launcher(ir, build(ir, capability, interpreted).schedule, WITH_LSE)
+
+
+@functools.cache
+def _backward_launcher(ir: MonarchAttention, capability: Capability | None, interpreted: bool) -> Launcher:
+    return Launcher(ir, choose_gradient_schedule(ir, capability), BACKWARD)

@@ -1,0 +1,109 @@
+"""Gradients of Monarch attention: which run on kernels, and the others, as the vjp of the reference.
+
+Options are the operator's arguments after its tensors, in their order (`OPTIONS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monarch_compile.attention.form import FORM_OPTIONS, Form
+from monarch_compile.attention.ir import differentiated_by_kernels, is_exact
+from monarch_compile.attention.reference import reference
+from monarch_compile.calls import is_trained
+
+OPTIONS = ("scale", *FORM_OPTIONS, "grid")
+"""The operators' parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
+
+
+def named(options: Sequence[Any]) -> dict[str, Any]:
+    """The options by name, as plain numbers: under dynamic shapes a caller's may come as symbols, which are part of
+    what is computed. The grid's sizes may stay symbols."""
+    found = dict(zip(OPTIONS, options, strict=True))
+    for name in ("block_size", "num_iters", "prefix"):
+        found[name] = int(found[name])
+    window, tile, grid = (found[name] for name in ("window", "tile", "grid"))
+    found["scale"] = float(found["scale"])
+    found["window"] = None if window is None else int(window)
+    found["tile"] = None if tile is None else tuple(map(int, tile))
+    found["grid"] = None if grid is None else tuple(grid)
+    return found
+
+
+def place_has_kernels(x: Tensor) -> bool:
+    """Whether gradients of attention of such tensors may run on kernels."""
+    return x.device.type == "cuda" and x.dtype != torch.float64
+
+
+def run_on_kernels(q: Tensor, k: Tensor, options: Sequence[Any]) -> bool:
+    """Whether kernels give the gradients of attention between q (E, H, N_q, D) and k (E, H_kv, N_k, D).
+
+    Symbolic lengths are guarded on, as the forward pass does.
+    """
+    if not place_has_kernels(q):
+        return False
+    form = _form(*(named(options)[name] for name in FORM_OPTIONS))
+    if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
+        return False
+    from monarch_compile.codegen.attention.gradients import backward_refusal
+
+    return backward_refusal(form, bool(q.shape[2] != k.shape[2])) is None
+
+
+def by_reference(
+    grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], options: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `reference` with respect to those of q, k, v and key_mask that are wanted, None for the others.
+
+    They are made of differentiable operations. A key_mask that is wanted is a floating one.
+    """
+    own = named(options)
+    places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
+
+    def again(*given: Tensor) -> Tensor:
+        everything = list(tensors)
+        for place, x in zip(places, given, strict=True):
+            everything[place] = x
+        return reference(*everything, **own)  # type: ignore[arg-type]
+
+    with _without_hooks():
+        grads = dict(zip(places, torch.func.vjp(again, *(tensors[place] for place in places))[1](grad), strict=True))
+    return tuple(grads.get(place) for place in range(len(tensors)))
+
+
+def are_wanted(tensors: Sequence[Tensor | None], form: Form, *, is_cross: bool) -> bool:
+    """Whether a call with these tensors will be differentiated, in a form whose gradients have kernels."""
+    return is_trained(tensors) and differentiated_by_kernels(form, is_cross=is_cross)
+
+
+@contextlib.contextmanager
+def _popped_hooks() -> Iterator[None]:
+    popped = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        popped.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(popped):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _without_hooks() -> contextlib.AbstractContextManager[None]:
+    """A context without hooks on saved tensors, which torch.func refuses.
+
+    There are some where a compiled function is called under a checkpoint; AOTAutograd lets them rest while it traces.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _popped_hooks()
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(*values: Any) -> Form:
+    """Checked once: a call of eager code waits for it."""
+    return Form(*values).simplest()
