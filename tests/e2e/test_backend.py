@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from torch._inductor import compile_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -183,7 +184,7 @@ def test_strict_raises_where_a_site_stays_exact_for_lack_of_support() -> None:
 def test_a_failing_pass_falls_back_and_is_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken() -> list[object]:
+    def broken(gm: GraphModule) -> list[object]:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(pipeline, "frontends", broken)
