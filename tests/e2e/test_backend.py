@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
-from torch.fx import GraphModule
 from torch._inductor import compile_fx
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from monarch_compile.backend import CacheKey, monarch
