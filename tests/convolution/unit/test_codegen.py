@@ -83,14 +83,22 @@ def test_golden_sources_of_gradients(
 
 
 @pytest.mark.slow
-def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "problems",
+    [
+        [(64, 256), (16, 8192), (4, 1 << 15)],
+        pytest.param([(1, 1 << 17), (1, 1 << 20)], marks=pytest.mark.nightly),
+    ],
+    ids=["short", "long"],
+)
+def test_kernels_compile_within_the_limits_of_the_device(problems: list[tuple[int, int]], tmp_path: Path) -> None:
     """In a process of its own: this one may hold Triton's library in interpreted form."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     run = subprocess.run(
         [sys.executable, "-c", COMPILED],
-        input=json.dumps([(64, 256), (16, 8192), (4, 1 << 15), (1, 1 << 17), (1, 1 << 20)]),
+        input=json.dumps(problems),
         capture_output=True,
         text=True,
         env=environment,
