@@ -108,7 +108,7 @@ def test_kernels_compile_within_the_limits_of_the_device(problems: list[tuple[in
     for report in json.loads(run.stdout):
         assert report["shared_bytes"] <= SHARED_LIMIT, report
         allowed = 1024 if report["points"] > 1024 else 512
-        if "again" in report["name"]:  # which also holds a spectrum, and mostly has nothing to do
+        if "again" in report["name"] or "marked" in report["name"]:  # the second run, which mostly has nothing to do
             allowed = 2048
         assert report["local_bytes"] <= allowed, f"spills: {report}"
         if "tables" not in report["name"] and "noise" not in report["name"]:
