@@ -162,6 +162,11 @@ def lowered_in_words(sites: Iterable[tuple[str, bool]]) -> str:
     return _listed([f"{part} of {whole} {noun}s" for part, whole, noun in counts])
 
 
-def _listed(parts: Sequence[str]) -> str:
+def kinds_in_words() -> str:
+    """What a site may be: "attention site, long convolution or block linear"."""
+    return _listed([own.noun for own in families()], "or")
+
+
+def _listed(parts: Sequence[str], last: str = "and") -> str:
     """The parts as in a sentence: "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "no site"
+    return f" {last} ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "no site"

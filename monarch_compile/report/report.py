@@ -16,7 +16,7 @@ from monarch_compile.cost.devices import installed
 from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError, InputError
-from monarch_compile.family import families, family, lowered_in_words
+from monarch_compile.family import family, kinds_in_words, lowered_in_words
 from monarch_compile.ir import Dim
 from monarch_compile.refusal import remedy_for
 from monarch_compile.version import __version__
@@ -155,7 +155,7 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: how many sites of each family were lowered, in how many graphs."""
-        nothing = f"no {' or '.join(own.noun for own in families())} found"
+        nothing = f"no {kinds_in_words()} found"
         graphs = f"{self.num_graphs} graph{'' if self.num_graphs == 1 else 's'}"
         if not self.num_graphs:
             return f"{nothing}: no graph was captured"

@@ -161,7 +161,7 @@ def test_page_is_self_contained_and_escaped(report, tmp_path):
 
 def test_no_attention():
     report = explain(nn.Linear(4, 4), torch.randn(2, 4))
-    assert report.summary == "no attention site or long convolution found in 1 graph"
+    assert report.summary == "no attention site, long convolution or block linear found in 1 graph"
     assert str(report) == report.summary
     assert report.sites == ()
 
