@@ -51,9 +51,7 @@ def run_on_kernels(q: Tensor, k: Tensor, options: Sequence[Any]) -> bool:
     form = _form(*(named(options)[name] for name in FORM_OPTIONS))
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return False
-    from monarch_compile.codegen.attention.gradients import backward_refusal
-
-    return backward_refusal(form, bool(q.shape[2] != k.shape[2])) is None
+    return differentiated_by_kernels(form, is_cross=bool(q.shape[2] != k.shape[2]))
 
 
 def by_reference(

@@ -15,8 +15,7 @@ from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.cost.devices import Device
 from monarch_compile.cost.prediction import Cost, Prediction
-from monarch_compile.errors import InputError
-from monarch_compile.ir import Dim
+from monarch_compile.cost.sizes import known, quantity
 
 
 @dataclass(frozen=True)
@@ -224,23 +223,3 @@ def _filter_gradient_s(rows: int, points: int, fft_s: float, slower: float, laun
 
 
 SIZES = ("batch", "channels", "seq_len", "filter_len", "transform_len", "out_len")
-
-
-def quantity(size: Dim) -> Any:
-    """A size as an int or a sympy expression."""
-    return size if isinstance(size, int) else sympy.sympify(size)
-
-
-def known(size: Dim, hints: Mapping[str, int] | None) -> int:
-    """A size where symbols have the values of `hints`.
-
-    Raises:
-        InputError: one has none.
-    """
-    if isinstance(size, int):
-        return size
-    values = {sympy.sympify(name): number for name, number in (hints or {}).items()}
-    value = sympy.sympify(size).subs(values)
-    if not value.is_number:
-        raise InputError(f"the size {size} has no value; give one for each symbol in it")
-    return int(value)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import sympy
 import torch
 
 from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.cost.devices import Device
 from monarch_compile.cost.prediction import Cost, Prediction
-from monarch_compile.errors import InputError
-from monarch_compile.ir import Dim
+from monarch_compile.cost.sizes import known, quantity
 from monarch_compile.linear.ir import MONARCH, BlockLinear
 
 REACHED = 0.9
@@ -110,23 +107,3 @@ def _seconds(work: Cost, form: str, dtype: torch.dtype, device: Device) -> float
     parts = (work.flops / rate, work.bytes / moved)
     together = math.fsum(part**OVERLAP for part in parts) ** (1 / OVERLAP)
     return float(together + (LAUNCHES[form] - 1) * device.monarch.launch_s)
-
-
-def quantity(size: Dim) -> Any:
-    """A size as an int or a sympy expression."""
-    return size if isinstance(size, int) else sympy.sympify(size)
-
-
-def known(size: Dim, hints: Mapping[str, int] | None) -> int:
-    """A size where symbols have the values of `hints`.
-
-    Raises:
-        InputError: one has none.
-    """
-    if isinstance(size, int):
-        return size
-    values = {sympy.sympify(name): number for name, number in (hints or {}).items()}
-    value = sympy.sympify(size).subs(values)
-    if not value.is_number:
-        raise InputError(f"the size {size} has no value; give one for each symbol in it")
-    return int(value)

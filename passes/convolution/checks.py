@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from monarch_compile.calls import active_transform
 from monarch_compile.passes.capture.enclosed import enclosing
+from monarch_compile.passes.checks import CONTEXT, DEVICE, MUTATION, STRIDED, TRANSFORMED, Check, Found
 from monarch_compile.passes.convolution.lower import lag_of, seq_len_of
 from monarch_compile.passes.convolution.region import ConvolutionRegion
 from monarch_compile.passes.convolution.scales import all_scales
 from monarch_compile.passes.convolution.sizes import Sizes
 from monarch_compile.passes.graph import FLOATS, dtype_of, value_of
 from monarch_compile.passes.memory import sharing_is_seen, sharing_leaves
-from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
-from monarch_compile.refusal import Refusal
-
-Found = str | tuple[str, Node] | None
-
-
-class Check(NamedTuple):
-    """`refuse` returns None, or the reason (and the culprit, else the region's output)."""
-
-    code: str
-    refuse: Callable[[ConvolutionRegion, Order], Found]
-
-
-def first_refusal(region: ConvolutionRegion) -> Refusal | None:
-    """The first check that refuses the region."""
-    order = Order.of(region.output.graph)
-    for check in CHECKS:
-        found = check.refuse(region, order)
-        if found is not None:
-            reason, node = found if isinstance(found, tuple) else (found, region.output)
-            return Refusal(check.code, reason, node)
-    return None
+from monarch_compile.passes.safety import Order
 
 
 @dataclass(frozen=True)
@@ -65,11 +41,6 @@ def _check_subclass(region: ConvolutionRegion, order: Order) -> Found:
         return None
     kind = type(value_of(wrapped[0])).__name__
     return f"the convolution is of {kind}s, a tensor subclass whose kernels are its own", wrapped[0]
-
-
-def _check_transformed(region: ConvolutionRegion, order: Order) -> Found:
-    transform = active_transform()
-    return f"it is called inside of {transform}" if transform else None
 
 
 def _check_empty(region: ConvolutionRegion, order: Order) -> Found:
@@ -104,11 +75,6 @@ def _check_cut(region: ConvolutionRegion, order: Order) -> Found:
     return None
 
 
-def _check_device(region: ConvolutionRegion, order: Order) -> Found:
-    devices = sorted({str(value_of(node).device) for node in region.read})
-    return f"its tensors are on {', '.join(devices)}" if len(devices) > 1 else None
-
-
 def _check_dtype(region: ConvolutionRegion, order: Order) -> Found:
     for node in (*region.read, region.output):
         if dtype_of(node) not in FLOATS:
@@ -130,22 +96,6 @@ def _check_finite(region: ConvolutionRegion, order: Order) -> Found:
     return f"it is scaled by {found[0]}" if found else None
 
 
-def _footprint(region: ConvolutionRegion) -> Footprint:
-    return Footprint(region.output, region.inside, region.read)
-
-
-def _check_mutation(region: ConvolutionRegion, order: Order) -> Found:
-    return write_between(_footprint(region), order)
-
-
-def _check_context(region: ConvolutionRegion, order: Order) -> Found:
-    return mode_switch(_footprint(region), order)
-
-
-def _check_strided(region: ConvolutionRegion, order: Order) -> Found:
-    return strided_read(_footprint(region))
-
-
 def _check_sharing(region: ConvolutionRegion, order: Order) -> Found:
     """The result is contiguous, and may have been a part of another tensor: a reshape of it may copy or not."""
     if sharing_is_seen(region.output):
@@ -165,18 +115,18 @@ def _check_body(region: ConvolutionRegion, order: Order) -> Found:
 
 CHECKS = (
     Check("tensor_subclass", _check_subclass),
-    Check("transformed", _check_transformed),
+    TRANSFORMED,
     Check("empty", _check_empty),
     Check("data_dependent", _check_data_dependent),
     Check("symbolic_dims", _check_symbolic),
     Check("symbolic_dims", _check_cut),
-    Check("device", _check_device),
+    DEVICE,
     Check("dtype", _check_dtype),
     Check("scale_not_constant", _check_scale),
     Check("scale", _check_finite),
-    Check("mutation", _check_mutation),
+    MUTATION,
     Check("mutation", _check_sharing),
-    Check("context", _check_context),
-    Check("as_strided", _check_strided),
+    CONTEXT,
+    STRIDED,
     Check("in_body", _check_body),
 )

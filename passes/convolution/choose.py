@@ -13,7 +13,8 @@ from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.convolution.work import SIZES, predict, runs_kernels
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import LOWERED, Decision
-from monarch_compile.passes.convolution.checks import first_refusal
+from monarch_compile.passes.checks import first_refusal
+from monarch_compile.passes.convolution.checks import CHECKS
 from monarch_compile.passes.convolution.inputs import HALVES
 from monarch_compile.passes.convolution.lower import to_ir
 from monarch_compile.passes.convolution.region import ConvolutionRegion, Site
@@ -34,7 +35,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     if isinstance(site, RefusedSite):
         return _exact(undecided(FAMILY, name, site.anchor), "match", site.refusal)
     base = undecided(FAMILY, name, site.output)
-    refusal = first_refusal(site)
+    refusal = first_refusal(site, CHECKS)
     if refusal is not None:
         return _exact(base, "legality", refusal)
     device = value_of(site.output).device

@@ -12,9 +12,10 @@ from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import InputError
 from monarch_compile.linear.ir import BlockLinear
 from monarch_compile.linear.work import predict
+from monarch_compile.passes.checks import first_refusal
 from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.graph import value_of
-from monarch_compile.passes.linear.checks import first_refusal
+from monarch_compile.passes.linear.checks import CHECKS
 from monarch_compile.passes.linear.lower import to_ir
 from monarch_compile.passes.linear.region import BlockLinearRegion, Site
 from monarch_compile.passes.state import Choice, RefusedSite, kept_exact, undecided
@@ -32,7 +33,7 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     if isinstance(site, RefusedSite):
         return _exact(undecided(FAMILY, name, site.anchor), "match", site.refusal)
     base = undecided(FAMILY, name, site.anchor, site.output)
-    refusal = first_refusal(site)
+    refusal = first_refusal(site, CHECKS)
     if refusal is not None:
         return _exact(base, "legality", refusal)
     ir = to_ir(site)

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.compiler import config as compiler_config
 
 from monarch_compile.attention import gradients
-from monarch_compile.attention.form import Form
-from monarch_compile.attention.ir import differentiated_by_kernels
 from monarch_compile.attention.reference import reference, reference_with_lse
 
 MODULE = "monarch_compile.codegen.attention.gradients"
@@ -94,12 +92,8 @@ def backward_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         found = backward(grad, q, k, v, *masks, output, lse, *(options[name] for name in names))
         return (*found[:3], found[3] if floating else None)
 
-    def backward_refusal(form: Form, is_cross: bool) -> str | None:
-        return None if differentiated_by_kernels(form, is_cross=is_cross) else "it has none"
-
     stub: Any = types.ModuleType(MODULE)
     stub.launch_with_lse, stub.launch_backward = launch_with_lse, launch_backward
-    stub.backward_refusal = backward_refusal
     monkeypatch.setitem(sys.modules, MODULE, stub)
     monkeypatch.setattr(gradients, "place_has_kernels", lambda x: True)
     with compiler_config.patch(force_disable_caches=True):

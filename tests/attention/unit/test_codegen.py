@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -26,6 +25,7 @@ from monarch_compile.codegen.attention.specialization import Specialization, exp
 from monarch_compile.codegen.source import KernelSource, cache_dir
 from monarch_compile.codegen.tiling import ALL, SHARED_LIMITS, Tiling
 from monarch_compile.errors import CodegenError
+from tests.support.compiled import reports_of
 from tests.support.kernels import check_text, emit
 
 BASE = MonarchAttention(
@@ -405,20 +405,7 @@ TO_COMPILE = [
 
 @pytest.mark.slow
 def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
-    """In a process of its own: this one may hold Triton's library in interpreted form."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED],
-        input=json.dumps(TO_COMPILE),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    for report in json.loads(run.stdout):
+    for report in reports_of(COMPILED, TO_COMPILE, tmp_path):
         capability = tuple(report["capability"])
         assert report["shared_bytes"] <= 1024 * SHARED_LIMITS[capability], report
         assert report["registers"] <= 255, report

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from monarch_compile.codegen.attention.specialization import UNKNOWN, Specializa
 from monarch_compile.codegen.render import sources
 from monarch_compile.codegen.tiling import DTYPE_BYTES, SHARED_LIMITS, Tiling, shared_limit
 from monarch_compile.errors import CodegenError
+from tests.support.compiled import reports_of
 from tests.support.kernels import check_text, emit, emit_backward
 
 BASE = MonarchAttention(1, 12, 12, 4096, 4096, 64, 64, torch.bfloat16, Form(64, window=1), 0.125)
@@ -195,20 +192,7 @@ MOST_SPILLED = 400
 
 @pytest.mark.slow
 def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
-    """In a process of its own: this one may hold Triton's library in interpreted form."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED],
-        input=json.dumps(TO_COMPILE),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    for report in json.loads(run.stdout):
+    for report in reports_of(COMPILED, TO_COMPILE, tmp_path):
         assert report["shared_bytes"] <= 1024 * SHARED_LIMITS[9, 0], report
         most = 512 if report["dtype"] == "torch.float32" else MOST_SPILLED
         assert report["local_bytes"] <= most, f"spills: {report}"

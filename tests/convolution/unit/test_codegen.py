@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +16,7 @@ from monarch_compile.codegen.render import sources
 from monarch_compile.convolution import work
 from monarch_compile.convolution.ir import FilterGradient, LongConvolution
 from monarch_compile.errors import CodegenError, IRError
+from tests.support.compiled import reports_of
 
 COMPILED = """
 import dataclasses, json, sys
@@ -92,20 +90,7 @@ def test_golden_sources_of_gradients(
     ids=["short", "long"],
 )
 def test_kernels_compile_within_the_limits_of_the_device(problems: list[tuple[int, int]], tmp_path: Path) -> None:
-    """In a process of its own: this one may hold Triton's library in interpreted form."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"MONARCH_CACHE_DIR": str(tmp_path / "kernels"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED],
-        input=json.dumps(problems),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    for report in json.loads(run.stdout):
+    for report in reports_of(COMPILED, problems, tmp_path):
         assert report["shared_bytes"] <= SHARED_LIMIT, report
         allowed = 1024 if report["points"] > 1024 else 512
         if "again" in report["name"] or "marked" in report["name"]:  # the second run, which mostly has nothing to do

@@ -27,6 +27,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.convolution.op import CONVOLUTION_OP
 from monarch_compile.cost.devices import device_for
 from monarch_compile.passes.capture.trace import to_aten
+from monarch_compile.passes.checks import first_refusal
 from monarch_compile.passes.convolution import checks
 from monarch_compile.passes.convolution import choose as choosing
 from monarch_compile.passes.convolution.lower import to_ir
@@ -271,7 +272,7 @@ def _region(program: Program = _convolved) -> ConvolutionRegion:
 
 
 def _code(region: ConvolutionRegion) -> str | None:
-    refusal = checks.first_refusal(region)
+    refusal = first_refusal(region, checks.CHECKS)
     return None if refusal is None else refusal.code
 
 
@@ -285,7 +286,7 @@ def test_checks_of_what_a_cpu_graph_has_not(monkeypatch: pytest.MonkeyPatch) -> 
     source.meta["val"] = TwoTensor(torch.zeros(kept.shape), torch.zeros(kept.shape))
     assert _code(region) == "tensor_subclass"
     source.meta["val"] = kept
-    monkeypatch.setattr(checks, "active_transform", lambda: "torch.func")
+    monkeypatch.setattr("monarch_compile.passes.checks.active_transform", lambda: "torch.func")
     assert _code(region) == "transformed"
 
 
