@@ -29,7 +29,7 @@ from monarch_compile.passes.capture.enclosed import all_graphs, copy_graph, open
 from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.dump import Dump
 from monarch_compile.passes.elements.layouts import Layouts
-from monarch_compile.passes.frontends import frontends
+from monarch_compile.passes.frontends import Frontend, frontends
 from monarch_compile.passes.graph import SITE_NAME, site_name
 from monarch_compile.passes.memory import must_be_kept
 from monarch_compile.passes.stack import with_stack_chunk
@@ -85,8 +85,7 @@ def _fold_puts(state: State) -> str:
 
 
 def _match(state: State) -> str:
-    found = frontends(state.graph)
-    state.sites = [(frontend.family, site) for frontend in found for site in frontend.find(state.graph)]
+    state.sites = [(frontend.family, site) for frontend in state.frontends for site in frontend.find(state.graph)]
     return f"{sites_in_words(own for own, _ in state.sites)} found"
 
 
@@ -100,7 +99,7 @@ def _choose(state: State) -> str:
     matched = sum(not isinstance(site, RefusedSite) for _, site in state.sites)
     around = Surroundings.of(state.graph, matched, state.launcher, trained)
     layouts = Layouts()  # one for all sites: no graph changes until the pass ends
-    choose = {frontend.family: frontend.choose for frontend in frontends(state.graph)}
+    choose = {frontend.family: frontend.choose for frontend in state.frontends}
     state.choices = [
         choose[own](site, name, state.config, around, layouts)
         for (own, site), name in zip(state.sites, names, strict=True)
@@ -136,7 +135,7 @@ def _lower(state: State) -> str:
     if not any(c.lowers for c in state.choices):
         return "nothing lowered"
     state.before = copy_graph(state.graph)
-    lower = {frontend.family: frontend.lower for frontend in frontends(state.graph)}
+    lower = {frontend.family: frontend.lower for frontend in state.frontends}
     for (own, _), choice in zip(state.sites, state.choices, strict=True):
         if choice.lowers:
             lower[own](choice).meta[SITE_NAME] = choice.decision.name
@@ -154,9 +153,8 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [f"{name} #{n}" if (n := names[: i + 1].count(name)) > 1 else name for i, name in enumerate(names)]
 
 
-def pipeline(gm: GraphModule | None = None) -> tuple[Pass, ...]:
-    """The passes in order, those of the families among them: of all, or of those that a graph may hold sites of."""
-    families = frontends(gm)
+def pipeline(families: Sequence[Frontend]) -> tuple[Pass, ...]:
+    """The passes in order, those of the families among them."""
     return (
         Pass("open_bodies", _open_bodies),
         Pass("fold_aliases", _fold_aliases),
@@ -190,9 +188,10 @@ def rewrite(
 
 def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConfig, launcher: Launcher) -> Rewrite:
     dump = Dump.from_environment()
-    state = State(to_aten(gm, example_inputs), config, launcher, example_inputs)
+    graph = to_aten(gm, example_inputs)
+    state = State(graph, config, launcher, example_inputs, frontends(graph))
     dump.graph("capture", state.graph)
-    for step in pipeline(state.graph):
+    for step in pipeline(state.frontends):
         start = time.perf_counter()
         outcome = step.run(state)
         logger.debug("%s: %s (%.1f ms)", step.name, outcome, 1e3 * (time.perf_counter() - start))

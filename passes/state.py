@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
@@ -16,6 +16,9 @@ from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.passes.capture.enclosed import all_graphs, name_of
 from monarch_compile.passes.graph import dtype_of, source_of, value_of
 from monarch_compile.refusal import Refusal
+
+if TYPE_CHECKING:
+    from monarch_compile.passes.frontends import Frontend
 
 
 class Site(Protocol):
@@ -90,6 +93,7 @@ def _device_of(node: Node) -> str:
 class State:
     """The graph and what is known of it so far.
 
+    frontends: those of the families that the graph may hold sites of.
     before: a copy of the graph as it was before the first change that is no canonical spelling.
     sites, choices: of all families, in the order in which they were found. num_protected: how many nodes were changed,
     in nothing that they compute, to be kept from Inductor's own rewrites.
@@ -99,6 +103,7 @@ class State:
     config: MonarchConfig
     launcher: Launcher
     example_inputs: Sequence[Any]
+    frontends: tuple[Frontend, ...]
     before: GraphModule | None = None
     sites: list[tuple[str, Any]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)

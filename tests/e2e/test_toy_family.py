@@ -14,6 +14,7 @@ from monarch_compile.attention.form import Form
 from monarch_compile.backend import monarch
 from monarch_compile.calibration.plan import Plan, SitePlan
 from monarch_compile.family import family
+from monarch_compile.passes.frontends import frontends
 from monarch_compile.passes.pipeline import pipeline
 from monarch_compile.refusal import CODES
 from monarch_compile.registry import FAMILIES, Modules
@@ -130,5 +131,5 @@ def test_of_two_families_that_claim_a_node_the_one_that_gains_more_is_lowered(mo
 
 
 def test_its_passes_are_in_the_pipeline() -> None:
-    names = [step.name for step in pipeline()]
+    names = [step.name for step in pipeline(frontends())]
     assert names.index("hoist_scales") < names.index("match") < names.index("arbitrate") < names.index("lower")
