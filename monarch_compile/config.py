@@ -28,6 +28,7 @@ OPTION_RULES: dict[str, OptionRule] = {
     "policy": one_of(POLICIES),
     "min_seq_len": at_least(0),
     "cross_attention": FLAG,
+    "causal": FLAG,
     "autotune": FLAG,
     "strict": FLAG,
     "plan": OptionRule(lambda v: v is None or _is_plan(v), "a Plan, or the path of a saved one"),
@@ -48,6 +49,7 @@ class MonarchConfig:
         are tiles (0: its own only; None: the paper's form, no window). "auto": 1, with tiles what `grids.TILES` has.
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
         Blocks are of what follows them. "auto": the tokens before a grid that is found, else 0.
+    chosen: blocks outside of the window that each block of queries attends to exactly, those of most far-field mass.
     grid: sizes of the axes that the tokens after the prefix flatten. "auto": found in the graph, from the convolution
         or reshape that the tokens come from; None: not looked for. Given by hand, it is that of all self-attention.
     tile: tokens of a block along each axis of the grid, where there is one. "auto": a table of the number of tokens,
@@ -58,8 +60,9 @@ class MonarchConfig:
     min_seq_len: attention with fewer keys stays exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
         block_size and num_iters: the mean start, no window, no prefix, no tiles. A plan needs no such permission.
+    causal: may causal attention be lowered? A plan needs no such permission.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
-        window, prefix, tile and window_shape, and which sites may be lowered at all.
+        window, prefix, tile, window_shape and chosen, and which sites may be lowered at all.
     autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
         False runs the shipped ones.
     strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.
@@ -74,10 +77,12 @@ class MonarchConfig:
     prefix: int | str = "auto"
     tile: tuple[int, ...] | str | None = "auto"
     window_shape: str = "auto"
+    chosen: int = 0
     grid: tuple[int, ...] | str | None = "auto"
     policy: str = "auto"
     min_seq_len: int = 0
     cross_attention: bool = False
+    causal: bool = False
     plan: Plan | None = None
     autotune: bool = False
     strict: bool = False

@@ -37,12 +37,17 @@ BACKWARD = replace(
 """The backward pass."""
 
 
+CAUSAL = "there are no backward kernels for causal attention"
+
+
 def backward_refusal(form: Form, is_cross: bool, seq_len: Any = None) -> str | None:
     """Why there are no kernels for the gradients of a form; None where there are.
 
     is_cross: whether queries and keys are sequences of different lengths. seq_len: that of the keys, where it is known.
     """
     form = form.simplest()
+    if form.chosen:
+        return f"there are no backward kernels for chosen blocks; found chosen={form.chosen}"
     if is_cross:
         return "there are no backward kernels for queries and keys of different lengths"
     if form.num_iters != 1:
@@ -129,8 +134,9 @@ def launch_backward(
 
 
 def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
+    is_causal = bool(options.pop("causal", False))
     form = form_of(**options)
-    refusal = backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2])
+    refusal = CAUSAL if is_causal else backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2])
     if refusal is not None:
         raise CodegenError(refusal)
     return form

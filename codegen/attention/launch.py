@@ -37,6 +37,7 @@ def launch(
     *,
     scale: float,
     grid: Sequence[Any] | None = None,
+    causal: bool = False,
     **options: Any,
 ) -> Tensor:
     """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.

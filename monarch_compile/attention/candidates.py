@@ -23,6 +23,7 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "prefix": (0, 4),
     "tile": (None,),
     "window_shape": ("box",),
+    "chosen": (0,),
 }
 """What is tried for each option that the caller has not fixed."""
 

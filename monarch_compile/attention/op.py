@@ -32,17 +32,19 @@ def attention(
     prefix: int,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Monarch attention: `reference` is its meaning; on CUDA the emitted kernels run, elsewhere the reference itself.
 
     Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
     on CUDA.
     """
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, grid)
+    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
-        if q.device.type != "cuda" or q.dtype == torch.float64:
+        if q.device.type != "cuda" or q.dtype == torch.float64 or causal or chosen:
             return meaning.reference(q, k, v, key_mask, **options)
         from monarch_compile.codegen.attention.launch import launch
 
@@ -64,14 +66,16 @@ def attention_with_lse(
     prefix: int,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and what its backward kernels need beside it: `reference_with_lse` is the meaning.
 
     A site that is differentiated calls it in place of `attention`, whose arguments it has. The second result has no
     gradient.
     """
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, grid)
+    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):
         if not gradients.run_on_kernels(q, k, values):
@@ -99,7 +103,9 @@ def attention_backward(
     prefix: int,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of a floating key_mask, by kernels; that of any other mask is empty.
 
@@ -110,7 +116,7 @@ def attention_backward(
     """
     from monarch_compile.codegen.attention.gradients import launch_backward
 
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, grid)
+    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):
         grad_q, grad_k, grad_v, grad_bias = launch_backward(grad, q, k, v, key_mask, output, lse, **options)

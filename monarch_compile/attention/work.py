@@ -218,7 +218,7 @@ def _kernels(device: Device, ir: MonarchAttention) -> int:
 def _has_backward_kernels(device: Device, ir: MonarchAttention) -> bool:
     """Whether the Monarch form's backward pass runs on kernels; else it is the vjp of the reference."""
     has_them = device.gradients is not None and ir.dtype != torch.float64
-    return has_them and differentiated_by_kernels(ir.form, is_cross=ir.is_cross)
+    return has_them and differentiated_by_kernels(ir.form, is_cross=ir.is_cross, is_causal=ir.is_causal)
 
 
 def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[float, float]:

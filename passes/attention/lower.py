@@ -57,7 +57,7 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         q, k, v = (_split_packed(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
         masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
         key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
-        keeps_lse = trains and differentiated_by_kernels(ir.form, is_cross=ir.is_cross)
+        keeps_lse = trains and differentiated_by_kernels(ir.form, is_cross=ir.is_cross, is_causal=ir.is_causal)
         target = ATTENTION_WITH_LSE_OP if keeps_lse else ATTENTION_OP
         op: Node = graph.call_function(target, (q, k, v, key_mask, *_options(graph, ir, region)))
         result = graph.call_function(operator.getitem, (op, 0)) if keeps_lse else op
@@ -80,7 +80,7 @@ def _options(graph: Graph, ir: MonarchAttention, region: AttentionRegion) -> tup
     """The operator's arguments after the tensors, in its order."""
     tiled = ir.form.tile is not None and region.grid is not None
     grid = sizes_in(graph, region.grid.sizes) if tiled and region.grid is not None else None
-    return (ir.scale, *ir.form.arguments(), grid)
+    return (ir.scale, *ir.form.arguments(), grid, ir.is_causal)
 
 
 def as_op_gives(like: torch.Tensor, shape: Iterable[Any]) -> torch.Tensor:

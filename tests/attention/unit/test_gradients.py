@@ -19,10 +19,12 @@ from monarch_compile.attention.reference import reference, reference_with_lse
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 
 SEQ_LEN = 19
-ARGUMENTS = (0.5, 4, 1, "identity", "post", 1, 2, None, "box", None)
+ARGUMENTS = (0.5, 4, 1, "identity", "post", 1, 2, None, "box", 0, None, False)
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "window": {"window": 1},
+    "chosen": {"chosen": 1, "window": 0, "prefix": 2},
+    "causal": {"chosen": 1, "causal": True},
     "prefix, padded before": {"prefix": 3, "pad": "pre"},
     "window and prefix": {"window": 1, "prefix": 1},
     "two iterations": {"num_iters": 2, "window": 0},
