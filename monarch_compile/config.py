@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form, weighs_own_block_exactly
 from monarch_compile.errors import ConfigError
 from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
@@ -92,6 +92,8 @@ class MonarchConfig:
         wrong = broken_rule(vars(self), OPTION_RULES)
         if wrong is not None:
             raise ConfigError(f"option {wrong}")
+        if self.chosen and not weighs_own_block_exactly(self.num_iters, self.init):
+            raise ConfigError(f"option 'chosen' needs num_iters=1 and init='identity'; found chosen={self.chosen}")
         for name in ("tile", "grid"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
