@@ -181,7 +181,7 @@ def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) 
     check_supported(ir)
     width = max(64, padded(ir.head_dim), padded(ir.value_dim))
     key = (DTYPE_BYTES[ir.dtype], width)
-    table = TABLE[key] if not ir.form.has_exact_keys else NEAR_TABLE.get(key, TABLE[key])
+    table = TABLE[key] if not ir.has_exact_keys else NEAR_TABLE.get(key, TABLE[key])
     blocks, limit = ir.num_blocks, shared_limit(capability)
     sides = {
         "summarize": (ir.block_size_q, ir.form.block_size),
@@ -196,7 +196,7 @@ def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) 
     whole = blocks is not None and blocks <= tilings["attend"].step
     exchange = ir.form.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows
     schedule = Schedule(**tilings, whole=whole, exchange=exchange)
-    if not ir.form.has_exact_keys:
+    if not ir.has_exact_keys:
         return schedule
     return replace(schedule, near=_near(schedule.summarize, table, ir, capability), fused=can_fuse(ir))
 
@@ -212,7 +212,7 @@ def is_made_for(schedule: Schedule, ir: MonarchAttention) -> bool:
     """Whether a schedule has the kernels that `ir` needs, for as many blocks as it has."""
     blocks, most = ir.num_blocks, schedule.most_blocks
     return (
-        (schedule.near is not None) == ir.form.has_exact_keys
+        (schedule.near is not None) == ir.has_exact_keys
         and (schedule.near is None or not schedule.fused or can_fuse(ir))
         and (most is None or (blocks is not None and blocks <= most))
     )
@@ -232,8 +232,11 @@ def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tu
 
 
 def can_fuse(ir: MonarchAttention) -> bool:
-    """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
-    return ir.form.weighs_own_block_exactly
+    """Whether stage 1 meets every query together with its own block: one iteration from the identity start.
+
+    Listed keys have a kernel of their own.
+    """
+    return ir.form.weighs_own_block_exactly and not ir.lists_exact_keys
 
 
 def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:
@@ -252,10 +255,8 @@ def check_supported(ir: MonarchAttention) -> None:
     for name, size in (("head_dim", ir.head_dim), ("value_dim", ir.value_dim)):
         if size > MAX_HEAD_DIM:
             raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
-    if ir.is_cross and ir.form.has_exact_keys:
+    if ir.is_cross and ir.has_exact_keys:
         raise CodegenError(f"no kernel for a window or a prefix where seq_len_q != seq_len_k; found {ir}")
-    if ir.is_causal:
-        raise CodegenError(f"no kernel for causal attention; found {ir}")
 
 
 def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: int | None) -> Tiling:

@@ -121,6 +121,11 @@ class MonarchAttention:
         return self.is_causal or self.form.has_exact_keys
 
     @property
+    def lists_exact_keys(self) -> bool:
+        """Whether exact keys, those of a row's own block among them, are listed apart from the blocks' summaries."""
+        return self.is_causal or self.form.chosen > 0
+
+    @property
     def is_cross(self) -> bool:
         """Whether queries and keys are sequences of different lengths: a query has no block of its own."""
         return self.seq_len_q != self.seq_len_k

@@ -44,7 +44,7 @@ def attention(
     values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
-        if q.device.type != "cuda" or q.dtype == torch.float64 or causal or chosen:
+        if q.device.type != "cuda" or q.dtype == torch.float64:
             return meaning.reference(q, k, v, key_mask, **options)
         from monarch_compile.codegen.attention.launch import launch
 

@@ -228,7 +228,7 @@ def _kernels(device: Device, ir: MonarchAttention) -> int:
 
     Blocks are chosen by three: of the far fields' totals, of the masses and of the largest.
     """
-    listed = ir.is_causal or ir.form.chosen > 0
+    listed = ir.lists_exact_keys
     return device.kernels_per_iter * ir.form.num_iters + (ir.form.init == "mean") + listed + 3 * (ir.form.chosen > 0)
 
 

@@ -39,6 +39,8 @@ class Case:
     grid: tuple[int, ...] | None = None  # what the tokens after the prefix lie on
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
+    chosen: int = 0
+    causal: bool = False
 
     @staticmethod
     def tiled(grid: tuple[int, ...], tile: tuple[int, ...], head_dim: int, value_dim: int, **more: Any) -> Case:
@@ -51,11 +53,14 @@ class Case:
         size = f"{rows}n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
         groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
         shared = "" if self.group == 1 else f"-g{self.group}"
+        listed = f"{'-causal' if self.causal else ''}{f'-k{self.chosen}' if self.chosen else ''}"
         tiles = ""
         if self.grid is not None and self.tile is not None:
             grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, self.tile))
             tiles = f"-{grid}by{tile}{self.window_shape}"
-        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}{tiles}"
+        return (
+            f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}{tiles}{listed}"
+        )
 
     @property
     def options(self) -> dict[str, object]:
@@ -70,7 +75,9 @@ class Case:
             "prefix": self.prefix,
             "tile": self.tile,
             "window_shape": self.window_shape,
+            "chosen": self.chosen,
             "grid": self.grid,
+            "causal": self.causal,
         }
 
 

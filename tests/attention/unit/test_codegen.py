@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from monarch_compile.attention.form import INITS, PADS, Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.codegen.attention.kernels import canonical, roles
+from monarch_compile.codegen.attention.kernels import canonical
+from monarch_compile.codegen.attention.roles import roles
 from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule, shared_bytes
 from monarch_compile.codegen.attention.specialization import Specialization, expected
 from monarch_compile.codegen.source import KernelSource, cache_dir
