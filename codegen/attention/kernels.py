@@ -21,7 +21,7 @@ from monarch_compile.codegen.attention.roles import (
     roles,
     shares_prefix,
 )
-from monarch_compile.codegen.attention.schedule import Schedule
+from monarch_compile.codegen.attention.schedule import WORD, Schedule
 from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
@@ -42,9 +42,9 @@ LEAST_SCALE = 2.0**-126
 
 GRID_SIZES = tuple(f"{name}_{axis}" for name in ("grid", "counts") for axis in range(MAX_AXES))
 """Tokens along each axis of a grid, and tiles along each."""
-SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q", *GRID_SIZES)
+SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "num_words", "block_q", *GRID_SIZES)
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
-queries in a block, where they are not."""
+queries in a block, where they are not. num_words: that hold a bit for each block."""
 
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:
@@ -121,7 +121,7 @@ def buffers_of(ir: MonarchAttention) -> dict[str, Buffer]:
         Buffer("neg_lse", f32, per_block),
         Buffer("masses", f32, ("heads", "num_blocks", "num_blocks")),
         Buffer("taken", torch.int32, ("heads", "num_blocks", ir.form.chosen)),
-        Buffer("left", torch.int8, ("heads", "num_blocks", "num_blocks")),
+        Buffer("left", torch.int64, ("heads", "num_blocks", "num_words")),
         Buffer(
             "qhat",
             dtype,
@@ -285,7 +285,7 @@ def _constants(
     elif role.template == "masses":
         tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step}
     elif role.template == "choose":
-        tiles = {"TILE_B": CHOICE_STEP}
+        tiles = {"TILE_B": CHOICE_STEP, "TILE_W": CHOICE_STEP // WORD}
     elif role.template == "exchange":
         tiles = {"TILE": tiling.rows}
     return constants_of(ir, specialization, tiles, keys_of_neighbours(ir, role.summarizes))
@@ -300,7 +300,7 @@ def constants_of(
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
     dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
-    dims |= {"NEIGHBOURS": keys_near // block, "CHOSEN": ir.form.chosen}
+    dims |= {"NEIGHBOURS": keys_near // block, "CHOSEN": ir.form.chosen, "WORD": WORD}
     dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // block), "PREFIX": min(ir.form.prefix, MAX_POSITION)}
     return {
         **dims,

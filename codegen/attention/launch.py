@@ -16,6 +16,7 @@ from monarch_compile.attention.groups import centred
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
 from monarch_compile.codegen.attention.roles import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
+from monarch_compile.codegen.attention.schedule import WORD
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import padded
@@ -130,6 +131,7 @@ def sizes_of(launcher: Launcher, q: Tensor, k: Tensor, grid: Sequence[Any] | Non
         "heads": batch * num_heads,
         "num_heads": num_heads,
         "num_blocks": num_blocks,
+        "num_words": (num_blocks + WORD - 1) // WORD,
         "block_q": _rows(q, num_blocks) if launcher.ir.is_cross else form.block_size,
         "seq_len": seq_len_q,
         "seq_len_q": seq_len_q,

@@ -23,6 +23,9 @@ WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 OFFSETS = (2, 4)
 """How many offsets a program of stage 2 may take in turn."""
 
+WORD = 64
+"""Blocks that have a bit each in one word, and the most that stage 2 meets in one step where it reads such words."""
+
 NEAR_STEP = 64
 """The largest step of the exact groups: more takes registers and shared memory that other programs could use."""
 
@@ -192,6 +195,8 @@ def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) 
     for name, (num_rows, num_steps) in sides.items():
         fits = _tilings(getattr(table, name), num_steps, capability)
         within = (_within(_fit(tiling, ir, num_rows, num_steps), ir, limit) for tiling in fits)
+        if name == "attend" and ir.form.chosen:
+            within = (replace(t, step=min(t.step, WORD), turns=1) for t in within)
         tilings[name] = next(t for t in within if t.turns in turns_of(t, name, ir, (blocks or math.inf) <= t.step))
     whole = blocks is not None and blocks <= tilings["attend"].step
     exchange = ir.form.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows

@@ -69,6 +69,13 @@ GOLDENS = {
     "tiles_plus_masked": BASE.changed(
         seq_len_q=8 * 16 * 16, seq_len_k=8 * 16 * 16, grid=(8, 16, 16), block_size=64, tile=(4, 4, 4), window=1
     ).changed(window_shape="plus", mask=MaskKind.KEY_PADDING),
+    "causal": BASE.changed(window=2, prefix=4, is_causal=True, mask=MaskKind.KEY_PADDING),
+    "causal_chosen": BASE.changed(
+        seq_len_q=8192, seq_len_k=8192, block_size=64, num_kv_heads=2, window=2, chosen=8, is_causal=True
+    ),
+    "chosen_tiles": BASE.changed(
+        seq_len_q=8 * 16 * 16, seq_len_k=8 * 16 * 16, grid=(8, 16, 16), block_size=64, tile=(4, 4, 4), chosen=4
+    ),
     "cross": BASE.changed(seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": BASE.changed(
         seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
@@ -172,7 +179,6 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
         ({"head_dim": 257}, "head_dim=257"),
         ({"value_dim": 512}, "value_dim=512"),
         ({"seq_len_k": 900, "window": 1}, "window or a prefix where seq_len_q != seq_len_k"),
-        ({"is_causal": True}, "causal"),
     ],
 )
 def test_what_has_no_kernel_is_refused_clearly(change: dict[str, Any], message: str) -> None:
