@@ -228,6 +228,7 @@ def _choices(
         "chosen": ir.form.chosen,
         "plain": ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE,
         "near_aligned": not (specialization.partial_block or ir.form.block_size % steps_of_near),
+        "listed_aligned": ir.form.block_size % steps_of_near == 0,
         "ragged_near": keys_of_neighbours(ir, role.summarizes) % steps_of_near != 0,
         **axes_of(ir),
         "shares_prefix": shares_prefix(ir, schedule),
