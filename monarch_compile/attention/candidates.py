@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
+from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form, weighs_own_block_exactly
 from monarch_compile.attention.grids import tiling_at
 from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.cost.devices import Device
@@ -34,28 +34,43 @@ ON_GRID: dict[str, tuple[Any, ...]] = {
 }
 """What is tried instead where the tokens are known to lie on a grid of several axes."""
 
+CAUSAL: dict[str, tuple[Any, ...]] = {
+    "num_iters": (1,),
+    "init": ("identity",),
+    "window": (1, 2),
+    "prefix": (0, 64),
+    "chosen": (0, 4, 8, 16, 32),
+}
+"""What is tried instead for causal attention."""
+
 
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention.
 
-    Where a site has tiles in all of its graphs, the forms are those of `ON_GRID`.
+    Where a site has tiles in all of its graphs, the forms are those of `ON_GRID`, where it is causal of `CAUSAL`.
     """
+    search = {**SEARCH, **CAUSAL} if any(occurrence.ir.is_causal for occurrence in occurrences) else SEARCH
+    if search is not SEARCH and not weighs_own_block_exactly(fixed.get("num_iters", 1), fixed.get("init", "identity")):
+        return []
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
     tiled = {(o.ir.form.prefix, len(o.ir.form.tile or ())) for o in occurrences}
     on_grid = len(tiled) == 1 and occurrences[0].ir.form.tile is not None
-    forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed)
+    forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed, search)
     timed = ((form, total_seconds(occurrences, device, form)) for form in forms)
     return [form for form, (exact_s, monarch_s) in timed if monarch_s * MARGIN <= exact_s]
 
 
 def _combined(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every choice of one value for each option."""
-    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+    """Every choice of one value for each option; blocks are chosen in one iteration from the identity start alone."""
+    found = [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+    return [x for x in found if not x["chosen"] or weighs_own_block_exactly(x["num_iters"], x["init"])]
 
 
-def _pieces(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
-    values = {name: (fixed[name],) if name in fixed else SEARCH[name] for name in FORM_OPTIONS if name != "block_size"}
+def _pieces(
+    occurrence: Occurrence, device: Device, fixed: Mapping[str, Any], search: Mapping[str, tuple[Any, ...]]
+) -> list[Form]:
+    values = {name: (fixed[name],) if name in fixed else search[name] for name in FORM_OPTIONS if name != "block_size"}
     values["tile"] = (None,)  # a caller's tile is for the sites on a grid
     sizes = [(options, _block_sizes(occurrence, device, options, fixed)) for options in _combined(values)]
     return list(dict.fromkeys(Form(block_size=size, **options) for options, found in sizes for size in found))

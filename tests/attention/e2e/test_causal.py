@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,18 @@ from support.capture import decisions_of, run_passes
 from torch import Tensor
 
 import monarch_compile
+from monarch_compile.attention.candidates import forms_that_pay
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.calibration.plan import Plan, SitePlan
 from monarch_compile.config import MonarchConfig
+from monarch_compile.cost.devices import DEVICES
 from monarch_compile.errors import ConfigError
+from monarch_compile.family import Occurrence
 from monarch_compile.integrations import replace_sdpa
 
 N = 20
+H100 = "h100"
 OPTIONS = {"causal": True, "block_size": 4, "chosen": 1, "window": 1, "prefix": 2}
 FORM = {name: OPTIONS[name] for name in ("block_size", "chosen", "window", "prefix")}
 
@@ -216,8 +222,6 @@ def test_the_error_is_against_causal_attention() -> None:
 def test_a_plan_lowers_without_the_option() -> None:
     q, k, v, m = tensors()
     (decision,) = decisions_of(_by_flag, q, k, v, m)
-    from monarch_compile.attention.form import Form
-
     site = SitePlan(decision.name, (2, 8, 8), Form(4, window=1, prefix=2, chosen=1))
     plan = Plan((site,), ((decision.name,),), 0.1, 0.1, 1, 1, "cpu")
     output, (result,) = run_passes(_by_flag, q, k, v, m, plan=plan)
@@ -244,3 +248,27 @@ def test_compiled_by_inductor() -> None:
         found = compiled(q, k, v, m)
     expected = monarch_attention(q, k, v, causal=True, key_padding_mask=~m, **FORM)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_calibrate_tries_chosen_blocks_where_causal_attention_may_be_lowered() -> None:
+    q, k, v, _ = (x[:1] for x in tensors())
+    q, k, v = (x.repeat(1, 1, 13, 1) for x in (q, k, v))
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    occurrences = [Occurrence(_ir(model, q, k, v), ())]
+    forms = forms_that_pay(occurrences, DEVICES[H100], {"prefix": 2})
+    assert forms == []  # so short a sequence does not pay
+    long = [Occurrence(replace(occurrences[0].ir, seq_len_q=2**16, seq_len_k=2**16), ())]
+    forms = forms_that_pay(long, DEVICES[H100], {"prefix": 2})
+    assert {form.chosen for form in forms} >= {0, 8, 16}
+    assert {(form.num_iters, form.init, form.prefix) for form in forms} == {(1, "identity", 2)}
+    assert forms_that_pay(long, DEVICES[H100], {"num_iters": 2}) == []
+    options = {"causal": True, "policy": "always", "block_size": 4, "window": 1, "prefix": 0}
+    plan = monarch_compile.calibrate(model, [(q, k, v)], budget=0.9, options=options)
+    assert len(plan.sites) == 1
+
+
+def _ir(fn: Any, *args: Tensor) -> Any:
+    return decisions_of(fn, *args, causal=True, block_size=4)[0].ir
