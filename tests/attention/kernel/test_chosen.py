@@ -6,22 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import assert_close
-from torch import Tensor
 
-from monarch_compile.attention.chosen import attend_exactly_where_chosen
-from monarch_compile.attention.form import FORM_OPTIONS, Form
-from monarch_compile.attention.groups import split_mask
-from monarch_compile.codegen.attention.emitter import EMITTER
-from monarch_compile.codegen.attention.launch import launch, outputs, site
-from monarch_compile.codegen.attention.schedule import choose_schedule
-from monarch_compile.codegen.launcher import Launcher
+from monarch_compile.codegen.attention.launch import launch
+from tests.attention.kernel.chosen import check_with_choice, with_choice
 from tests.attention.kernel.problems import DTYPES, Case, check, tensors
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # rows that are padding, which nothing reads
+    pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning"),  # masses of blocks that are no candidates
 ]
 
 CAUSAL = (
@@ -65,30 +59,10 @@ def test_layouts(case: Case) -> None:
     check(case, torch.float32, "cpu")
 
 
-def with_choice(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output of the kernels, and the blocks that they chose."""
-    form = Form(**{name: case.options[name] for name in FORM_OPTIONS}).simplest(is_causal=case.causal)
-    ir, mask = site(q, k, v, mask, form, float(case.options["scale"]), case.grid, causal=case.causal)
-    shows = replace(EMITTER, program=lambda *given: replace(EMITTER.program(*given), outputs=("z", "taken")))
-    z, taken = outputs(Launcher(ir, choose_schedule(ir), shows), q, k, v, mask, case.grid)
-    return z.transpose(1, 2), taken.view(q.shape[0], q.shape[1], *taken.shape[1:])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CHOSEN[1], CHOSEN[3], CHOSEN[10], replace(CHOSEN[2], head_dim=256)], ids=str)
 def test_given_the_same_blocks_the_reference_gives_the_same(case: Case, dtype: torch.dtype) -> None:
-    """Rounding may choose another block of nearly the same mass; what is computed with a choice is tight."""
-    q, k, v, mask = tensors(case, dtype, "cpu")
-    found, taken = with_choice(case, q, k, v, mask)
-    form = Form(**{name: case.options[name] for name in FORM_OPTIONS})
-    masks = (None, None) if mask is None else split_mask(mask, torch.float64)
-    options = {"scale": case.options["scale"], "grid": case.grid, "causal": case.causal}
-    given = (q.double(), k.double(), v.double(), *masks, form)
-    assert_close(found, attend_exactly_where_chosen(*given, **options, choice=taken)[0])
-    own = attend_exactly_where_chosen(*given, **options)[0]
-    exact = attend_exactly_where_chosen(*given[:5], replace(form, chosen=10**3), **options)[0]
-    errors = [torch.linalg.vector_norm(x - exact) for x in (found.double(), own)]
-    assert errors[0] <= 1.05 * errors[1] + 1e-2 * torch.linalg.vector_norm(exact)
+    check_with_choice(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("case", [CAUSAL[2], CAUSAL[4], CHOSEN[3], CHOSEN[4], CHOSEN[9]], ids=str)
