@@ -336,3 +336,16 @@ def test_a_language_model_through_the_backend() -> None:
         compiled = torch.compile(model, backend="monarch", options=options)
         found = compiled(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_one_compilation_serves_several_lengths(chosen: int) -> None:
+    options = {"policy": "always", "strict": True, **OPTIONS, "chosen": chosen}
+    compiled = torch.compile(lambda *x: _by_flag(*x), backend="monarch", options=options)
+    for length in (17, 20, 33):
+        q, k, v = (torch.randn(2, 2, length, 8) for _ in range(3))
+        for x in (q, k, v):
+            torch._dynamo.mark_dynamic(x, 2)
+        expected = monarch_attention(q, k, v, causal=True, **{**FORM, "chosen": chosen})
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(q, k, v, q), expected, rtol=1e-5, atol=1e-5)
