@@ -40,7 +40,6 @@ from monarch_compile.cost.prediction import Cost, Prediction, Quantity
 from monarch_compile.errors import InputError
 from monarch_compile.ir import Dim
 
-
 LISTED_ON_CPU = 1.6
 """How much longer than counted attention with listed keys takes on a CPU, which gathers them: 1.58 times at 4096 keys
 (8 heads of 64, blocks of 64, 4 chosen, float32; one thread of a busy machine with AVX-512)."""
