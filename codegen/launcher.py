@@ -143,11 +143,11 @@ def schedule_for(ir: IR) -> Schedule:
     return next(tuned, None) or own.choose_schedule(ir, None)
 
 
-def untraced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def untraced(call: Callable[[], Any]) -> Callable[[], Any]:
     """`call` with its kernels launched without tracing, as the operator launches them in eager mode."""
     from torch._library.triton import set_wrap_triton_enabled
 
-    def launched() -> Tensor:
+    def launched() -> Any:
         with set_wrap_triton_enabled(False):
             return call()
 

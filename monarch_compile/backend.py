@@ -124,10 +124,11 @@ def _share(result: Rewrite) -> None:
 
 
 def _autotune(decisions: Sequence[Decision]) -> str:
-    """Tuned schedules for the lowered sites on CUDA; a digest of them."""
-    irs = [d.ir for d in decisions if d.status == LOWERED and d.device == "cuda"]
-    if not irs:
+    """Tuned schedules for the lowered sites on CUDA, and for the gradients of those that train; a digest of them."""
+    sites = [d for d in decisions if d.status == LOWERED and d.device == "cuda" and d.ir is not None]
+    if not sites:
         return ""
+    from monarch_compile.codegen.emitters import launched
     from monarch_compile.tools.autotune import Machine, ensure, tunable
 
     try:
@@ -135,6 +136,7 @@ def _autotune(decisions: Sequence[Decision]) -> str:
     except CodegenError as error:
         logger.warning("no tuning: %s", error)
         return ""
+    irs = (ir for site in sites for ir in launched(site.ir, site.calls.trains))
     return f"-{ensure(tunable(irs), machine)}"
 
 

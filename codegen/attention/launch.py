@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def outputs(
     Raises:
         CodegenError: the schedule is for fewer blocks.
     """
-    form, sizes = launcher.ir.form, sizes_of(launcher, q, k, grid)
+    form, sizes = launcher.ir.form, sizes_of(launcher.ir, launcher.schedule.most_blocks, q, k, grid)
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
@@ -111,26 +111,64 @@ def outputs(
     return launcher(tensors, sizes)
 
 
-def sizes_of(launcher: Launcher, q: Tensor, k: Tensor, grid: Sequence[Any] | None) -> dict[str, Any]:
-    """The sizes that kernels, buffers and grids of a launch name; they may be symbolic.
+def sizes_of(
+    ir: MonarchAttention, most: int | None, q: Tensor, k: Tensor, grid: Sequence[Any] | None
+) -> dict[str, Any]:
+    """The sizes that kernels, buffers and grids of a launch of `ir` name; they may be symbolic.
+
+    most: the most blocks that the schedule is for; None where any number will do.
 
     Raises:
         CodegenError: the schedule is for fewer blocks.
     """
-    form, most = launcher.ir.form, launcher.schedule.most_blocks
-    num_blocks = _num_blocks(k, form, grid)
+    num_blocks = _num_blocks(k, ir.form, grid)
     if most is not None and not (isinstance(num_blocks, int) and num_blocks <= most):
         raise CodegenError(f"these kernels are for at most {most} blocks; found {num_blocks}")
     batch, num_heads, seq_len_q, _ = q.shape
+    block_q = _rows(q, num_blocks) if ir.is_cross else ir.form.block_size
+    return _named_sizes(ir.form, batch, num_heads, k.shape[1], seq_len_q, k.shape[2], num_blocks, block_q, grid)
+
+
+def sizes_of_ir(ir: MonarchAttention, hints: Mapping[str, int]) -> dict[str, Any]:
+    """The same of an IR, where `hints` has a value for each symbolic size.
+
+    Raises:
+        KeyError: a size has no value.
+    """
+    values: dict[str, Any] = {name: hints[size] for name, size in _dims(ir) if isinstance(size, str)}
+    if ir.grid is not None:
+        values["grid"] = tuple(size if isinstance(size, int) else hints[size] for size in ir.grid)
+    known = ir.changed(**values)
+    counts = (known.batch, known.num_heads, known.num_kv_heads, known.seq_len_q, known.seq_len_k)
+    return _named_sizes(ir.form, *counts, known.num_blocks, known.block_size_q, known.grid)
+
+
+def _dims(ir: MonarchAttention) -> list[tuple[str, Any]]:
+    return [(name, getattr(ir, name)) for name in ("batch", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k")]
+
+
+def _named_sizes(
+    form: Form,
+    batch: Any,
+    num_heads: Any,
+    num_kv_heads: Any,
+    seq_len_q: Any,
+    seq_len_k: Any,
+    num_blocks: Any,
+    block_q: Any,
+    grid: Sequence[Any] | None,
+) -> dict[str, Any]:
     sizes = {
         "batch": batch,
         "heads": batch * num_heads,
         "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "key_heads": batch * num_kv_heads,
         "num_blocks": num_blocks,
-        "block_q": _rows(q, num_blocks) if launcher.ir.is_cross else form.block_size,
+        "block_q": block_q,
         "seq_len": seq_len_q,
         "seq_len_q": seq_len_q,
-        "seq_len_k": k.shape[2],
+        "seq_len_k": seq_len_k,
     }
     if form.tile is not None and grid is not None:
         sizes |= {f"grid_{axis}": size for axis, size in enumerate(grid)}

@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     for own in all_commands():
         own.add_tune_arguments(parser)
+    parser.add_argument("--backward", action="store_true", help="tune the kernels of gradients instead")
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each problem")
     parser.add_argument("--jobs", type=int, metavar="P", help="processes that compile ahead (default: cores - 2)")
     parser.add_argument("--fresh", action="store_true", help="also tune what the cache holds already")
@@ -207,10 +208,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from monarch_compile.tools.autotune import Machine, run
+    from monarch_compile.tools.autotune import Machine, gradients_of, run
 
     machine = Machine.here()
     irs = [ir for own in all_commands() for ir in own.problems(args, machine.device.type)]
+    irs = gradients_of(irs) if args.backward else irs
+    if not irs:
+        raise InputError("none of these problems has kernels of gradients of its own")
     run(irs, machine, seconds=args.seconds, fresh=args.fresh, jobs=args.jobs)
     return 0
 
