@@ -182,13 +182,14 @@ def _record(decisions: Sequence[Decision]) -> None:
 
 
 def _dump_kernels(result: Rewrite) -> None:
-    """The kernels of every lowered site beside the dumped graphs, each once."""
+    """The kernels of every lowered site, those of gradients where it trains, beside the dumped graphs, each once."""
     if result.dump.folder is None:
         return
-    from monarch_compile.report.report import kernels_of
+    from monarch_compile.report.kernels import kernels_of_site
 
-    lowered = [d.ir for d in result.decisions if d.status == LOWERED and d.ir is not None]
-    for kernel in dict.fromkeys(kernel for ir in lowered for kernel in kernels_of(ir)[0]):
+    lowered = [d for d in result.decisions if d.status == LOWERED and d.ir is not None]
+    found = [kernels_of_site(d.ir, d.calls.trains) for d in lowered]
+    for kernel in dict.fromkeys(kernel for site in found for kernel in (*site.forward, *site.backward)):
         result.dump.numbered(kernel.file_name, kernel.text)
 
 

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the backend")
     explain.add_argument("--measure", action="store_true", help="also measure the error of each site and of the output")
+    explain.add_argument("--resources", action="store_true", help="also compile kernels: registers, spills, bytes")
     explain.add_argument("--html", type=Path, metavar="PATH", help="write the report as one HTML page")
     explain.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     explain.set_defaults(run=_explain)
@@ -113,7 +114,8 @@ def _explain(args: argparse.Namespace) -> int:
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise InputError(f"{args.target} must return (model, args) or (model, args, kwargs); found {type(result)}")
     model, inputs, *rest = result
-    report = explain(model, *inputs, options=_options(args.options), measure=args.measure, **(rest[0] if rest else {}))
+    asked = {"options": _options(args.options), "measure": args.measure, "resources": args.resources}
+    report = explain(model, *inputs, **asked, **(rest[0] if rest else {}))
     print(report)
     if args.html:
         print(f"wrote {report.save(args.html)}")
