@@ -14,7 +14,7 @@ from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.gradient_ir import GradientsOf, backward_refusal
 from monarch_compile.codegen.attention.kernels import program_with_lse
-from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of
+from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of, with_adjacent_features
 from monarch_compile.codegen.attention.prefix_gradients import PrefixGradients
 from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
@@ -72,7 +72,8 @@ def launch_backward(
 
     Returns dq, dk, dv, of the shapes and dtypes of q, k, v and laid out (batch, seq, heads, dim), and dbias (E, N),
     float32: that of a floating key_mask, 0 for the keys that it hides; None for no mask and for one of bools.
-    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read through their strides.
+    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read
+    through their strides, but for those that `launch.with_adjacent_features` copies.
 
     Raises:
         CodegenError: as for `launch_with_lse`.
@@ -102,6 +103,7 @@ def run(
         CodegenError: the schedule is for fewer blocks.
     """
     ir = launcher.ir.forward
+    dz, q, k, v, z = with_adjacent_features(dz, q, k, v, z)
     sizes = sizes_of(ir, launcher.schedule.most_blocks, q, k, grid)
     tensors = {"q": q, "k": k, "v": v, "dz": dz, "z": z, "lse": lse.contiguous()}
     if key_mask is not None:

@@ -16,6 +16,7 @@ from monarch_compile.attention.groups import centred
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
 from monarch_compile.codegen.attention.kernels import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
+from monarch_compile.codegen.attention.specialization import is_known_to_be
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import padded
@@ -43,7 +44,8 @@ def launch(
 
     options: those of `Form`.
 
-    q, k, v and key_mask are read through their strides; sizes may be symbolic. Works eagerly, under fake tensors and
+    q, k, v and key_mask are read through their strides, but for tensors whose features are not side by side in memory:
+    see `with_adjacent_features`. Sizes may be symbolic. Works eagerly, under fake tensors and
     inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
 
     Raises:
@@ -102,6 +104,7 @@ def outputs(
         CodegenError: the schedule is for fewer blocks.
     """
     form, sizes = launcher.ir.form, sizes_of(launcher.ir, launcher.schedule.most_blocks, q, k, grid)
+    q, k, v = with_adjacent_features(q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
@@ -109,6 +112,15 @@ def outputs(
         first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
         tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
     return launcher(tensors, sizes)
+
+
+def with_adjacent_features(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose features, the last dim, are side by side in memory; those of another layout are copied.
+
+    Triton 3.6 compiles a product of 32 keys that were loaded along the sequence, as these would be, to wrong numbers on
+    an H100; 64 keys at a time are right. tests/attention/kernel/test_gpu.py has the cases.
+    """
+    return tuple(x if is_known_to_be(x.stride(-1), 1) else x.contiguous() for x in tensors)
 
 
 def sizes_of(
@@ -126,7 +138,8 @@ def sizes_of(
         raise CodegenError(f"these kernels are for at most {most} blocks; found {num_blocks}")
     batch, num_heads, seq_len_q, _ = q.shape
     block_q = _rows(q, num_blocks) if ir.is_cross else ir.form.block_size
-    return _named_sizes(ir.form, batch, num_heads, k.shape[1], seq_len_q, k.shape[2], num_blocks, block_q, grid)
+    heads, lengths = (batch, num_heads, k.shape[1]), (seq_len_q, k.shape[2])
+    return _named_sizes(ir.form, heads, lengths, (num_blocks, block_q), grid)
 
 
 def sizes_of_ir(ir: MonarchAttention, hints: Mapping[str, int]) -> dict[str, Any]:
@@ -135,29 +148,27 @@ def sizes_of_ir(ir: MonarchAttention, hints: Mapping[str, int]) -> dict[str, Any
     Raises:
         KeyError: a size has no value.
     """
-    values: dict[str, Any] = {name: hints[size] for name, size in _dims(ir) if isinstance(size, str)}
+    names = ("batch", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k")
+    dims = {name: getattr(ir, name) for name in names}
+    values: dict[str, Any] = {name: hints[size] for name, size in dims.items() if isinstance(size, str)}
     if ir.grid is not None:
         values["grid"] = tuple(size if isinstance(size, int) else hints[size] for size in ir.grid)
     known = ir.changed(**values)
-    counts = (known.batch, known.num_heads, known.num_kv_heads, known.seq_len_q, known.seq_len_k)
-    return _named_sizes(ir.form, *counts, known.num_blocks, known.block_size_q, known.grid)
-
-
-def _dims(ir: MonarchAttention) -> list[tuple[str, Any]]:
-    return [(name, getattr(ir, name)) for name in ("batch", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k")]
+    heads, lengths = (known.batch, known.num_heads, known.num_kv_heads), (known.seq_len_q, known.seq_len_k)
+    return _named_sizes(ir.form, heads, lengths, (known.num_blocks, known.block_size_q), known.grid)
 
 
 def _named_sizes(
     form: Form,
-    batch: Any,
-    num_heads: Any,
-    num_kv_heads: Any,
-    seq_len_q: Any,
-    seq_len_k: Any,
-    num_blocks: Any,
-    block_q: Any,
+    heads: tuple[Any, Any, Any],
+    lengths: tuple[Any, Any],
+    blocks: tuple[Any, Any],
     grid: Sequence[Any] | None,
 ) -> dict[str, Any]:
+    """heads: the batch, heads of queries, of keys. lengths: of queries, of keys. blocks: how many, queries in each."""
+    batch, num_heads, num_kv_heads = heads
+    num_blocks, block_q = blocks
+    seq_len_q, seq_len_k = lengths
     sizes = {
         "batch": batch,
         "heads": batch * num_heads,
