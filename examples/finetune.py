@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -197,10 +198,13 @@ def print_report(problem: Problem, options: Mapping[str, Any]) -> None:
 
 def compare(problem: Problem, options: Mapping[str, Any], args: argparse.Namespace) -> tuple[tuple[Run, Run], Judged]:
     """Train with each form of attention; then judge exact attention's weights under Monarch attention."""
-    exact_model, model = (copy.deepcopy(problem.model) for _ in range(2))
+    exact_model = copy.deepcopy(problem.model)
     exact_run = train(EXACT, exact_model, _called(exact_model, None, args), problem, args)
     weights = {name: x.cpu() for name, x in exact_model.state_dict().items()}
-    del exact_model
+    del exact_model  # and what Dynamo holds of it, so that it is no part of the other run's memory
+    torch._dynamo.reset()
+    gc.collect()
+    model = copy.deepcopy(problem.model)
     called = _called(model, options, args)
     run = train(MONARCH, model, called, problem, args)
     model.load_state_dict(weights)
@@ -216,7 +220,6 @@ def _called(model: nn.Module, options: Mapping[str, Any] | None, args: argparse.
     """
     if args.tiny:
         return model if options is None else with_attention(model, monarch_form, options)
-    torch._dynamo.reset()
     backend: Any = "inductor" if options is None else monarch
     called: Model = torch.compile(model, backend=backend, options=options, dynamic=False)
     return called
