@@ -34,9 +34,10 @@ STEPS = frozenset(
         aten.sub.Tensor,
         aten.pow.Tensor_Scalar,
         aten.clamp.default,
+        aten.detach.default,
     }
 )
-"""Ops that give each element of their first operand, in its place, changed."""
+"""Ops that give each element of their first operand, in its place, changed, or without its gradient."""
 REORDERS = frozenset(
     {
         aten.index.Tensor,
