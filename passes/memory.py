@@ -140,9 +140,6 @@ MAY_COPY = frozenset(
 
 def sets_strides(node: Node) -> bool:
     """Whether an op's output lies in memory in the same way however its inputs lie."""
-    if node.target is aten.matmul.default:  # a matrix times matrices: by one product or by many, as the strides allow
-        first, second = (len(shape_of(x)) for x in inputs(node)[:2])
-        return not first <= 2 < second
     if node.target is aten.einsum.default:  # an elementwise product where nothing is summed over by both operands
         named, out = einsum_letters(node)
         return len(named) == 2 and any(map(_is_many, _sums_of(named, out)))

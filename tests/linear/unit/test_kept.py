@@ -128,17 +128,9 @@ def einsum_that_sums_one_operand(m: Factors, x: Tensor) -> Tensor:
     return torch.einsum("qml,qr->qml", wide(m, x), m.u[0])
 
 
-def matrix_times_matrices(m: Factors, x: Tensor) -> Tensor:
-    return m.bias[:7].expand(3, 7) @ wide(m, x).transpose(0, 2).transpose(0, 1).transpose(1, 2).transpose(0, 1)
-
-
-@pytest.mark.parametrize(
-    "program",
-    [einsum_without_a_sum, einsum_that_sums_one_operand, matrix_times_matrices],
-    ids=lambda program: program.__name__,
-)
+@pytest.mark.parametrize("program", [einsum_without_a_sum, einsum_that_sums_one_operand])
 def test_strides_that_a_later_product_inherits_stay(program: Program) -> None:
-    model, x = Factors(program), given(7)
+    model, x = Factors(program).requires_grad_(False), given(7).detach()
     output, (result,) = run_passes(model, x)
     assert [d.code for d in result.decisions] == ["lowered"]
     expected = model(x)
