@@ -71,6 +71,8 @@ def _site(last: Product, taken: set[Node], told: set[Node]) -> Site | None:
             continue
         try:
             region = _region(roles, frozenset(taken | told))
+            if region is not None and last.node in told and _is_coupling(region):
+                return None
             if region is not None:
                 return region
             if source_of_moves(roles.other_node)[0] not in taken | told:
@@ -80,6 +82,11 @@ def _site(last: Product, taken: set[Node], told: set[Node]) -> Site | None:
                 told.add(source_of_moves(roles.other_node)[0])
                 refused = refused or RefusedSite(last.node, refusal.refusal)
     return refused
+
+
+def _is_coupling(region: BlockLinearRegion) -> bool:
+    """Whether the last product may be the coupling of a BLAST that was refused: one number of each input block."""
+    return region.coupling is None and region.rank == 1
 
 
 def _region(last: Roles, taken: frozenset[Node]) -> BlockLinearRegion | None:
