@@ -15,7 +15,7 @@ from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.graph import dtype_of, modules_of
 from monarch_compile.passes.linear.elements import Elements, is_static, source_of_moves
 from monarch_compile.passes.linear.ending import ending_of
-from monarch_compile.passes.linear.near import near_miss
+from monarch_compile.passes.linear.near import near_miss, unread
 from monarch_compile.passes.linear.orders import Link, interleaving, link, reading, symbols_of
 from monarch_compile.passes.linear.products import Product, Roles, product_of
 from monarch_compile.passes.linear.region import BlockLinearRegion, Ending, Site
@@ -38,7 +38,12 @@ def find_sites(gm: GraphModule) -> list[Site]:
             sites += reversed(_inside(node))
             continue
         product = product_of(node) if node not in taken else None
-        site = None if product is None else _site(product, taken, told)
+        site: Site | None
+        if product is None:
+            refusal = unread(node)
+            site = None if refusal is None else RefusedSite(node, refusal)
+        else:
+            site = _site(product, taken, told)
         if isinstance(site, BlockLinearRegion) or (site is not None and node not in told):
             sites.append(site)
         if isinstance(site, BlockLinearRegion):

@@ -177,6 +177,46 @@ def test_activations_in_place() -> None:
         torch.testing.assert_close(output, model(x), rtol=1e-11, atol=1e-11)
 
 
+def one_einsum(m: Factors, x: Tensor) -> Tensor:
+    return torch.einsum("mbp,blrp,lqbr->mlq", x.reshape(-1, m.blocks, WIDTH), m.wide1, m.wide2).flatten(1)
+
+
+def one_einsum_of_blast(m: Factors, x: Tensor) -> Tensor:
+    return torch.einsum("...bp,brp,lbr,lqr->...lq", x.reshape(-1, m.blocks, WIDTH), m.v, m.s, m.u).flatten(1)
+
+
+def bias_added_in_blocks(m: Factors, x: Tensor) -> Tensor:
+    bias = m.bias.view(m.blocks, 1, -1)
+    return torch.baddbmm(bias, shuffled(m, first(m, x)), m.w2.mT).transpose(0, 1).flatten(1)
+
+
+def einsum_of_experts(m: Factors, x: Tensor) -> Tensor:
+    """Blocks of the input are blocks of the output."""
+    return torch.einsum("mbp,brp,bqr->mbq", x.reshape(-1, m.blocks, WIDTH), m.v, m.u)
+
+
+def einsum_of_low_rank(m: Factors, x: Tensor) -> Tensor:
+    return torch.einsum("mp,rp,qr->mq", x[:, :WIDTH], m.v[0], m.u[0])
+
+
+def experts_with_a_bias(m: Factors, x: Tensor) -> Tensor:
+    return torch.baddbmm(m.bias.view(m.blocks, 1, -1), first(m, x), m.w2.mT)
+
+
+@pytest.mark.parametrize(
+    ("program", "codes"),
+    [
+        (one_einsum, ["block_step"]), (one_einsum_of_blast, ["block_step"]), (bias_added_in_blocks, ["block_step"]),
+        (einsum_of_experts, []), (einsum_of_low_rank, []), (experts_with_a_bias, []),
+    ],
+)  # fmt: skip
+def test_products_that_are_not_read_are_told(program: Program, codes: list[str]) -> None:
+    model, x = Factors(program), given(7)
+    output, (result,) = run_passes(model, x)
+    assert [d.code for d in result.decisions if d.family == "linear"] == codes
+    torch.testing.assert_close(output, model(x), rtol=1e-11, atol=1e-11)
+
+
 def test_attention_along_two_axes_is_claimed_once() -> None:
     """Its weights, which are computed, are two block-diagonal matrices with a transpose between."""
 
