@@ -16,6 +16,9 @@ class OptionRule(NamedTuple):
     wording: str
 
 
+FLAG = OptionRule(lambda value: isinstance(value, bool), "True or False")
+
+
 def at_least(least: int) -> OptionRule:
     """An int, or a symbolic one, of at least `least`."""
     kinds = (int, np.integer, torch.SymInt)

@@ -20,6 +20,7 @@ from monarch_compile.codegen.attention.kernels import (
     axes_of,
     buffers_of,
     constants_of,
+    ends_of,
     header_of,
     kernel_of,
     keys_of_neighbours,
@@ -192,11 +193,9 @@ def _choices(ir: MonarchAttention, schedule: GradientSchedule) -> dict[str, Any]
         "fused": schedule.fused,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         "window": ir.form.window,
-        "prefix": ir.form.prefix,
         "group": ir.group,
-        "q_len": "seq_len",
-        "k_len": "seq_len",
         "q_block": "BLOCK",
+        **ends_of(ir),
     }
 
 

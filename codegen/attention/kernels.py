@@ -262,9 +262,9 @@ def _choices(
 ) -> dict[str, Any]:
     """What decides which text a template gives, every field of the schedule that is no tiling among it."""
     tiled, steps_of_near = {"near", *(name for name, _ in schedule.tilings())}, (schedule.near or tiling).step
-    names = {"q_len": "seq_len", "k_len": "seq_len", "q_block": "BLOCK", "tiles": "TILES_J"}
+    names = {"q_block": "BLOCK", "tiles": "TILES_J"}
     if ir.is_cross:
-        names = {"q_len": "seq_len_q", "k_len": "seq_len_k", "q_block": "block_q", "tiles": "tiles"}
+        names = {"q_block": "block_q", "tiles": "tiles"}
     return {
         **{field.name: getattr(schedule, field.name) for field in fields(schedule) if field.name not in tiled},
         "values": role.values,
@@ -283,10 +283,24 @@ def _choices(
         "resident": tiling.turns == ALL,
         "walks": tiling.turns > 1,
         "window": ir.form.window,
-        "prefix": ir.form.prefix,
         "group": ir.group,
         "cross": ir.is_cross,
         **names,
+        **ends_of(ir),
+    }
+
+
+def ends_of(ir: MonarchAttention) -> dict[str, Any]:
+    """The prefix, where it lies (leads: before the blocks), and the names of lengths and of where blocks end."""
+    q_len, k_len = ("seq_len_q", "seq_len_k") if ir.is_cross else ("seq_len", "seq_len")
+    at_end = ir.form.prefix_at_end
+    return {
+        "prefix": ir.form.prefix,
+        "leads": ir.form.prefix > 0 and not at_end,
+        "prefix_at_end": at_end,
+        "q_len": q_len,
+        "q_end": f"({q_len} - PREFIX)" if at_end else q_len,
+        "k_end": f"({k_len} - PREFIX)" if at_end else k_len,
     }
 
 

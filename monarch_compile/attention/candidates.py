@@ -23,6 +23,7 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "prefix": (0, 4),
     "tile": (None,),
     "window_shape": ("box",),
+    "prefix_at_end": (False,),
 }
 """What is tried for each option that the caller has not fixed."""
 
@@ -41,7 +42,7 @@ def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Map
     """
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
-    tiled = {(o.ir.form.prefix, len(o.ir.form.tile or ())) for o in occurrences}
+    tiled = {(o.ir.form.prefix, o.ir.form.prefix_at_end, len(o.ir.form.tile or ())) for o in occurrences}
     on_grid = len(tiled) == 1 and occurrences[0].ir.form.tile is not None
     forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed)
     timed = ((form, total_seconds(occurrences, device, form)) for form in forms)
@@ -75,7 +76,8 @@ def _tiles(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> 
     best = tiling_at(device.kind, len(own.tile), _seq_len(occurrence) - own.prefix).tile
     tried = {**SEARCH, **ON_GRID, "tile": tuple(resized(best, factor) for factor in ON_GRID["tile"])}
     values = {name: (fixed[name],) if name in fixed else tried[name] for name in FORM_OPTIONS if name != "block_size"}
-    values |= {"prefix": (own.prefix,), "pad": (own.pad,)}  # those of the grid, and of all tiles
+    # Those of the grid, and of all tiles.
+    values |= {"prefix": (own.prefix,), "prefix_at_end": (own.prefix_at_end,), "pad": (own.pad,)}
     forms = [Form(block_size=math.prod(options["tile"]), **options) for options in _combined(values)]
     # Without neighbours, the shape of the window makes no difference: one of the shapes is enough.
     return [form for form in forms if form.window or form.window_shape == values["window_shape"][0]]

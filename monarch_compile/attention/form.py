@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from monarch_compile.attention.blocking import steps_to_neighbours
 from monarch_compile.errors import IRError
-from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
+from monarch_compile.rules import FLAG, OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
 INITS = ("identity", "mean")
 PADS = ("post", "pre")
@@ -28,6 +28,7 @@ FORM_RULES: dict[str, OptionRule] = {
     "prefix": at_least(0),
     "tile": or_else(None, tuple_of(1, range(1, MAX_AXES + 1))),
     "window_shape": one_of(WINDOW_SHAPES),
+    "prefix_at_end": FLAG,
 }
 
 
@@ -51,6 +52,8 @@ class Form:
         a piece of the sequence.
     window_shape: of which tiles a window consists, all that are at most `window` away along each axis ("box") or those
         of them that lie along one axis ("plus"). It makes no difference to pieces of a sequence.
+    prefix_at_end: whether the tokens of the prefix are the last of the sequence, as text that comes after an image;
+        blocks are then of what comes before them. Without a prefix it is False.
 
     Raises:
         IRError: an option is not allowed.
@@ -66,6 +69,7 @@ class Form:
     prefix: int = 0
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
+    prefix_at_end: bool = False
 
     def __post_init__(self) -> None:
         wrong = broken_rule(vars(self), FORM_RULES) or self._wrong_tile()
@@ -73,6 +77,8 @@ class Form:
             raise IRError(wrong)
         if self.tile is not None:
             object.__setattr__(self, "tile", tuple(self.tile))
+        if not self.prefix:
+            object.__setattr__(self, "prefix_at_end", False)
 
     def _wrong_tile(self) -> str | None:
         if self.tile is None:
@@ -82,7 +88,9 @@ class Form:
         return "'pad' must be 'post' with a tile; found 'pre'" if self.pad != "post" else None
 
     def __str__(self) -> str:
-        names = FORM_OPTIONS if self.tile is not None else FORM_OPTIONS[: FORM_OPTIONS.index("tile")]
+        of_tiles = () if self.tile is not None else ("tile", "window_shape")
+        of_prefix = () if self.prefix_at_end else ("prefix_at_end",)
+        names = [name for name in FORM_OPTIONS if name not in of_tiles + of_prefix]
         return f"Form({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property

@@ -33,6 +33,7 @@ def named(options: Sequence[Any]) -> dict[str, Any]:
     found["window"] = None if window is None else int(window)
     found["tile"] = None if tile is None else tuple(map(int, tile))
     found["grid"] = None if grid is None else tuple(grid)
+    found["prefix_at_end"] = bool(found["prefix_at_end"])
     return found
 
 

@@ -19,11 +19,12 @@ Size = Any
 class Grid:
     """How the tokens of a sequence lie: first `prefix` tokens outside of the grid, then the grid, row by row.
 
-    sizes: tokens along each axis, the last of which runs fastest.
+    sizes: tokens along each axis, the last of which runs fastest. prefix_at_end: the grid first, then these tokens.
     """
 
     prefix: int
     sizes: tuple[Size, ...]
+    prefix_at_end: bool = False
 
     @property
     def num_tokens(self) -> Size:
@@ -39,7 +40,8 @@ def grid_by_hand(config: MonarchConfig, seq_len: Size) -> Grid | None:
     """
     if not isinstance(config.grid, tuple):
         return None
-    grid = Grid(config.prefix if isinstance(config.prefix, int) else 0, config.grid)
+    prefix = config.prefix if isinstance(config.prefix, int) else 0
+    grid = Grid(prefix, config.grid, config.prefix_at_end is True)
     if seq_len != grid.num_tokens:
         sizes = " * ".join(map(str, grid.sizes))
         raise ConfigError(
@@ -78,6 +80,8 @@ def takes_tiles(config: MonarchConfig, grid: Grid | None) -> bool:
     if grid is None or len(grid.sizes) == 1 or config.tile is None or config.pad != "post":
         return False
     if config.prefix not in ("auto", grid.prefix):
+        return False
+    if grid.prefix and config.prefix_at_end not in ("auto", grid.prefix_at_end):
         return False
     return config.block_size == "auto" if config.tile == "auto" else len(config.tile) == len(grid.sizes)
 

@@ -68,7 +68,7 @@ def auto_block_size(seq_len: Size, kind: str, window: int | None = None, prefix:
 
 def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | None = None) -> Form:
     """The form that the options ask for at `seq_len` keys on a grid; what is "auto" guards on a symbolic length."""
-    auto: dict[str, Any] = {"window": 1, "prefix": 0, "tile": None, "window_shape": "box"}
+    auto: dict[str, Any] = {"window": 1, "prefix": 0, "tile": None, "window_shape": "box", "prefix_at_end": False}
     if grid is None or not takes_tiles(config, grid):
         pieces = config if config.tile is None else replace(config, tile=None)
         window, prefix = (auto[x] if getattr(config, x) == "auto" else getattr(config, x) for x in ("window", "prefix"))
@@ -77,6 +77,7 @@ def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | No
     tile = config.tile if isinstance(config.tile, tuple) else row.tile
     shape = row.window_shape if config.window == "auto" else "box"
     auto = {"window": row.window, "prefix": grid.prefix, "tile": tile, "window_shape": shape}
+    auto["prefix_at_end"] = grid.prefix_at_end
     return config.form(**auto, block_size=math.prod(tile))
 
 

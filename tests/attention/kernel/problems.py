@@ -36,9 +36,10 @@ class Case:
     prefix: int = 0
     group: int = 1  # query heads that share a key head
     queries: int | None = None  # how many, where not as many as keys (seq_len)
-    grid: tuple[int, ...] | None = None  # what the tokens after the prefix lie on
+    grid: tuple[int, ...] | None = None  # what the tokens outside of the prefix lie on
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
+    prefix_at_end: bool = False
 
     @staticmethod
     def tiled(grid: tuple[int, ...], tile: tuple[int, ...], head_dim: int, value_dim: int, **more: Any) -> Case:
@@ -49,7 +50,11 @@ class Case:
     def __str__(self) -> str:
         rows = "" if self.queries is None else f"q{self.queries}"
         size = f"{rows}n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
-        groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
+        groups = (
+            ""
+            if self.window is None and not self.prefix
+            else f"-w{self.window}p{self.prefix}{'end' * self.prefix_at_end}"
+        )
         shared = "" if self.group == 1 else f"-g{self.group}"
         tiles = ""
         if self.grid is not None and self.tile is not None:
@@ -70,6 +75,7 @@ class Case:
             "prefix": self.prefix,
             "tile": self.tile,
             "window_shape": self.window_shape,
+            "prefix_at_end": self.prefix_at_end,
             "grid": self.grid,
         }
 

@@ -97,6 +97,12 @@ TILED = (
     Case.tiled((61, 67), (8, 16), 25, 80, window=1, window_shape="plus", layout="transposed"),
     Case.tiled((9, 30, 31), (4, 4, 4), 64, 64, batch=1, window=1, window_shape="plus", prefix=5, mask="some"),
     Case.tiled((9, 30, 31), (2, 4, 4), 80, 80, batch=1, num_iters=3, mask="blocks"),
+    # Text after the image: its rows in stage 1, in a kernel of their own, and of two iterations.
+    Case.tiled((37, 37), (8, 8), 64, 64, num_heads=2, window=1, prefix=13, prefix_at_end=True, mask="bias"),
+    Case.tiled((64, 64), (8, 8), 64, 64, batch=1, num_heads=2, prefix=333, prefix_at_end=True, layout="packed"),
+    Case.tiled(
+        (37, 37), (4, 8), 64, 64, num_iters=2, num_heads=2, window=0, prefix=77, prefix_at_end=True, mask="some"
+    ),
 )
 BIASED = (
     replace(PLAIN, mask="bias"),

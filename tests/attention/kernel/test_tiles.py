@@ -65,6 +65,16 @@ WINDOWS = (
     tiled(*IMAGE, 16, 16, num_iters=2, init="mean", window=2, mask="bias"),
     tiled(*VIDEO, 16, 16, num_iters=2, window=1, prefix=1, batch=1),
 )
+AT_END = (  # text after an image; the first five have exact groups in stage 1
+    tiled(*IMAGE, 16, 16, window=1, window_shape="plus", prefix=5, prefix_at_end=True, mask="blocks"),
+    tiled(*IMAGE, 25, 20, window=2, prefix=1, prefix_at_end=True, mask="bias"),
+    tiled(*VIDEO, 16, 16, prefix=5, prefix_at_end=True, mask="some"),
+    tiled((12, 13), (6, 8), 16, 16, window=0, prefix=3, prefix_at_end=True, batch=1),  # the prefix's rows in stage 1
+    tiled(*IMAGE, 16, 16, prefix=21, prefix_at_end=True, batch=1),
+    tiled(*IMAGE, 25, 20, init="mean", prefix=1, prefix_at_end=True, mask="some"),
+    tiled(*IMAGE, 16, 25, num_iters=2, window=1, prefix=5, prefix_at_end=True, mask="bias"),
+    tiled(*IMAGE, 16, 16, num_heads=4, group=2, window=1, prefix=2, prefix_at_end=True, layout="packed"),
+)
 SHARED = (  # fewer key heads than query heads
     tiled(*IMAGE, 16, 16, num_heads=4, group=2, window=1, prefix=2, mask="blocks"),
     tiled(*VIDEO, 16, 20, num_heads=2, group=2, num_iters=2, window=0, layout="transposed", batch=1),
@@ -79,12 +89,12 @@ LAYOUTS = tuple(
 )
 
 
-@pytest.mark.parametrize("case", [*FORMS, *WINDOWS, *SHARED, *STREAMED], ids=str)
+@pytest.mark.parametrize("case", [*FORMS, *WINDOWS, *AT_END, *SHARED, *STREAMED], ids=str)
 def test_cases(case: Case) -> None:
     check(case, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("case", [WINDOWS[1], WINDOWS[3], FORMS[3]], ids=str)
+@pytest.mark.parametrize("case", [WINDOWS[1], WINDOWS[3], FORMS[3], AT_END[3]], ids=str)
 def test_16_bits(case: Case) -> None:
     check(case, torch.float16, "cpu")
 
@@ -96,12 +106,22 @@ def test_layouts(case: Case) -> None:
     assert torch.equal(found, check(replace(case, layout="contiguous"), torch.float16, "cpu"))
 
 
-@pytest.mark.parametrize("case", [FORMS[0], FORMS[7], WINDOWS[3], WINDOWS[10], WINDOWS[16]], ids=str)
+@pytest.mark.parametrize("case", [FORMS[0], FORMS[7], WINDOWS[3], WINDOWS[10], WINDOWS[16], *AT_END[:4]], ids=str)
 def test_nothing_beyond_the_grid_is_read(case: Case) -> None:
     """What lies around the inputs is NaN, and changes no bit."""
     q, k, v, mask = tensors(case, torch.float32, "cpu")
     surrounded = (None if x is None else between_margins(x) for x in (q, k, v, mask))
     assert torch.equal(launch(*surrounded, **case.options), launch(q, k, v, mask, **case.options))
+
+
+@pytest.mark.parametrize("case", AT_END, ids=str)
+def test_a_prefix_at_the_end_is_one_at_the_start(case: Case) -> None:
+    """The same tokens put first give the same rows, in the other order."""
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    first = replace(case, prefix_at_end=False)
+    moved = [None if x is None else x.roll(case.prefix, 2 if x.ndim == 4 else 1) for x in (q, k, v, mask)]
+    found = launch(q, k, v, mask, **case.options).roll(case.prefix, 2)
+    torch.testing.assert_close(found, launch(*moved, **first.options), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 0, 1])

@@ -68,6 +68,10 @@ GOLDENS = {
     "tiles_plus_masked": BASE.changed(
         seq_len_q=8 * 16 * 16, seq_len_k=8 * 16 * 16, grid=(8, 16, 16), block_size=64, tile=(4, 4, 4), window=1
     ).changed(window_shape="plus", mask=MaskKind.KEY_PADDING),
+    "tiles_text_last": BASE.changed(
+        seq_len_q=24 * 24 + 9, seq_len_k=24 * 24 + 9, grid=(24, 24), block_size=64, tile=(8, 8), window=1, prefix=9
+    ).changed(window_shape="plus", prefix_at_end=True, mask=MaskKind.KEY_BIAS),
+    "prefix_at_end": BASE.changed(pad="pre", prefix=70, prefix_at_end=True, window=1),
     "cross": BASE.changed(seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": BASE.changed(
         seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING

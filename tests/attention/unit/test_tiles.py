@@ -37,6 +37,7 @@ class Tiled:
     init: str = "identity"
     mask: str = "none"
     group: int = 1
+    prefix_at_end: bool = False
     seed: int = 0
 
     @property
@@ -78,6 +79,7 @@ class Tiled:
             tile=self.tile,
             window_shape=self.window_shape,
             grid=self.grid,
+            prefix_at_end=self.prefix_at_end,
         )
 
     def places(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -254,6 +256,17 @@ def test_transposed_grids_give_the_transposed_result(p: Tiled, draw: random.Rand
     torch.testing.assert_close(other.run(*moved), p.run(q, k, v, mask)[:, :, order], rtol=EPS, atol=EPS)
 
 
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_tokens_after_a_grid_are_those_before_it(p: Tiled) -> None:
+    """Put first, they give the same rows, in the other order."""
+    q, k, v = p.tensors()
+    mask = p.key_mask()
+    last = [None if x is None else x.roll(-p.prefix, 2 if x.ndim == 4 else 1) for x in (q, k, v, mask)]
+    found = replace(p, prefix_at_end=True).run(*last)
+    torch.testing.assert_close(found.roll(p.prefix, 2), p.run(q, k, v, mask), rtol=EPS, atol=EPS)
+
+
 @settings(max_examples=30, deadline=None)
 @given(problems())
 def test_rows_of_the_prefix_are_exact_and_hidden_rows_are_0(p: Tiled) -> None:
@@ -270,6 +283,7 @@ GRADED = (
     Tiled((3, 2), (2, 2), window=1, window_shape="plus", prefix=1, mask="bias"),
     Tiled((3, 2), (2, 1), num_iters=2, init="mean", window=0, group=2),
     Tiled((2, 2, 3), (1, 2, 2), window=1),
+    Tiled((3, 2), (2, 2), window=0, prefix=2, prefix_at_end=True, mask="bool"),
 )
 
 
@@ -318,18 +332,19 @@ def test_the_function_is_the_reference() -> None:
     assert torch.equal(monarch_attention(q, k, v, grid=[4, 5], tile=[2, 3], **options), p.run(q, k, v))
 
 
-@given(st.sampled_from(sorted(TILES)), st.integers(1, 10**6), st.sampled_from([0, 1, 5]))
-def test_auto_takes_tiles_from_the_table(key: tuple[str, int], num_tokens: int, prefix: int) -> None:
+@given(st.sampled_from(sorted(TILES)), st.integers(1, 10**6), st.sampled_from([0, 1, 5]), st.booleans())
+def test_auto_takes_tiles_from_the_table(key: tuple[str, int], num_tokens: int, prefix: int, at_end: bool) -> None:
     kind, axes = key
     row = [row for row in TILES[key] if row.start <= num_tokens][-1]
-    grid = Grid(prefix, (*[1] * (axes - 1), num_tokens))
+    grid = Grid(prefix, (*[1] * (axes - 1), num_tokens), at_end)
     form = chosen_form(MonarchConfig(), kind, num_tokens + prefix, grid)
     assert (form.tile, form.window, form.window_shape, form.prefix) == (row.tile, row.window, row.window_shape, prefix)
+    assert form.prefix_at_end is (at_end and prefix > 0)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"pad": "pre"}, {"block_size": 32}, {"tile": None}, {"prefix": 3}, {"tile": (2, 2, 2)}],
+    [{"pad": "pre"}, {"block_size": 32}, {"tile": None}, {"prefix": 3}, {"tile": (2, 2, 2)}, {"prefix_at_end": True}],
     ids=str,
 )
 def test_what_asks_for_pieces_gets_them(options: dict[str, object]) -> None:
