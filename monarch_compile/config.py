@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form, wrong_window
 from monarch_compile.errors import ConfigError
 from monarch_compile.rules import FLAG, OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
@@ -43,7 +43,8 @@ class MonarchConfig:
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").
     window: blocks on each side of a query's own block that it attends to exactly, counted along each axis where blocks
-        are tiles (0: its own only; None: the paper's form, no window). "auto": 1, with tiles what `grids.TILES` has.
+        are tiles, or a number for each axis (0: its own only; None: the paper's form, no window). "auto": 1, with tiles
+        what `grids.TILES` has. Where a window is given for each axis, pieces of a sequence have that of "auto".
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
         Blocks are of what follows them. "auto": the tokens before or after a grid that is found, else 0.
     prefix_at_end: whether these tokens are the last of the sequence, not the first, as text after an image. "auto": as
@@ -70,7 +71,7 @@ class MonarchConfig:
     num_iters: int = 1
     init: str = "identity"
     pad: str = "post"
-    window: int | str | None = "auto"
+    window: int | tuple[int, ...] | str | None = "auto"
     prefix: int | str = "auto"
     tile: tuple[int, ...] | str | None = "auto"
     window_shape: str = "auto"
@@ -88,9 +89,12 @@ class MonarchConfig:
         wrong = broken_rule(vars(self), OPTION_RULES)
         if wrong is not None:
             raise ConfigError(f"option {wrong}")
-        for name in ("tile", "grid"):
+        for name in ("tile", "grid", "window"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        for sizes in (self.tile, self.grid):
+            if isinstance(sizes, tuple) and (wrong := wrong_window(self.window, sizes)) is not None:
+                raise ConfigError(f"option {wrong}")
 
     def form(self, **auto: Any) -> Form:
         """The form that the options ask for; `auto` has what stands for each option that is "auto"."""

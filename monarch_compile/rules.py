@@ -42,6 +42,11 @@ def or_else(value: Any, rule: OptionRule) -> OptionRule:
     )
 
 
+def either(first: OptionRule, second: OptionRule) -> OptionRule:
+    """What one of two rules allows."""
+    return OptionRule(lambda x: first.allows(x) or second.allows(x), f"{first.wording} or {second.wording}")
+
+
 def broken_rule(options: Mapping[str, Any], rules: Mapping[str, OptionRule]) -> str | None:
     """What is wrong with the first of `options` that breaks its rule; None where all are allowed."""
     for name, rule in rules.items():

@@ -17,15 +17,13 @@ from monarch_compile.codegen.attention.gradient_schedule import GradientSchedule
 from monarch_compile.codegen.attention.kernels import (
     ONLY,
     SIZES,
-    axes_of,
     buffers_of,
     constants_of,
-    ends_of,
     header_of,
     kernel_of,
-    keys_of_neighbours,
     strides_of,
 )
+from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours
 from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, padded

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes and options of attentions to tune."""
 
-    def window(text: str) -> int | None:
-        return None if text == "none" else int(text)
+    def window(text: str) -> int | tuple[int, ...] | None:
+        if text == "none":
+            return None
+        return tuple(map(int, text.split(","))) if "," in text else int(text)
 
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], metavar="N")
-    parser.add_argument("--windows", type=window, nargs="+", default=[None, 1], metavar="W", help="'none' or a number")
+    parser.add_argument(
+        "--windows", type=window, nargs="+", default=[None, 1], metavar="W", help="'none', a number, or 0,1,1"
+    )
     parser.add_argument("--block-size", type=int, metavar="B", help='default: what "auto" gives')
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=12)

@@ -26,7 +26,7 @@ def monarch_attention(
     key_bias: Tensor | None = None,
     init: str = "identity",
     pad: str = "post",
-    window: int | None = 1,
+    window: int | Sequence[int] | None = 1,
     prefix: int = 0,
     grid: Sequence[int] | None = None,
     tile: Sequence[int] | None = None,
@@ -56,8 +56,8 @@ def monarch_attention(
         init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
         pad: on which side a sequence is padded to whole blocks, "post" or "pre".
         window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
-            only), counted along each axis where blocks are tiles; None: none, the paper's form. Between unequal
-            lengths it means little, and CUDA takes None only.
+            only), counted along each axis where blocks are tiles, or a number for each axis of the tile; None: none,
+            the paper's form. Between unequal lengths it means little, and CUDA takes None only.
         prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
             Blocks are of what follows them.
         prefix_at_end: whether these tokens are the last of the sequence, not the first: text that comes after an image.

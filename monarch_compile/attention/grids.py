@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from monarch_compile.attention.blocking import Window
+from monarch_compile.attention.form import wrong_window
 from monarch_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Tiling(NamedTuple):
 
     start: int
     tile: tuple[int, ...]
-    window: int | None
+    window: Window | None
     window_shape: str = "box"
 
 
@@ -84,6 +86,13 @@ def takes_tiles(config: MonarchConfig, grid: Grid | None) -> bool:
     if grid.prefix and config.prefix_at_end not in ("auto", grid.prefix_at_end):
         return False
     return config.block_size == "auto" if config.tile == "auto" else len(config.tile) == len(grid.sizes)
+
+
+def check_window(config: MonarchConfig, tile: tuple[int, ...]) -> None:
+    """Raise ConfigError where the option window has another number of axes than a site's tile."""
+    wrong = wrong_window(config.window, tile)
+    if wrong is not None:
+        raise ConfigError(f"option {wrong}")
 
 
 def tiling_at(kind: str, num_axes: int, num_tokens: Size) -> Tiling:

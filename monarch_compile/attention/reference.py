@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of
+from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of, plain_window
 from monarch_compile.attention.form import weighs_own_block_exactly
 from monarch_compile.attention.groups import (
     biased,
@@ -71,7 +71,7 @@ def _attend(
     num_iters: int = 1,
     init: str = "identity",
     pad: str = "post",
-    window: int | None = None,
+    window: int | Sequence[int] | None = None,
     prefix: int = 0,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
@@ -80,6 +80,7 @@ def _attend(
     wants_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The result of `reference`, and the second of `reference_with_lse` where it is wanted."""
+    window = plain_window(window)
     if window == 0 and weighs_own_block_exactly(num_iters, init):
         window = None  # as in `Form.simplest`
     dtype = q.dtype

@@ -67,7 +67,7 @@ class ViT(nn.Module):
         return x
 
     def by_reference(
-        self, image: Tensor, tile: tuple[int, int] = (4, 4), window: int | None = 1, window_shape: str = "plus"
+        self, image: Tensor, tile: tuple[int, int] = (4, 4), window: Any = 1, window_shape: str = "plus"
     ) -> Tensor:
         """In the form that the table has for few tokens, or another."""
         sizes = tuple(n // PATCH for n in image.shape[-2:])
@@ -126,12 +126,13 @@ def test_a_grid_and_the_tokens_beside_it_are_found(num_tokens: int, at_end: bool
         ({"tile": (2, 5)}, (2, 5), 1, "plus"),
         ({"window": 1}, (4, 4), 1, "box"),
         ({"window": 0}, (4, 4), 0, "box"),
+        ({"window": (1, 0)}, (4, 4), (1, 0), "box"),
         ({"tile": (3, 3), "window": None}, (3, 3), None, "box"),
     ],
     ids=str,
 )
 def test_options_beside_a_grid_that_is_found(
-    options: dict[str, Any], tile: tuple[int, int], window: int | None, window_shape: str
+    options: dict[str, Any], tile: tuple[int, int], window: Any, window_shape: str
 ) -> None:
     model, x = ViT(num_layers=1).eval(), image()
     with torch.no_grad():
@@ -220,12 +221,13 @@ def test_a_wrong_grid_is_refused_with_its_numbers() -> None:
         F.scaled_dot_product_attention(x, x, x)
 
 
-def test_replaced_calls_over_a_grid() -> None:
+@pytest.mark.parametrize("window", [1, (0, 1)], ids=str)
+def test_replaced_calls_over_a_grid(window: Any) -> None:
     q, k, v = (torch.randn(1, HEADS, 1 + 5 * 8, 8) for _ in range(3))
-    with replace_sdpa(policy="always", grid=(5, 8), prefix=1, window=1, window_shape="plus") as context:
+    with replace_sdpa(policy="always", grid=(5, 8), prefix=1, window=window, window_shape="plus") as context:
         found = F.scaled_dot_product_attention(q, k, v)
     assert context.lowered == 1
-    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 1, "window": 1, "window_shape": "plus"}
+    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 1, "window": window, "window_shape": "plus"}
     close(found, reference(q, k, v, scale=8**-0.5, **form))
 
 
@@ -265,7 +267,7 @@ def test_calibration_searches_tiles(at_end: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("paying")
-@pytest.mark.parametrize("options", [{"tile": (3, 3), "window": 1}, {"tile": None}, {"block_size": 16}], ids=str)
+@pytest.mark.parametrize("options", [{"tile": (3, 3), "window": (1, 0)}, {"tile": None}, {"block_size": 16}], ids=str)
 def test_calibration_keeps_options(options: dict[str, Any]) -> None:
     plan = monarch_compile.calibrate(
         ViT(num_layers=1).eval(), image(), budget=1e9, progress=False, options={"num_iters": 1, **options}

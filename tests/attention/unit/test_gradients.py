@@ -19,7 +19,7 @@ from monarch_compile.attention.reference import reference, reference_with_lse
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 
 SEQ_LEN = 19
-ARGUMENTS = (0.5, 4, 1, "identity", "post", 1, 2, None, "box", False, None)
+ARGUMENTS = (0.5, 4, 1, "identity", "post", [1], 2, None, "box", False, None)
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "window": {"window": 1},
