@@ -83,8 +83,20 @@ def monarch(
         _dump_kernels(result)
         key = CacheKey(config, schedules + _checkpoints(lowered), _own_passes(patches))
         patches["joint_custom_pre_pass"] = key
+        _complete_cant_split()
     compiled: Callable[..., Any] = compile_fx(lowered, example_inputs, config_patches=patches or None)
     return compiled
+
+
+def _complete_cant_split() -> None:
+    """Let Inductor of torch 2.11 raise its CantSplit, which it does without arguments: a TypeError, which it does not
+    catch, where it should try other loops. Gradients of several iterations on a CUDA device meet it.
+    """
+    from torch._inductor.codegen.simd import CantSplit
+
+    initialize: Any = CantSplit.__init__
+    if initialize.__code__.co_argcount == 3 and initialize.__defaults__ is None:
+        initialize.__defaults__ = (None, None)
 
 
 def _own_passes(patches: Mapping[str, Any]) -> tuple[Callable[[Graph], None], ...]:

@@ -24,7 +24,7 @@ from monarch_compile.codegen.attention.kernels import (
     strides_of,
 )
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours
-from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch
+from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch, staged
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, padded
 
@@ -146,7 +146,7 @@ def _kernel(
         constants=tuple(_constants(role, ir, tiling, specialization).items()),
         variables=tuple(variables.items()),
         grid=_grid(role, ir, schedule, tiling),
-        tiling=tiling,
+        tiling=staged(tiling, specialization),
         header=header_of(f"monarch_{role.name}", ir, schedule, specialization),
     )
 

@@ -18,7 +18,7 @@ from monarch_compile.codegen.attention.gradient_schedule import (
     choose_gradient_schedule,
 )
 from monarch_compile.codegen.attention.kernels import program_with_lse
-from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of
+from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of, with_adjacent_features
 from monarch_compile.codegen.attention.prefix_gradients import PrefixGradients
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
@@ -102,7 +102,8 @@ def launch_backward(
 
     Returns dq, dk, dv, of the shapes and dtypes of q, k, v and laid out (batch, seq, heads, dim), and dbias (E, N),
     float32: that of a floating key_mask, 0 for the keys that it hides; None for no mask and for one of bools.
-    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read through their strides.
+    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read
+    through their strides, but for those that `launch.with_adjacent_features` copies.
 
     Raises:
         CodegenError: as for `launch_with_lse`.
@@ -110,6 +111,7 @@ def launch_backward(
     form = _supported(q, k, options)
     ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
     launcher = _backward_launcher(ir, capability_of(q.device), is_interpreted())
+    dz, q, k, v, z = with_adjacent_features(dz, q, k, v, z)
     sizes = sizes_of(launcher, q, k, grid)
     sizes |= {"num_kv_heads": k.shape[1], "key_heads": k.shape[0] * k.shape[1]}
     tensors = {"q": q, "k": k, "v": v, "dz": dz, "z": z, "lse": lse.contiguous()}

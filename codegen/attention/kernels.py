@@ -13,7 +13,7 @@ from monarch_compile.attention.groups import HIDDEN
 from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours, windows_of
 from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
-from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
+from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch, staged
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
 from monarch_compile.version import __version__
@@ -222,7 +222,7 @@ def kernel_of(
         constants=tuple(_constants(role, ir, schedule, tiling, specialization).items()),
         variables=tuple(variables.items()),
         grid=("heads", *_grid(role, tiling, rows_of(ir))),
-        tiling=tiling,
+        tiling=staged(tiling, specialization),
         header=header_of(role.name, ir, schedule, specialization),
     )
 

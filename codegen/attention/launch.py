@@ -16,6 +16,7 @@ from monarch_compile.attention.groups import centred, cut
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
 from monarch_compile.codegen.attention.kernels import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
+from monarch_compile.codegen.attention.specialization import is_known_to_be
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.codegen.tiling import padded
@@ -43,7 +44,8 @@ def launch(
 
     options: those of `Form`.
 
-    q, k, v and key_mask are read through their strides; sizes may be symbolic. Works eagerly, under fake tensors and
+    q, k, v and key_mask are read through their strides, but for tensors whose features are not side by side in memory:
+    see `with_adjacent_features`. Sizes may be symbolic. Works eagerly, under fake tensors and
     inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
 
     Raises:
@@ -102,6 +104,7 @@ def outputs(
         CodegenError: the schedule is for fewer blocks.
     """
     form, sizes = launcher.ir.form, sizes_of(launcher, q, k, grid)
+    q, k, v = with_adjacent_features(q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
@@ -109,6 +112,15 @@ def outputs(
         of_prefix, _ = cut(q, 2, form.prefix, form.prefix_at_end)
         tensors["rows"] = exact_rows(of_prefix, k, v, key_mask, launcher.ir.scale)
     return launcher(tensors, sizes)
+
+
+def with_adjacent_features(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose features, the last dim, are side by side in memory; those of another layout are copied.
+
+    Triton 3.6 compiles a product of 32 keys that were loaded along the sequence, as these would be, to wrong numbers on
+    an H100; 64 keys at a time are right. tests/attention/kernel/test_gpu.py has the cases.
+    """
+    return tuple(x if is_known_to_be(x.stride(-1), 1) else x.contiguous() for x in tensors)
 
 
 def sizes_of(launcher: Launcher, q: Tensor, k: Tensor, grid: Sequence[Any] | None) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,21 @@ class Case:
             "prefix_at_end": self.prefix_at_end,
             "grid": self.grid,
         }
+
+
+def in_every_layout(count: int) -> list[Case]:
+    """Some of all combinations of layouts, row lengths, blocks that fill tiles and do not, and exact groups."""
+    combinations = itertools.product(
+        ("packed", "transposed", "unaligned"),
+        (777, 1024),
+        (45, 64, 200),
+        ((64, 64), (25, 80), (65, 65), (128, 128)),
+        ((None, 0), (1, 0), (1, 4)),
+    )
+    return [
+        Case(seq_len, block_size, *dims, num_heads=2, layout=kind, window=window, prefix=prefix)
+        for kind, seq_len, block_size, dims, (window, prefix) in random.Random(0).sample([*combinations], count)
+    ]
 
 
 def tensors(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

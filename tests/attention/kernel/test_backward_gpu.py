@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention.kernel.gradients import check_backward, run_backward
-from tests.attention.kernel.problems import DTYPES, Case
+from tests.attention.kernel.problems import DTYPES, Case, in_every_layout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +46,11 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(case: Case, dtype: torch.dtype) -> None:
     check_backward(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize(("place", "case"), enumerate(in_every_layout(36)), ids=str)
+def test_layouts_of_every_size(place: int, case: Case) -> None:
+    check_backward(case, DTYPES[place % 3], "cuda")
 
 
 def _drawn(number: int) -> list[Case]:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.codegen.attention.rows import FEW_HEADS, exact_rows
-from tests.attention.kernel.problems import DTYPES, Case, check, run, tensors, through_operator
+from tests.attention.kernel.problems import DTYPES, Case, check, in_every_layout, run, tensors, through_operator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,6 +172,11 @@ def test_unequal_lengths(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["packed", "transposed", "unaligned"])
 def test_layouts(kind: str, dtype: torch.dtype) -> None:
     check(replace(PLAIN, layout=kind, mask="some"), dtype, "cuda")
+
+
+@pytest.mark.parametrize(("place", "case"), enumerate(in_every_layout(60)), ids=str)
+def test_layouts_of_every_size(place: int, case: Case) -> None:
+    check(case, DTYPES[place % 3], "cuda")
 
 
 @pytest.mark.parametrize("window", [None, 1])

@@ -20,6 +20,8 @@ GRADIENT_BOUND = 4e-6
 """Relative error of a channel's gradient of the filter, of inputs whose correlations do not cancel."""
 BOUND_AT_ALL_LAGS = 1e-6
 """Its error over the norm of a channel's correlation at all lags. Float32 FFTs reach 1.5e-7 there."""
+BOUND_ON_TENSOR_CORES = 6 * 2**-21
+"""The same on a device, where each of the six products of three transforms is three of TensorFloat-32 numbers."""
 
 
 @dataclass(frozen=True)
