@@ -134,6 +134,11 @@ def errors(watched: Watched, grid: int, photograph: Photograph) -> Iterator[dict
             yield {**named, "exact_keys": form.exact_keys, "error": error}
 
 
+def _one_row_a_line(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ",\n".join(map(json.dumps, rows))
+    return f'{{"machine": {json.dumps(machine("cpu"))},\n"rows": [\n{lines}\n]}}\n'
+
+
 def main() -> None:
     """Measures, prints and keeps all rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -146,7 +151,7 @@ def main() -> None:
         for photograph in SCENES[: args.photographs]:
             rows += errors(watched, grid, photograph)
             print(grid, photograph.path, flush=True)
-            args.json.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
+            args.json.write_text(_one_row_a_line(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

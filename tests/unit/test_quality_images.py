@@ -119,24 +119,24 @@ def test_the_judge_tells_an_exact_model_from_another():
 
 
 def test_neighbours_label_what_is_like_them():
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    features = nn.functional.one_hot(labels, 4).float() + 0.1 * torch.eye(6, 4)
-    assert stamps.labelled_rightly(features, labels, 2) == 1
-    assert stamps.labelled_rightly(features, torch.tensor([0, 1, 2, 0, 1, 2]), 2) == 0
-    mixed = features.clone()
-    mixed[0] = features[5]
-    assert stamps.labelled_rightly(mixed, labels, 2) == pytest.approx(5 / 6)
+    labels = torch.arange(8) // 4
+    features = nn.functional.one_hot(labels, 8).float() + 0.1 * torch.eye(8)
+    assert stamps.labelled_rightly(features, labels, 3) == 1
+    assert stamps.labelled_rightly(features, torch.arange(8), 3) == 0
+    moved = features.clone()
+    moved[0] = features[5]
+    assert stamps.labelled_rightly(moved, labels, 3) == pytest.approx(7 / 8)
     ties = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])  # one vote for each of two: the more similar counts
     assert stamps.labelled_rightly(ties, torch.tensor([0, 0, 1]), 2) == pytest.approx(2 / 3)
 
 
-def test_stamps_are_judged_by_their_features():
+@pytest.mark.parametrize(("labels", "expected"), [([0] * 6 + [1] * 6, 1), ([0, 1] * 6, 0)])
+def test_stamps_are_judged_by_their_features(labels, expected):
     generator = torch.Generator().manual_seed(0)
     kinds = [torch.rand(3, 2 * dinov2.PATCH, 2 * dinov2.PATCH, generator=generator) for _ in range(2)]
-    pictures = [stamps.Labelled((kinds[label] + n / 50)[None], label) for label in range(2) for n in range(6)]
-    judge = stamps.Judge(Shifted(), pictures)
-    assert judge.evaluate(Shifted()) == {"class_knn": 1, "patches_knn": 1, "class_error": 0}
-    assert judge.evaluate(lambda image: torch.ones(1, 5, 4))["class_knn"] <= 0.5
+    images = [(kind + n / 50)[None] for kind in kinds for n in range(6)]
+    judge = stamps.Judge(Shifted(), [stamps.Labelled(x, label) for x, label in zip(images, labels, strict=True)])
+    assert judge.evaluate(Shifted()) == {"class_knn": expected, "patches_knn": expected, "class_error": 0}
 
 
 def test_missing_stamps_say_how_to_get_them(monkeypatch, tmp_path):
