@@ -32,7 +32,7 @@ KINDS = (
     "household/tools",
     "plants/flowers",
 )
-OF_EACH = 6
+OF_EACH = 9
 CALIBRATION = ("vehicles/auto", "sports")
 """Kinds whose first stamps calibration sees."""
 NEIGHBOURS = 5
