@@ -19,7 +19,7 @@ from torch import Tensor
 
 from monarch_compile.attention.blocking import Blocking, blocking_of, steps_to_neighbours
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.groups import biased, exact_rows, merge, prefix_group, softmax_lse, total_lse
+from monarch_compile.attention.groups import biased, cut, exact_rows, merge, prefix_group, softmax_lse, total_lse
 
 MOST_ELEMENTS = 2**26
 """Logits, or gathered keys and values, of as many blocks of queries as are attended with at once."""
@@ -70,28 +70,30 @@ def attend_exactly_where_chosen(
     k (E, H_kv, N, D), v (E, H_kv, N, D_v). visible (E, N) bool, bias (E, N) added to the scores: both or None.
     choice (E, H, l, n): blocks to take for the chosen ones, -1 where there is none; to be compared with kernels.
     """
-    group, prefix = q.shape[1] // k.shape[1], form.prefix
+    group, prefix, at_end = q.shape[1] // k.shape[1], form.prefix, form.prefix_at_end
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
     lead_masks: tuple[Tensor | None, Tensor | None] = (None, None)
     if prefix:
+        (q_lead, q_rest), (k_lead, k_rest), (v_lead, v_rest) = (cut(x, 2, prefix, at_end) for x in (q, k, v))
         lead = slice(None, prefix) if causal else slice(None)
         seen, added = (None if x is None else x[:, lead] for x in (visible, bias))
-        rows = _rows(q[:, :, :prefix], k[:, :, lead], v[:, :, lead], seen, added, scale, causal=causal)
+        rows = _rows(q_lead, k[:, :, lead], v[:, :, lead], seen, added, scale, causal=causal)
         if q.shape[2] <= prefix:
             return _laid_out(rows[0]), rows[1]
-        lead_masks = (visible if visible is None else visible[:, :prefix], bias if bias is None else bias[:, :prefix])
-        k_lead, v_lead = k[:, :, :prefix], v[:, :, :prefix]
-        q, k, v = (x[:, :, prefix:] for x in (q, k, v))
-        visible, bias = (None if x is None else x[:, prefix:] for x in (visible, bias))
-    cut = blocking_of(
+        (seen_lead, visible), (added_lead, bias) = (
+            (None, None) if x is None else cut(x, 1, prefix, at_end) for x in (visible, bias)
+        )
+        lead_masks = seen_lead, added_lead
+        q, k, v = q_rest, k_rest, v_rest
+    blocking = blocking_of(
         q.shape[2], form.block_size, form.pad, form.window, tile=form.tile, window_shape=form.window_shape, grid=grid
     )
-    blocks = _summarized(cut, q, k, v, visible, bias, scale)
-    far = _far(cut, causal, q.device)
+    blocks = _summarized(blocking, q, k, v, visible, bias, scale)
+    far = _far(blocking, causal, q.device)
     is_near = _seen(far, causal) & ~far
-    near = Choice(*_first_blocks(is_near.to(q.dtype) - 0.5, _most_near(form, cut, causal)))
+    near = Choice(*_first_blocks(is_near.to(q.dtype) - 0.5, _most_near(form, blocking, causal)))
     outputs, lses = [], []
-    for own in _parts(blocks, form):
+    for own in _parts(blocks, near.block.shape[-1] + form.chosen):
         taken = _taken(blocks, far[own], own, form.chosen, causal, choice)
         parts = [_far_field(blocks, far[own], own, taken)]
         parts.append(_exact_blocks(blocks, own, _joined(near, own, taken), scale, causal))
@@ -100,10 +102,11 @@ def attend_exactly_where_chosen(
         values, totals = zip(*parts, strict=True)
         outputs.append(merge(values, totals))
         lses.append(total_lse(totals))
-    output = _from_blocks(torch.cat(outputs, 2), cut)
-    lse = _from_blocks(torch.cat(lses, 2).unsqueeze(-1), cut).squeeze(-1)
+    output = _from_blocks(torch.cat(outputs, 2), blocking)
+    lse = _from_blocks(torch.cat(lses, 2).unsqueeze(-1), blocking).squeeze(-1)
     if prefix:
-        output, lse = torch.cat([rows[0], output], 2), torch.cat([rows[1], lse], 2)
+        order = -1 if at_end else 1
+        output, lse = torch.cat([rows[0], output][::order], 2), torch.cat([rows[1], lse][::order], 2)
     return _laid_out(output), lse
 
 
@@ -142,12 +145,12 @@ def _rows(
 
 
 def _summarized(
-    cut: Blocking, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None, scale: float
+    blocking: Blocking, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None, scale: float
 ) -> Blocks:
-    queries, keys, values = (cut.split(x) for x in (q, k, v))
-    is_token = cut.is_token(q.device)
-    seen = is_token[None, None] if visible is None else _by_block(cut, visible)
-    added = None if bias is None else _by_block(cut, bias)
+    queries, keys, values = (blocking.split(x) for x in (q, k, v))
+    is_token = blocking.is_token(q.device)
+    seen = is_token[None, None] if visible is None else _by_block(blocking, visible)
+    added = None if bias is None else _by_block(blocking, bias)
     scores = biased(scale * queries @ keys.mT, None if added is None else added.unsqueeze(3))
     right, lse = softmax_lse(scores, seen.unsqueeze(3))
     a, y = scale * right @ keys, right @ values
@@ -155,14 +158,14 @@ def _summarized(
     return Blocks(queries, keys, values, seen, added, is_token, a, y, c)
 
 
-def _by_block(cut: Blocking, of_keys: Tensor) -> Tensor:
+def _by_block(blocking: Blocking, of_keys: Tensor) -> Tensor:
     """A value of each key (E, N) in its block, (E, 1, b, i); 0 (False) for padding."""
-    return cut.split(of_keys[:, None, :, None]).squeeze(-1)
+    return blocking.split(of_keys[:, None, :, None]).squeeze(-1)
 
 
-def _far(cut: Blocking, causal: bool, device: torch.device) -> Tensor:
+def _far(blocking: Blocking, causal: bool, device: torch.device) -> Tensor:
     """(l, b) bool: the blocks outside of each block's window that its rows may see."""
-    far = cut.is_far(device).t()
+    far = blocking.is_far(device).t()
     return far & _seen(far, causal)
 
 
@@ -172,23 +175,28 @@ def _seen(far: Tensor, causal: bool) -> Tensor:
     return seen.tril() if causal else seen
 
 
-def _most_near(form: Form, cut: Blocking, causal: bool) -> int:
+def _most_near(form: Form, blocking: Blocking, causal: bool) -> int:
     """The most blocks in a window, the own one among them; at most as many as there are, where that is known."""
-    window, axes = form.window or 0, len(form.tile or (1,))
-    blocks = cut.num_blocks
-    if isinstance(blocks, int):
-        window = min(window, blocks)
-    most = window + 1 if causal else len(steps_to_neighbours(window, form.window_shape, axes))
-    return min(most, blocks) if isinstance(blocks, int) else most
+    window, axes, num_blocks = form.window or 0, len(form.tile or (1,)), blocking.num_blocks
+    if isinstance(window, int) and isinstance(num_blocks, int):
+        window = min(window, num_blocks)
+    if isinstance(window, int) and axes == 1:
+        most = (1 if causal else 2) * window + 1
+    else:
+        most = len(steps_to_neighbours(window, form.window_shape, axes))
+    return min(most, num_blocks) if isinstance(num_blocks, int) else most
 
 
-def _parts(blocks: Blocks, form: Form) -> Iterator[slice]:
-    """As many blocks of queries at a time as memory is taken to have room for; all, where their number is symbolic."""
+def _parts(blocks: Blocks, listed: int) -> Iterator[slice]:
+    """As many blocks of queries at a time as memory is taken to have room for; all, where their number is symbolic.
+
+    listed: exact blocks of each.
+    """
     batch, heads, num_blocks, size, dim = blocks.q.shape
     if not all(isinstance(x, int) for x in (batch, heads, num_blocks)):
         yield slice(0, num_blocks)
         return
-    keys = (form.chosen + 2 * min(form.window or 0, num_blocks) + 1) * size
+    keys = min(listed, num_blocks) * size
     one = batch * heads * (size * max(num_blocks, keys) + keys * (dim + blocks.v.shape[-1]))
     step = max(1, MOST_ELEMENTS // one)
     for start in range(0, num_blocks, step):
@@ -268,9 +276,9 @@ def _exact_blocks(blocks: Blocks, own: slice, listed: Choice, scale: float, caus
     return weights @ values, lse.masked_fill(~seen.any(-1), float("-inf"))
 
 
-def _from_blocks(x: Tensor, cut: Blocking) -> Tensor:
+def _from_blocks(x: Tensor, blocking: Blocking) -> Tensor:
     """From (E, H, l, j, D) to (E, H, N, D)."""
-    return cut.joined(x.flatten(2, 3).transpose(1, 2)).transpose(1, 2)
+    return blocking.joined(x.flatten(2, 3).transpose(1, 2)).transpose(1, 2)
 
 
 def _laid_out(x: Tensor) -> Tensor:

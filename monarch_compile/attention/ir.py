@@ -69,8 +69,8 @@ class MonarchAttention:
     Shapes: q (batch, num_heads, seq_len_q, head_dim), k (batch, num_kv_heads, seq_len_k, head_dim),
     v (batch, num_kv_heads, seq_len_k, value_dim), output (batch, num_heads, seq_len_q, value_dim).
     `form.block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
-    grid: sizes of the axes that the tokens after the prefix flatten, row by row; None where none is known. The blocks
-    are its tiles if the form has a `tile`.
+    grid: sizes of the axes that the tokens outside of the prefix flatten, row by row; None where none is known. The
+    blocks are its tiles if the form has a `tile`.
     """
 
     family: ClassVar[str] = "attention"
@@ -159,14 +159,19 @@ class MonarchAttention:
             f"q[{b},{hq},{nq},{self.head_dim}] k[{b},{hk},{nk},{self.head_dim}] v[{b},{hk},{nk},{self.value_dim}]",
             f"blocks={blocks}x{form.block_size}{rows} iters={form.num_iters} init={form.init} pad={form.pad}",
             f"mask={self.mask.value} causal={str(self.is_causal).lower()}",
-            f"window={form.window} prefix={form.prefix} scale={self.scale:.6g}",
+            f"window={_by(form.window)} prefix={form.prefix}{' at_end=true' if form.prefix_at_end else ''}",
+            f"scale={self.scale:.6g}",
         ]
         if form.tile is not None and self.grid is not None:
-            grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, form.tile))
-            parts.append(f"grid={grid} tile={tile} shape={form.window_shape}")
+            parts.append(f"grid={_by(self.grid)} tile={_by(form.tile)} shape={form.window_shape}")
         if form.chosen:
             parts.append(f"chosen={form.chosen}")
         return " ".join(parts)
+
+
+def _by(sizes: Any) -> str:
+    """Sizes along axes as "4x8"; anything else as it is."""
+    return "x".join(map(str, sizes)) if isinstance(sizes, tuple) else str(sizes)
 
 
 class Rule(NamedTuple):
@@ -211,6 +216,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
     Rule(lambda ir: not ir.is_causal or ir.form.tile is None, "causal attention needs pieces of the sequence, no tile"),
+    Rule(lambda ir: not ir.is_causal or not ir.form.prefix_at_end, "causal attention needs its prefix at the start"),
     Rule(lambda ir: not ir.form.chosen or not ir.is_cross, "chosen blocks need seq_len_q == seq_len_k"),
     Rule(_fits_grid, "a tile needs a grid of as many axes"),
     Rule(lambda ir: ir.form.tile is None or not ir.is_cross, "a tile needs seq_len_q == seq_len_k"),

@@ -28,10 +28,11 @@ def attention(
     num_iters: int,
     init: str,
     pad: str,
-    window: int | None,
+    window: Sequence[int] | None,
     prefix: int,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    prefix_at_end: bool = False,
     chosen: int = 0,
     grid: Sequence[int] | None = None,
     causal: bool = False,
@@ -41,7 +42,21 @@ def attention(
     Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
     on CUDA.
     """
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
+    values = (
+        scale,
+        block_size,
+        num_iters,
+        init,
+        pad,
+        window,
+        prefix,
+        tile,
+        window_shape,
+        prefix_at_end,
+        chosen,
+        grid,
+        causal,
+    )
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
         if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -62,10 +77,11 @@ def attention_with_lse(
     num_iters: int,
     init: str,
     pad: str,
-    window: int | None,
+    window: Sequence[int] | None,
     prefix: int,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    prefix_at_end: bool = False,
     chosen: int = 0,
     grid: Sequence[int] | None = None,
     causal: bool = False,
@@ -75,7 +91,21 @@ def attention_with_lse(
     A site that is differentiated calls it in place of `attention`, whose arguments it has. The second result has no
     gradient.
     """
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
+    values = (
+        scale,
+        block_size,
+        num_iters,
+        init,
+        pad,
+        window,
+        prefix,
+        tile,
+        window_shape,
+        prefix_at_end,
+        chosen,
+        grid,
+        causal,
+    )
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):
         if not gradients.run_on_kernels(q, k, values):
@@ -99,10 +129,11 @@ def attention_backward(
     num_iters: int,
     init: str,
     pad: str,
-    window: int | None,
+    window: Sequence[int] | None,
     prefix: int,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    prefix_at_end: bool = False,
     chosen: int = 0,
     grid: Sequence[int] | None = None,
     causal: bool = False,
@@ -116,7 +147,21 @@ def attention_backward(
     """
     from monarch_compile.codegen.attention.gradients import launch_backward
 
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, chosen, grid, causal)
+    values = (
+        scale,
+        block_size,
+        num_iters,
+        init,
+        pad,
+        window,
+        prefix,
+        tile,
+        window_shape,
+        prefix_at_end,
+        chosen,
+        grid,
+        causal,
+    )
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):
         grad_q, grad_k, grad_v, grad_bias = launch_backward(grad, q, k, v, key_mask, output, lse, **options)

@@ -155,6 +155,8 @@ def _causal(site: Signature, config: MonarchConfig) -> str | None:
     n_q, n_k = site.lengths
     if site.is_cross:
         return f"causal attention of {n_q} queries to {n_k} keys"
+    if config.prefix_at_end is True:
+        return "causal attention needs its prefix at the start; found prefix_at_end=True"
     if config.plan is None and not weighs_own_block_exactly(config.num_iters, config.init):
         return "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs"
     return None

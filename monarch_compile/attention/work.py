@@ -120,7 +120,7 @@ def _group_sizes(form: Form, rows: Quantity, keys: Quantity, is_causal: bool) ->
     In causal attention, windows have one side, and the rows of a prefix see no key beyond it.
     """
     near: Quantity = 0
-    if form.window is not None:
+    if isinstance(form.window, int):  # of pieces
         after, listed = _after(form.prefix, keys), is_causal or form.chosen > 0
         blocks = (1 if is_causal else 2) * form.window + 1 + form.chosen
         near = _least(blocks * form.block_size, after)

@@ -19,7 +19,7 @@ from monarch_compile.attention.reference import reference, reference_with_lse
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 
 SEQ_LEN = 19
-ARGUMENTS = (0.5, 4, 1, "identity", "post", 1, 2, None, "box", 0, None, False)
+ARGUMENTS = (0.5, 4, 1, "identity", "post", [1], 2, None, "box", False, 0, None, False)
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "window": {"window": 1},
@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "two iterations": {"num_iters": 2, "window": 0},
     "mean start": {"init": "mean"},
     "tiles": {"tile": (2, 2), "grid": (3, 6), "prefix": 1, "window": 1, "window_shape": "plus"},
+    "text after an image": {"tile": (2, 2), "grid": (2, 7), "prefix": 5, "prefix_at_end": True, "window": 0},
     "one block": {"block_size": 64},
     "window of all": {"window": 9, "prefix": 2},
 }
@@ -196,7 +197,7 @@ def test_on_cuda_the_operators_have_the_shapes_and_strides_of_the_others() -> No
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_on_cuda_chosen_blocks_have_the_shape_and_strides_of_the_reference(causal: bool, prefix: int) -> None:
     pytest.importorskip("triton")
-    arguments = (*ARGUMENTS[:6], prefix, *ARGUMENTS[7:9], 2, None, causal)
+    arguments = (*ARGUMENTS[:6], prefix, *ARGUMENTS[7:10], 2, None, causal)
     given = tensors()
     expected = attention(*given, None, *arguments)
     with FakeTensorMode():
