@@ -44,6 +44,9 @@ CHOSEN = (
     Case(150, 40, 16, 16, chosen=1, causal=True, batch=1, pad="pre"),  # blocks of several tiles of keys
     Case.tiled((9, 10), (3, 4), 16, 16, chosen=2, window=1, window_shape="plus", prefix=2, mask="some"),
     Case.tiled((8, 8), (2, 4), 16, 16, chosen=2, window=0),
+    Case(45, 4, 16, 16, chosen=2, window=1, prefix=3, prefix_at_end=True, mask="some"),
+    Case(45, 4, 16, 16, chosen=2, window=1, prefix=3, prefix_at_end=True, pad="pre", batch=1),
+    Case.tiled((7, 8), (2, 4), 16, 16, chosen=2, window=(1, 0), prefix=5, prefix_at_end=True, batch=1),
     Case.tiled((3, 5, 7), (2, 2, 3), 16, 16, chosen=2, window=1, batch=1),
 )
 LAYOUTS = tuple(replace(CHOSEN[3], layout=kind) for kind in ("packed", "transposed", "unaligned"))

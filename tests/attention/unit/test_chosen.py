@@ -138,8 +138,18 @@ def test_chosen_blocks_of_tiles() -> None:
     tiles = {"grid": (5, 7), "tile": (2, 3), "block_size": None}
     exact = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(p.run(q, k, v, **tiles), exact)
+    torch.testing.assert_close(p.run(q, k, v, **tiles, window=(1, 0)), exact)
     one, two = (torch.linalg.vector_norm(p.run(q, k, v, **tiles, chosen=n, window=0) - exact) for n in (1, 6))
     assert two < one
+
+
+def test_a_prefix_at_the_end_gives_what_it_gives_at_the_start() -> None:
+    p = Problem(23, 4, 2, causal=False, prefix=3)
+    q, k, v = p.tensors()
+    moved = [x.roll(-3, 2) for x in (q, k, v)]
+    torch.testing.assert_close(p.run(*moved, prefix_at_end=True).roll(3, 2), p.run(q, k, v))
+    with pytest.raises(InputError, match="'causal' needs its prefix at the start"):
+        p.run(q, k, v, prefix_at_end=True, causal=True)
 
 
 def test_gradients_of_second_order_exist() -> None:
