@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.resumable import machine
 from benchmarks.speed.problems import Problem as Attention
 from benchmarks.speed.problems import inputs
+from monarch_compile.attention.form import as_arguments
 from monarch_compile.attention.op import attention
 from monarch_compile.attention.reference import reference
 from monarch_compile.codegen import launcher as launching
@@ -93,7 +94,7 @@ def _error(case: tuple[Any, ...], dtype: torch.dtype) -> float:
     if masked:
         mask = torch.rand(batch, seq_len, device="cuda") > 0.3
         mask[0, -2 * options["block_size"] :] = False
-    found = attention(q, k, v, mask, **options)
+    found = attention(q, k, v, mask, **dict(zip(options, as_arguments(options), strict=True)))
     expected = reference(q.double(), k.double(), v.double(), mask, **options)
     error = ((found - expected).norm() / expected.norm()).item()
     return math.inf if math.isnan(error) else error

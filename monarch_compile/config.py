@@ -8,18 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form
+from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form, wrong_window
 from monarch_compile.errors import ConfigError
-from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
+from monarch_compile.rules import FLAG, OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
 if TYPE_CHECKING:
     from monarch_compile.calibration.plan import Plan
 
 POLICIES = ("auto", "always", "never")
 
-FLAG = OptionRule(lambda v: isinstance(v, bool), "True or False")
-
-AUTO_OPTIONS = ("block_size", "window", "prefix", "tile", "window_shape")
+AUTO_OPTIONS = ("block_size", "window", "prefix", "tile", "window_shape", "prefix_at_end")
 """Options of the form that may be left to the sites."""
 
 OPTION_RULES: dict[str, OptionRule] = {
@@ -45,10 +43,13 @@ class MonarchConfig:
     init: "identity" or "mean" start.
     pad: pad the sequence to whole blocks after ("post") or before it ("pre").
     window: blocks on each side of a query's own block that it attends to exactly, counted along each axis where blocks
-        are tiles (0: its own only; None: the paper's form, no window). "auto": 1, with tiles what `grids.TILES` has.
+        are tiles, or a number for each axis (0: its own only; None: the paper's form, no window). "auto": 1, with tiles
+        what `grids.TILES` has. Where a window is given for each axis, pieces of a sequence have that of "auto".
     prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
-        Blocks are of what follows them. "auto": the tokens before a grid that is found, else 0.
-    grid: sizes of the axes that the tokens after the prefix flatten. "auto": found in the graph, from the convolution
+        Blocks are of what follows them. "auto": the tokens before or after a grid that is found, else 0.
+    prefix_at_end: whether these tokens are the last of the sequence, not the first, as text after an image. "auto": as
+        they lie beside a grid that is found, else False.
+    grid: sizes of the axes that the other tokens flatten. "auto": found in the graph, from the convolution
         or reshape that the tokens come from; None: not looked for. Given by hand, it is that of all self-attention.
     tile: tokens of a block along each axis of the grid, where there is one. "auto": a table of the number of tokens,
         `grids.TILES`; None: blocks are pieces of the sequence all the same.
@@ -59,7 +60,7 @@ class MonarchConfig:
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
         block_size and num_iters: the mean start, no window, no prefix, no tiles. A plan needs no such permission.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
-        window, prefix, tile and window_shape, and which sites may be lowered at all.
+        window, prefix, tile, window_shape and prefix_at_end, and which sites may be lowered at all.
     autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
         False runs the shipped ones.
     strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.
@@ -70,10 +71,11 @@ class MonarchConfig:
     num_iters: int = 1
     init: str = "identity"
     pad: str = "post"
-    window: int | str | None = "auto"
+    window: int | tuple[int, ...] | str | None = "auto"
     prefix: int | str = "auto"
     tile: tuple[int, ...] | str | None = "auto"
     window_shape: str = "auto"
+    prefix_at_end: bool | str = "auto"
     grid: tuple[int, ...] | str | None = "auto"
     policy: str = "auto"
     min_seq_len: int = 0
@@ -87,9 +89,12 @@ class MonarchConfig:
         wrong = broken_rule(vars(self), OPTION_RULES)
         if wrong is not None:
             raise ConfigError(f"option {wrong}")
-        for name in ("tile", "grid"):
+        for name in ("tile", "grid", "window"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        for sizes in (self.tile, self.grid):
+            if isinstance(sizes, tuple) and (wrong := wrong_window(self.window, sizes)) is not None:
+                raise ConfigError(f"option {wrong}")
 
     def form(self, **auto: Any) -> Form:
         """The form that the options ask for; `auto` has what stands for each option that is "auto"."""

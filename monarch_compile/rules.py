@@ -16,6 +16,9 @@ class OptionRule(NamedTuple):
     wording: str
 
 
+FLAG = OptionRule(lambda value: isinstance(value, bool), "True or False")
+
+
 def at_least(least: int) -> OptionRule:
     """An int, or a symbolic one, of at least `least`."""
     kinds = (int, np.integer, torch.SymInt)
@@ -37,6 +40,11 @@ def or_else(value: Any, rule: OptionRule) -> OptionRule:
     return OptionRule(
         lambda x: (x is None if value is None else x == value) or rule.allows(x), f"{value!r} or {rule.wording}"
     )
+
+
+def either(first: OptionRule, second: OptionRule) -> OptionRule:
+    """What one of two rules allows."""
+    return OptionRule(lambda x: first.allows(x) or second.allows(x), f"{first.wording} or {second.wording}")
 
 
 def broken_rule(options: Mapping[str, Any], rules: Mapping[str, OptionRule]) -> str | None:

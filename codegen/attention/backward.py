@@ -17,14 +17,13 @@ from monarch_compile.codegen.attention.gradient_schedule import GradientSchedule
 from monarch_compile.codegen.attention.kernels import (
     ONLY,
     SIZES,
-    axes_of,
     buffers_of,
     constants_of,
     header_of,
     kernel_of,
-    keys_of_neighbours,
     strides_of,
 )
+from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours
 from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch, staged
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, padded
@@ -192,11 +191,9 @@ def _choices(ir: MonarchAttention, schedule: GradientSchedule) -> dict[str, Any]
         "fused": schedule.fused,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         "window": ir.form.window,
-        "prefix": ir.form.prefix,
         "group": ir.group,
-        "q_len": "seq_len",
-        "k_len": "seq_len",
         "q_block": "BLOCK",
+        **ends_of(ir),
     }
 
 

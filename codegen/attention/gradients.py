@@ -51,7 +51,7 @@ def launch_with_lse(
     with on_device(q):
         z, lse = outputs(launcher, q, k, v, key_mask, grid)
     if form.prefix:
-        PrefixGradients(q, k, v, key_mask, scale, form.prefix).write_lse(lse)
+        PrefixGradients(q, k, v, key_mask, scale, form.prefix, form.prefix_at_end).write_lse(lse)
     return z.transpose(1, 2), lse
 
 
@@ -108,7 +108,7 @@ def run(
     tensors = {"q": q, "k": k, "v": v, "dz": dz, "z": z, "lse": lse.contiguous()}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
-    prefix = PrefixGradients(q, k, v, key_mask, ir.scale, ir.form.prefix)
+    prefix = PrefixGradients(q, k, v, key_mask, ir.scale, ir.form.prefix, ir.form.prefix_at_end)
     if ir.form.prefix:
         tensors["delta_of_prefix"] = prefix.delta_of_rows(dz, z)
     dq, dk, dv, *rest = launcher(tensors, sizes)

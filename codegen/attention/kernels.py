@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from monarch_compile.attention.blocking import steps_to_neighbours
 from monarch_compile.attention.form import MAX_AXES
 from monarch_compile.attention.groups import HIDDEN
 from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
+from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours, windows_of
 from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
 from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch, staged
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
@@ -27,8 +27,6 @@ LEAST_SHARED_BLOCK, MOST_SHARED_WIDTH = 32, 128
 wider heads it takes too many registers."""
 JOINED_SHARES = 64
 """Blocks whose shares of a row of the prefix stage 2 joins at once."""
-MAX_WINDOW_KEYS = 2**30
-"""Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 LEAST_SCALE = 2.0**-126
 """The least scale that commutes with the largest score: a smaller one may be 0 in float32."""
 
@@ -262,9 +260,9 @@ def _choices(
 ) -> dict[str, Any]:
     """What decides which text a template gives, every field of the schedule that is no tiling among it."""
     tiled, steps_of_near = {"near", *(name for name, _ in schedule.tilings())}, (schedule.near or tiling).step
-    names = {"q_len": "seq_len", "k_len": "seq_len", "q_block": "BLOCK", "tiles": "TILES_J"}
+    names = {"q_block": "BLOCK", "tiles": "TILES_J"}
     if ir.is_cross:
-        names = {"q_len": "seq_len_q", "k_len": "seq_len_k", "q_block": "block_q", "tiles": "tiles"}
+        names = {"q_block": "block_q", "tiles": "tiles"}
     return {
         **{field.name: getattr(schedule, field.name) for field in fields(schedule) if field.name not in tiled},
         "values": role.values,
@@ -283,33 +281,11 @@ def _choices(
         "resident": tiling.turns == ALL,
         "walks": tiling.turns > 1,
         "window": ir.form.window,
-        "prefix": ir.form.prefix,
         "group": ir.group,
         "cross": ir.is_cross,
         **names,
+        **ends_of(ir),
     }
-
-
-def axes_of(ir: MonarchAttention) -> dict[str, Any]:
-    """The axes of the tiles that blocks are, and the names of what is known along them; axes: 0 where there is none."""
-    axes = range(len(ir.form.tile or ()))
-    return {
-        "axes": len(axes),
-        "window_shape": ir.form.window_shape,
-        "counts": tuple(f"counts_{axis}" for axis in axes),
-        "extents": tuple(f"EXTENT_{axis}" for axis in axes),
-        "corners": tuple(f"corner_{axis}" for axis in axes),
-        "from_corner": tuple(f"from_{axis}" for axis in axes),
-    }
-
-
-def keys_of_neighbours(ir: MonarchAttention, apart: bool) -> int:
-    """Keys of the tiles in a window, without the tile itself where its keys are met `apart`, as in stage 1."""
-    form = ir.form
-    if form.tile is None or form.window is None:
-        return 0
-    tiles = len(steps_to_neighbours(form.window, form.window_shape, len(form.tile))) - apart
-    return tiles * form.block_size
 
 
 def _constants(
@@ -337,13 +313,13 @@ def constants_of(
     ir: MonarchAttention, specialization: Specialization, tiles: dict[str, int], keys_near: int
 ) -> dict[str, Any]:
     """What may stand as a literal at the top of a kernel, whose tiles and `keys_of_neighbours` these are."""
-    block, window = ir.form.block_size, ir.form.window or 0
+    block = ir.form.block_size
     dims: dict[str, Any] = {"BLOCK": block, "GROUP": ir.group, "STRIDE_MULTIPLE": specialization.stride_multiple}
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
     dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
     dims |= {"NEIGHBOURS": keys_near // block}
-    dims |= {"WINDOW": min(window, MAX_WINDOW_KEYS // block), "PREFIX": min(ir.form.prefix, MAX_POSITION)}
+    dims |= {**windows_of(ir), "PREFIX": min(ir.form.prefix, MAX_POSITION)}
     return {
         **dims,
         **tiles,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.groups import centred
+from monarch_compile.attention.groups import centred, cut
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
 from monarch_compile.codegen.attention.kernels import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
@@ -87,7 +87,7 @@ def run(
 ) -> Tensor:
     """q (E, H, N_q, D), k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v) -> (E, H, N_q, D_v), laid out (E, N_q, H, D_v).
 
-    grid: sizes of the axes that the tokens after the prefix flatten, where the form has a tile.
+    grid: sizes of the axes that the tokens outside of the prefix flatten, where the form has a tile.
 
     Raises:
         CodegenError: the schedule is for fewer blocks.
@@ -109,8 +109,8 @@ def outputs(
     if key_mask is not None:
         tensors["key_mask"] = key_mask
     if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
-        first: Tensor = torch.ops.aten.slice.Tensor(q, 2, 0, form.prefix)  # indexing would ask for a device
-        tensors["rows"] = exact_rows(first, k, v, key_mask, launcher.ir.scale)
+        of_prefix, _ = cut(q, 2, form.prefix, form.prefix_at_end)
+        tensors["rows"] = exact_rows(of_prefix, k, v, key_mask, launcher.ir.scale)
     return launcher(tensors, sizes)
 
 

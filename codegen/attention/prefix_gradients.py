@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.groups import split_mask
+from monarch_compile.attention.groups import cut, split_mask
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixGradients:
-    """The first `prefix` rows of attention, which see every key, and its first keys, which every row sees.
+    """The rows of a prefix of attention, which see every key, and its keys, which every row sees.
 
-    q (E, H, N, D), k (E, H_kv, N, D), v (E, H_kv, N, D_v); key_mask (E, N), bool or a centred bias.
+    q (E, H, N, D), k (E, H_kv, N, D), v (E, H_kv, N, D_v); key_mask (E, N), bool or a centred bias. at_end: whether the
+    `prefix` tokens are the last of the sequence, not the first.
     """
 
     q: Tensor
@@ -26,6 +27,7 @@ class PrefixGradients:
     key_mask: Tensor | None
     scale: float
     prefix: int
+    at_end: bool
 
     def write_lse(self, lse: Tensor) -> None:
         """Writes the logarithms of the total weights of the prefix's rows into lse (E, H, N), float32."""
@@ -56,20 +58,20 @@ class PrefixGradients:
         near_weights, near_dscores = self._among_themselves(dz, z, lse)  # (E, H_kv, G * P, p)
         q_lead, dz_lead = (self._by_key_head(self._first(x)).float() for x in (self.q, dz))
         q_rest, dz_rest = (self._by_key_head(self._rest(x)) for x in (self.q, dz))
-        weights, dscores = (self._by_key_head(_cut(self._rest(x), 3, 0, prefix)) for x in (weights, dscores))
+        weights, dscores = (self._by_key_head(_slice(self._rest(x), 3, prefix)) for x in (weights, dscores))
         dk_lead = (dscores.mT @ q_rest).float() + near_dscores.mT @ q_lead
         dv_lead = (weights.mT @ dz_rest).float() + near_weights.mT @ dz_lead
-        rows = self._by_key_head(_cut(self._first(rows), 3, prefix, None))
+        rows = self._by_key_head(self._cut(_slice(rows, 2, prefix), 3)[1])
         dq_lead = (rows @ self._rest(self.k)).float() + near_dscores @ self._first(self.k).float()
         _write(self._first(dq), self.scale * self._by_head(dq_lead))
         _write(self._first(dk), self.scale * dk_lead)
         _write(self._first(dv), dv_lead)
         if dbias is not None:
-            _write(_cut(dbias, 1, 0, prefix), dscores.float().sum((1, 2)) + near_dscores.sum((1, 2)))
+            _write(self._cut(dbias, 1)[0], dscores.float().sum((1, 2)) + near_dscores.sum((1, 2)))
 
     def _among_themselves(self, dz: Tensor, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """(E, H_kv, G * P, p) float32: weights of the prefix's rows with its keys, and gradients of their scores."""
-        mask = None if self.key_mask is None else _cut(self.key_mask, 1, 0, self.prefix)
+        mask = None if self.key_mask is None else self._cut(self.key_mask, 1)[0]
         scores = self._scores(self._first(self.k), mask)
         row_lse = self._by_key_head(self._first(lse).unsqueeze(-1))
         weights = (scores - row_lse.masked_fill(row_lse == float("-inf"), float("inf"))).exp()
@@ -96,16 +98,20 @@ class PrefixGradients:
 
     def _first(self, x: Tensor) -> Tensor:
         """What x (E, heads, N, ...) holds of the prefix."""
-        return _cut(x, 2, 0, self.prefix)
+        return self._cut(x, 2)[0]
 
     def _rest(self, x: Tensor) -> Tensor:
         """What it holds of all other positions."""
-        return _cut(x, 2, self.prefix, None)
+        return self._cut(x, 2)[1]
+
+    def _cut(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """What x holds of the prefix and of all other positions, along a dim of positions."""
+        return cut(x, dim, self.prefix, self.at_end)
 
 
-def _cut(x: Tensor, dim: int, start: int, end: int | None) -> Tensor:
-    """A view of a part of x along a dim; indexing would ask for a device."""
-    found: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, end)
+def _slice(x: Tensor, dim: int, end: int) -> Tensor:
+    """A view of the start of x along a dim; indexing would ask for a device."""
+    found: Tensor = torch.ops.aten.slice.Tensor(x, dim, 0, end)
     return found
 
 

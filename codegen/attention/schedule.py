@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+from monarch_compile.attention.blocking import along_axes
 from monarch_compile.attention.ir import MAX_HEAD_DIM, MonarchAttention
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
 from monarch_compile.errors import CodegenError
@@ -281,7 +282,9 @@ def _tilings(rows: tuple[Row, ...], size: int | None, capability: Capability | N
 
 def _near(summarize: Tiling, table: Rows, ir: MonarchAttention, capability: Capability | None) -> Tiling:
     """The tiling of the exact groups: that of stage 1, of which they may be a part, with a step of their own."""
-    keys = ir.form.prefix if ir.form.window is None else 2 * max(ir.form.window, 1) * ir.form.block_size
+    window = ir.form.window
+    beside = 1 if window is None else max(1, *along_axes(window, 1))
+    keys = ir.form.prefix if window is None else 2 * beside * ir.form.block_size
     widest = next(_tilings(table.summarize, ir.form.block_size, capability))
     near = replace(summarize, turns=1, step=min(NEAR_STEP, _fit(widest, ir, keys, keys).step))
     while shared_bytes(near, ir) > shared_limit(capability):

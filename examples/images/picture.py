@@ -73,3 +73,13 @@ def read_square(path: Path, size: int) -> Tensor:
 
     square = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def read_on_white(path: Path, size: int) -> Tensor:
+    """A whole picture, on white where it is transparent or does not fill the square, as (3, size, size) in [0, 1]."""
+    from PIL import Image, ImageOps
+
+    picture = Image.open(path).convert("RGBA")
+    opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    square = ImageOps.pad(opaque, (size, size), Image.Resampling.BICUBIC, color="white")
+    return torch.from_numpy(np.asarray(square, dtype=np.float32) / 255).permute(2, 0, 1)

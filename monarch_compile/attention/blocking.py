@@ -20,6 +20,22 @@ from torch import Tensor
 Steps = tuple[tuple[int, ...], ...]
 """Steps along each axis from a tile to others."""
 
+Window = int | tuple[int, ...]
+"""Blocks on each side of a row's own that are in its window: along every axis, or along each."""
+
+
+def plain_window(window: int | Sequence[int] | None) -> Window | None:
+    """A window in the one way to write it: a number where it is the same along all axes."""
+    if window is None or not isinstance(window, (tuple, list)):
+        return window  # type: ignore[return-value]
+    sizes = tuple(window)
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def along_axes(window: Window, num_axes: int) -> tuple[int, ...]:
+    """A window's blocks on each side along each of the axes."""
+    return window if isinstance(window, tuple) else (window,) * num_axes
+
 
 class Blocking(Protocol):
     """The blocks of one sequence, whose prefix is cut off already."""
@@ -174,12 +190,12 @@ def count_tiles(grid: Sequence[Any], tile: Sequence[int]) -> tuple[Any, ...]:
     return tuple((size + extent - 1) // extent for size, extent in zip(grid, tile, strict=True))
 
 
-def steps_to_neighbours(window: int, window_shape: str, num_axes: int) -> Steps:
+def steps_to_neighbours(window: Window, window_shape: str, num_axes: int) -> Steps:
     """Steps from a tile to those of its window, the tile itself (no step) among them, in the order of the keys.
 
     "box": every tile at most `window` away along each axis. "plus": those of them that lie along one axis alone.
     """
-    steps = itertools.product(range(-window, window + 1), repeat=num_axes)
+    steps = itertools.product(*(range(-reach, reach + 1) for reach in along_axes(window, num_axes)))
     return tuple(step for step in steps if window_shape == "box" or sum(map(bool, step)) <= 1)
 
 
@@ -192,8 +208,13 @@ class Tiles:
 
     grid: tuple[Any, ...]
     tile: tuple[int, ...]
-    window: int = 0
+    window: Window = 0
     window_shape: str = "box"
+
+    @property
+    def reaches(self) -> tuple[int, ...]:
+        """The window's tiles on each side along each axis."""
+        return along_axes(self.window, len(self.grid))
 
     @property
     def counts(self) -> tuple[Any, ...]:
@@ -302,15 +323,16 @@ class Tiles:
 
     def _near(self, x: Tensor) -> Tensor:
         """From (E, H, b, i, D) to (E, H, b, keys, D): the keys of each tile's window, zeros beyond the edges."""
-        axes, window = len(self.grid), self.window
-        if not window:
+        axes, reaches = len(self.grid), self.reaches
+        if not any(reaches):
             return x
-        x = F.pad(torch.unflatten(x, 2, self.counts), (0, 0, 0, 0, *[window] * (2 * axes)))
+        beside = [reach for reach in reversed(reaches) for _ in range(2)]
+        x = F.pad(torch.unflatten(x, 2, self.counts), (0, 0, 0, 0, *beside))
         near = []
         for step in self.steps:
             tiles = x
-            for axis, (move, count) in enumerate(zip(step, self.counts, strict=True)):
-                tiles = tiles.narrow(2 + axis, window + move, count)
+            for axis, (move, reach, count) in enumerate(zip(step, reaches, self.counts, strict=True)):
+                tiles = tiles.narrow(2 + axis, reach + move, count)
             near.append(tiles)
         return torch.cat(near, 2 + axes).flatten(2, 1 + axes)
 
@@ -319,7 +341,8 @@ class Tiles:
         for count in reversed(self.counts):
             place, rest = rest % count, rest // count
             apart.append((place[:, None] - place[None, :]).abs())
-        near = functools.reduce(torch.logical_and, [x <= self.window for x in apart])
+        sides = zip(apart, reversed(self.reaches), strict=True)
+        near = functools.reduce(torch.logical_and, [x <= reach for x, reach in sides])
         if self.window_shape == "plus":
             near = near & (functools.reduce(torch.add, [(x > 0).to(torch.int32) for x in apart]) <= 1)
         far: Tensor = ~near
@@ -335,13 +358,15 @@ def blocking_of(
     seq_len: Any,
     block_size: int,
     pad: str,
-    window: int | None,
+    window: int | Sequence[int] | None,
     *,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     grid: Sequence[Any] | None = None,
 ) -> Blocking:
     """The blocks of the `seq_len` keys that follow the prefix; options as in `Form`."""
+    beside = plain_window(window) or 0
     if tile is None or grid is None:
-        return Pieces(seq_len, -(-seq_len // block_size), block_size, pad, window or 0)
-    return Tiles(tuple(grid), tuple(tile), window or 0, window_shape)
+        assert isinstance(beside, int), "pieces lie along one axis"
+        return Pieces(seq_len, -(-seq_len // block_size), block_size, pad, beside)
+    return Tiles(tuple(grid), tuple(tile), beside, window_shape)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from monarch_compile.attention.blocking import Window, along_axes
 from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
 from monarch_compile.attention.grids import tiling_at
 from monarch_compile.attention.lengths import auto_block_size
@@ -23,6 +24,7 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "prefix": (0, 4),
     "tile": (None,),
     "window_shape": ("box",),
+    "prefix_at_end": (False,),
 }
 """What is tried for each option that the caller has not fixed."""
 
@@ -33,6 +35,10 @@ ON_GRID: dict[str, tuple[Any, ...]] = {
 }
 """What is tried instead where the tokens are known to lie on a grid of several axes."""
 
+OWN_FRAME, OTHER_FRAMES = (0, 1, 1), (1, 0, 0)
+WINDOWS_OF_VIDEOS = (*ON_GRID["window"], OWN_FRAME, OTHER_FRAMES)
+"""Windows that are tried on grids of three axes: frames, height, width."""
+
 
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention.
@@ -41,7 +47,7 @@ def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Map
     """
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
-    tiled = {(o.ir.form.prefix, len(o.ir.form.tile or ())) for o in occurrences}
+    tiled = {(o.ir.form.prefix, o.ir.form.prefix_at_end, len(o.ir.form.tile or ())) for o in occurrences}
     on_grid = len(tiled) == 1 and occurrences[0].ir.form.tile is not None
     forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed)
     timed = ((form, total_seconds(occurrences, device, form)) for form in forms)
@@ -55,7 +61,9 @@ def _combined(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def _pieces(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     values = {name: (fixed[name],) if name in fixed else SEARCH[name] for name in FORM_OPTIONS if name != "block_size"}
-    values["tile"] = (None,)  # a caller's tile is for the sites on a grid
+    values["tile"] = (None,)  # a caller's tile is for the sites on a grid, and so are its axes' windows
+    if isinstance(fixed.get("window"), (tuple, list)):
+        values["window"] = SEARCH["window"]
     sizes = [(options, _block_sizes(occurrence, device, options, fixed)) for options in _combined(values)]
     return list(dict.fromkeys(Form(block_size=size, **options) for options, found in sizes for size in found))
 
@@ -74,11 +82,19 @@ def _tiles(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> 
     own = occurrence.ir.form
     best = tiling_at(device.kind, len(own.tile), _seq_len(occurrence) - own.prefix).tile
     tried = {**SEARCH, **ON_GRID, "tile": tuple(resized(best, factor) for factor in ON_GRID["tile"])}
+    if len(own.tile) == len(OWN_FRAME):
+        tried["window"] = WINDOWS_OF_VIDEOS
     values = {name: (fixed[name],) if name in fixed else tried[name] for name in FORM_OPTIONS if name != "block_size"}
-    values |= {"prefix": (own.prefix,), "pad": (own.pad,)}  # those of the grid, and of all tiles
+    # Those of the grid, and of all tiles.
+    values |= {"prefix": (own.prefix,), "prefix_at_end": (own.prefix_at_end,), "pad": (own.pad,)}
     forms = [Form(block_size=math.prod(options["tile"]), **options) for options in _combined(values)]
-    # Without neighbours, the shape of the window makes no difference: one of the shapes is enough.
-    return [form for form in forms if form.window or form.window_shape == values["window_shape"][0]]
+    first, axes = values["window_shape"][0], len(own.tile)
+    return [form for form in forms if form.window_shape == first or _has_a_shape(form.window, axes)]
+
+
+def _has_a_shape(window: Window | None, num_axes: int) -> bool:
+    """Whether a box and a plus of these sizes are different windows: with neighbours along two axes at least."""
+    return window is not None and sum(map(bool, along_axes(window, num_axes))) > 1
 
 
 def resized(tile: Sequence[int], factor: float) -> tuple[int, ...]:

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes and options of attentions to tune."""
 
-    def window(text: str) -> int | None:
-        return None if text == "none" else int(text)
+    def window(text: str) -> int | tuple[int, ...] | None:
+        if text == "none":
+            return None
+        return tuple(map(int, text.split(","))) if "," in text else int(text)
 
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], metavar="N")
-    parser.add_argument("--windows", type=window, nargs="+", default=[None, 1], metavar="W", help="'none' or a number")
+    parser.add_argument(
+        "--windows", type=window, nargs="+", default=[None, 1], metavar="W", help="'none', a number, or 0,1,1"
+    )
     parser.add_argument("--block-size", type=int, metavar="B", help='default: what "auto" gives')
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=12)
@@ -36,6 +40,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--window-shape", choices=("box", "plus"), default="box")
     parser.add_argument("--prefix", type=int, default=0, help="tokens before the grid, or the blocks")
+    parser.add_argument("--prefix-at-end", action="store_true", help="these tokens come after the grid, or the blocks")
 
 
 def problems(args: argparse.Namespace, device_type: str) -> list[MonarchAttention]:
@@ -55,7 +60,8 @@ def problems(args: argparse.Namespace, device_type: str) -> list[MonarchAttentio
     for seq_len, window in itertools.product(lengths, args.windows):
         block = math.prod(tile) if tile else args.block_size or auto_block_size(seq_len, device_type, window)
         shape = (args.batch, args.heads, args.heads, seq_len, seq_len, dim, dim)
-        form = Form(block, args.iters, window=window, prefix=args.prefix, tile=tile, window_shape=args.window_shape)
+        ends = {"prefix": args.prefix, "prefix_at_end": args.prefix_at_end}
+        form = Form(block, args.iters, window=window, tile=tile, window_shape=args.window_shape, **ends)
         found.append(MonarchAttention(*shape, getattr(torch, args.dtype), form, dim**-0.5, mask, grid=grid))
     return found
 

@@ -6,12 +6,13 @@ Notation follows arXiv 2505.18698: keys are cut into blocks of `block_size`, que
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from monarch_compile.attention.blocking import steps_to_neighbours
+from monarch_compile.attention.blocking import Window, plain_window, steps_to_neighbours
 from monarch_compile.errors import IRError
-from monarch_compile.rules import OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
+from monarch_compile.rules import FLAG, OptionRule, at_least, broken_rule, either, one_of, or_else, tuple_of
 
 INITS = ("identity", "mean")
 PADS = ("post", "pre")
@@ -24,11 +25,22 @@ FORM_RULES: dict[str, OptionRule] = {
     "num_iters": at_least(1),
     "init": one_of(INITS),
     "pad": one_of(PADS),
-    "window": or_else(None, at_least(0)),
+    "window": or_else(None, either(at_least(0), tuple_of(0, range(1, MAX_AXES + 1)))),
     "prefix": at_least(0),
     "tile": or_else(None, tuple_of(1, range(1, MAX_AXES + 1))),
     "window_shape": one_of(WINDOW_SHAPES),
+    "prefix_at_end": FLAG,
 }
+
+
+def wrong_window(window: object, tile: Sequence[int] | None) -> str | None:
+    """What is wrong with a window that has a number for each axis, beside a tile; None where nothing is."""
+    if not isinstance(window, (tuple, list)) or (tile is not None and len(window) == len(tile)):
+        return None
+    if tile is None:
+        return f"'window' must be one number, or None, where blocks are no tiles; found {window!r}"
+    each = f"one for each of the {len(tile)} axes of {tuple(tile)}"
+    return f"'window' must be one number, or {each}; found {window!r}"
 
 
 def weighs_own_block_exactly(num_iters: int, init: str) -> bool:
@@ -44,13 +56,16 @@ class Form:
     init: start from a block's own queries ("identity") or from their mean. pad: pad the sequence to whole blocks after
         ("post") or before it ("pre").
     window: blocks on each side of a query's own block that it attends to exactly, counted along each axis where blocks
-        are tiles (0: its own only; None: no window, the paper's form).
+        are tiles (0: its own only; None: no window, the paper's form). With a tile it may be a number for each axis,
+        such as (0, 1, 1) for neighbours within a frame of a video; the same number for all of them is that number.
     prefix: leading keys that every query attends to exactly, and as many queries that attend to every key exactly:
         blocks are of what follows.
     tile: tokens of a block along each axis of the grid that the sequence flattens, block_size in all; None: a block is
         a piece of the sequence.
     window_shape: of which tiles a window consists, all that are at most `window` away along each axis ("box") or those
         of them that lie along one axis ("plus"). It makes no difference to pieces of a sequence.
+    prefix_at_end: whether the tokens of the prefix are the last of the sequence, as text that comes after an image;
+        blocks are then of what comes before them. Without a prefix it is False.
 
     Raises:
         IRError: an option is not allowed.
@@ -62,17 +77,21 @@ class Form:
     num_iters: int = 1
     init: str = "identity"
     pad: str = "post"
-    window: int | None = None
+    window: Window | None = None
     prefix: int = 0
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
+    prefix_at_end: bool = False
 
     def __post_init__(self) -> None:
-        wrong = broken_rule(vars(self), FORM_RULES) or self._wrong_tile()
+        wrong = broken_rule(vars(self), FORM_RULES) or self._wrong_tile() or wrong_window(self.window, self.tile)
         if wrong is not None:
             raise IRError(wrong)
+        object.__setattr__(self, "window", plain_window(self.window))
         if self.tile is not None:
             object.__setattr__(self, "tile", tuple(self.tile))
+        if not self.prefix:
+            object.__setattr__(self, "prefix_at_end", False)
 
     def _wrong_tile(self) -> str | None:
         if self.tile is None:
@@ -82,7 +101,9 @@ class Form:
         return "'pad' must be 'post' with a tile; found 'pre'" if self.pad != "post" else None
 
     def __str__(self) -> str:
-        names = FORM_OPTIONS if self.tile is not None else FORM_OPTIONS[: FORM_OPTIONS.index("tile")]
+        of_tiles = () if self.tile is not None else ("tile", "window_shape")
+        of_prefix = () if self.prefix_at_end else ("prefix_at_end",)
+        names = [name for name in FORM_OPTIONS if name not in of_tiles + of_prefix]
         return f"Form({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
@@ -113,12 +134,20 @@ class Form:
 
     def arguments(self) -> tuple[Any, ...]:
         """The operator's arguments, in its order."""
-        values = [getattr(self, name) for name in FORM_OPTIONS]  # Dynamo of torch 2.11 cannot trace vars(self).values()
-        return tuple(list(x) if isinstance(x, tuple) else x for x in values)
+        return as_arguments({name: getattr(self, name) for name in FORM_OPTIONS})  # Dynamo of torch 2.11: no vars(self)
 
     def across(self) -> Form:
         """The form between sequences of different lengths."""
         return replace(self, **ACROSS)
+
+
+def as_arguments(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Options of the operator as its arguments, in their order: lists for tuples, and a window always as a list."""
+    listed = []
+    for name, value in options.items():
+        is_number = name == "window" and value is not None and not isinstance(value, (tuple, list))
+        listed.append([value] if is_number else list(value) if isinstance(value, tuple) else value)
+    return tuple(listed)
 
 
 ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0, "tile": None}

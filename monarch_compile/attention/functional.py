@@ -26,11 +26,12 @@ def monarch_attention(
     key_bias: Tensor | None = None,
     init: str = "identity",
     pad: str = "post",
-    window: int | None = 1,
+    window: int | Sequence[int] | None = 1,
     prefix: int = 0,
     grid: Sequence[int] | None = None,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    prefix_at_end: bool = False,
 ) -> Tensor:
     """MonarchAttention (arXiv 2505.18698, section 3): softmax attention through a Monarch matrix, in N * sqrt(N) work.
 
@@ -55,13 +56,14 @@ def monarch_attention(
         init: "identity" (a block is first represented by its own queries) or "mean" (by the mean query).
         pad: on which side a sequence is padded to whole blocks, "post" or "pre".
         window: blocks on each side of a query's own block that it attends to exactly, beside its own (0: its own
-            only), counted along each axis where blocks are tiles; None: none, the paper's form. Between unequal
-            lengths it means little, and CUDA takes None only.
+            only), counted along each axis where blocks are tiles, or a number for each axis of the tile; None: none,
+            the paper's form. Between unequal lengths it means little, and CUDA takes None only.
         prefix: leading keys that every query attends to exactly; as many leading queries attend to every key exactly.
             Blocks are of what follows them.
-        grid: sizes of the axes, one to three, that the tokens after the prefix flatten row by row: (height, width) of
-            an image, (frames, height, width) of a video. Given together with `tile`; seq_len_q and seq_len_k are then
-            both prefix + the product of the sizes.
+        prefix_at_end: whether these tokens are the last of the sequence, not the first: text that comes after an image.
+        grid: sizes of the axes, one to three, that the tokens outside of the prefix flatten row by row: (height,
+            width) of an image, (frames, height, width) of a video. Given together with `tile`; seq_len_q and seq_len_k
+            are then both prefix + the product of the sizes.
         tile: tokens of a block along each axis of the grid: blocks are then tiles of it, and `pad` must be "post".
         window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis
             alone ("plus").
@@ -77,7 +79,7 @@ def monarch_attention(
     _check_tensors(q, k, v, key_padding_mask)
     _check_bias(k, key_padding_mask, key_bias)
     size = math.prod(tile) if block_size is None and tile is not None else block_size
-    options: tuple[Any, ...] = (size, num_iters, init, pad, window, prefix, tile, window_shape)
+    options: tuple[Any, ...] = (size, num_iters, init, pad, window, prefix, tile, window_shape, prefix_at_end)
     try:
         form = Form(**dict(zip(FORM_OPTIONS, options, strict=True)))
     except IRError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monarch_compile.attention.blocking import plain_window
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import differentiated_by_kernels, is_exact
 from monarch_compile.attention.reference import reference
@@ -30,9 +31,10 @@ def named(options: Sequence[Any]) -> dict[str, Any]:
         found[name] = int(found[name])
     window, tile, grid = (found[name] for name in ("window", "tile", "grid"))
     found["scale"] = float(found["scale"])
-    found["window"] = None if window is None else int(window)
+    found["window"] = None if window is None else plain_window(tuple(map(int, window)))
     found["tile"] = None if tile is None else tuple(map(int, tile))
     found["grid"] = None if grid is None else tuple(grid)
+    found["prefix_at_end"] = bool(found["prefix_at_end"])
     return found
 
 

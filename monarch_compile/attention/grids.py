@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from monarch_compile.attention.blocking import Window
+from monarch_compile.attention.form import wrong_window
 from monarch_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,11 +21,12 @@ Size = Any
 class Grid:
     """How the tokens of a sequence lie: first `prefix` tokens outside of the grid, then the grid, row by row.
 
-    sizes: tokens along each axis, the last of which runs fastest.
+    sizes: tokens along each axis, the last of which runs fastest. prefix_at_end: the grid first, then these tokens.
     """
 
     prefix: int
     sizes: tuple[Size, ...]
+    prefix_at_end: bool = False
 
     @property
     def num_tokens(self) -> Size:
@@ -39,7 +42,8 @@ def grid_by_hand(config: MonarchConfig, seq_len: Size) -> Grid | None:
     """
     if not isinstance(config.grid, tuple):
         return None
-    grid = Grid(config.prefix if isinstance(config.prefix, int) else 0, config.grid)
+    prefix = config.prefix if isinstance(config.prefix, int) else 0
+    grid = Grid(prefix, config.grid, config.prefix_at_end is True)
     if seq_len != grid.num_tokens:
         sizes = " * ".join(map(str, grid.sizes))
         raise ConfigError(
@@ -54,7 +58,7 @@ class Tiling(NamedTuple):
 
     start: int
     tile: tuple[int, ...]
-    window: int | None
+    window: Window | None
     window_shape: str = "box"
 
 
@@ -79,7 +83,16 @@ def takes_tiles(config: MonarchConfig, grid: Grid | None) -> bool:
         return False
     if config.prefix not in ("auto", grid.prefix):
         return False
+    if grid.prefix and config.prefix_at_end not in ("auto", grid.prefix_at_end):
+        return False
     return config.block_size == "auto" if config.tile == "auto" else len(config.tile) == len(grid.sizes)
+
+
+def check_window(config: MonarchConfig, tile: tuple[int, ...]) -> None:
+    """Raise ConfigError where the option window has another number of axes than a site's tile."""
+    wrong = wrong_window(config.window, tile)
+    if wrong is not None:
+        raise ConfigError(f"option {wrong}")
 
 
 def tiling_at(kind: str, num_axes: int, num_tokens: Size) -> Tiling:

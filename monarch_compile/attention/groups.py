@@ -26,6 +26,17 @@ def centred(bias: Tensor) -> Tensor:
     return bias - bias.detach().amax(-1, keepdim=True).clamp(min=HIDDEN)
 
 
+def cut(x: Tensor, dim: int, prefix: int, at_end: bool) -> tuple[Tensor, Tensor]:
+    """What x holds of the prefix, `prefix` places at the start or the end of a dim, and of the rest: two views.
+
+    By the operator, since indexing would ask for a device where tensors are fake.
+    """
+    size = x.shape[dim]
+    parts = ((size - prefix, size), (0, size - prefix)) if at_end else ((0, prefix), (prefix, size))
+    of_prefix, rest = (torch.ops.aten.slice.Tensor(x, dim, *part) for part in parts)
+    return of_prefix, rest
+
+
 def split_mask(key_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Which keys are visible, and what is added to their scores, as `dtype` (None: nothing)."""
     if key_mask.dtype == torch.bool:

@@ -67,8 +67,8 @@ class MonarchAttention:
     Shapes: q (batch, num_heads, seq_len_q, head_dim), k (batch, num_kv_heads, seq_len_k, head_dim),
     v (batch, num_kv_heads, seq_len_k, value_dim), output (batch, num_heads, seq_len_q, value_dim).
     `form.block_size` counts keys; queries use `block_size_q`, so that both have `num_blocks` blocks.
-    grid: sizes of the axes that the tokens after the prefix flatten, row by row; None where none is known. The blocks
-    are its tiles if the form has a `tile`.
+    grid: sizes of the axes that the tokens outside of the prefix flatten, row by row; None where none is known. The
+    blocks are its tiles if the form has a `tile`.
     """
 
     family: ClassVar[str] = "attention"
@@ -141,12 +141,17 @@ class MonarchAttention:
             f"q[{b},{hq},{nq},{self.head_dim}] k[{b},{hk},{nk},{self.head_dim}] v[{b},{hk},{nk},{self.value_dim}]",
             f"blocks={blocks}x{form.block_size}{rows} iters={form.num_iters} init={form.init} pad={form.pad}",
             f"mask={self.mask.value} causal={str(self.is_causal).lower()}",
-            f"window={form.window} prefix={form.prefix} scale={self.scale:.6g}",
+            f"window={_by(form.window)} prefix={form.prefix}{' at_end=true' if form.prefix_at_end else ''}",
+            f"scale={self.scale:.6g}",
         ]
         if form.tile is not None and self.grid is not None:
-            grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, form.tile))
-            parts.append(f"grid={grid} tile={tile} shape={form.window_shape}")
+            parts.append(f"grid={_by(self.grid)} tile={_by(form.tile)} shape={form.window_shape}")
         return " ".join(parts)
+
+
+def _by(sizes: Any) -> str:
+    """Sizes along axes as "4x8"; anything else as it is."""
+    return "x".join(map(str, sizes)) if isinstance(sizes, tuple) else str(sizes)
 
 
 class Rule(NamedTuple):

@@ -14,8 +14,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from monarch_compile.attention.blocking import Window
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.grids import Grid, Size, takes_tiles, tiling_at
+from monarch_compile.attention.grids import Grid, Size, check_window, takes_tiles, tiling_at
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.work import predict
 from monarch_compile.calls import DEVICE_ALONE, REPLAYED, Calls
@@ -49,7 +50,7 @@ NEVER = sys.maxsize
 """The crossover of a site that does not pay even at the last of `LENGTHS`."""
 
 
-def auto_block_size(seq_len: Size, kind: str, window: int | None = None, prefix: int = 0) -> int:
+def auto_block_size(seq_len: Size, kind: str, window: Window | None = None, prefix: int = 0) -> int:
     """The block size that "auto" stands for at `seq_len` keys on a device of `kind`: a row of `BLOCK_SIZES`.
 
     It is the row of as many keys as follow the prefix, or the first.
@@ -68,15 +69,18 @@ def auto_block_size(seq_len: Size, kind: str, window: int | None = None, prefix:
 
 def chosen_form(config: MonarchConfig, kind: str, seq_len: Size, grid: Grid | None = None) -> Form:
     """The form that the options ask for at `seq_len` keys on a grid; what is "auto" guards on a symbolic length."""
-    auto: dict[str, Any] = {"window": 1, "prefix": 0, "tile": None, "window_shape": "box"}
+    auto: dict[str, Any] = {"window": 1, "prefix": 0, "tile": None, "window_shape": "box", "prefix_at_end": False}
     if grid is None or not takes_tiles(config, grid):
-        pieces = config if config.tile is None else replace(config, tile=None)
-        window, prefix = (auto[x] if getattr(config, x) == "auto" else getattr(config, x) for x in ("window", "prefix"))
+        window = "auto" if isinstance(config.window, tuple) else config.window  # along axes that pieces do not have
+        pieces = replace(config, tile=None, window=window)
+        window, prefix = (auto[x] if getattr(pieces, x) == "auto" else getattr(pieces, x) for x in ("window", "prefix"))
         return pieces.form(**auto, block_size=_auto_size(config, seq_len, kind, window, prefix))
     row = tiling_at(kind, len(grid.sizes), seq_len - grid.prefix)
     tile = config.tile if isinstance(config.tile, tuple) else row.tile
+    check_window(config, tile)
     shape = row.window_shape if config.window == "auto" else "box"
     auto = {"window": row.window, "prefix": grid.prefix, "tile": tile, "window_shape": shape}
+    auto["prefix_at_end"] = grid.prefix_at_end
     return config.form(**auto, block_size=math.prod(tile))
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of
+from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of, plain_window
 from monarch_compile.attention.form import weighs_own_block_exactly
 from monarch_compile.attention.groups import (
     biased,
     centred,
+    cut,
     exact_rows,
     merge,
     own_scores,
@@ -41,9 +42,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *
     a key at `groups.HIDDEN` or below. A row that sees no key outputs 0. float16 and bfloat16 are computed in float32.
     The output's memory order is (batch, seq, heads, dim), so that merging the heads is a view.
 
-    options: `scale`, those of `Form` and `grid`. `window`, `prefix`, `tile` and `window_shape` are those of `Form`:
-    blocks are of what follows the prefix, whose own rows attend to every key exactly. `grid` is what the tokens that
-    follow the prefix lie on, flattened row by row: blocks are its tiles.
+    options: `scale`, those of `Form` and `grid`. `window`, `prefix`, `tile`, `window_shape` and `prefix_at_end` are
+    those of `Form`: blocks are of what lies outside of the prefix, whose own rows attend to every key exactly. `grid`
+    is what the tokens outside of the prefix lie on, flattened row by row: blocks are its tiles.
     """
     return _attend(q, k, v, key_mask, **options)[0]
 
@@ -70,14 +71,16 @@ def _attend(
     num_iters: int = 1,
     init: str = "identity",
     pad: str = "post",
-    window: int | None = None,
+    window: int | Sequence[int] | None = None,
     prefix: int = 0,
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
+    prefix_at_end: bool = False,
     grid: Sequence[int] | None = None,
     wants_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The result of `reference`, and the second of `reference_with_lse` where it is wanted."""
+    window = plain_window(window)
     if window == 0 and weighs_own_block_exactly(num_iters, init):
         window = None  # as in `Form.simplest`
     dtype = q.dtype
@@ -91,10 +94,12 @@ def _attend(
         rows, rows_lse = exact_rows(q, k, v, key_mask, scale, bias)
         return rows.transpose(1, 2).contiguous().transpose(1, 2).to(dtype), rows_lse if wants_lse else None
     if prefix:
-        rows, rows_lse = exact_rows(q[:, :, :prefix], k, v, key_mask, scale, bias)
-        (k_lead, k), (v_lead, v) = ((x[:, :, :prefix], x[:, :, prefix:]) for x in (k, v))
-        (mask_lead, key_mask), (bias_lead, bias) = (_cut(x, prefix) for x in (key_mask, bias))
-        q = q[:, :, prefix:]
+        (q_lead, q_rest), (k_lead, k_rest), (v_lead, v_rest) = (cut(x, 2, prefix, prefix_at_end) for x in (q, k, v))
+        rows, rows_lse = exact_rows(q_lead, k, v, key_mask, scale, bias)
+        (mask_lead, key_mask), (bias_lead, bias) = (
+            (None, None) if x is None else cut(x, 1, prefix, prefix_at_end) for x in (key_mask, bias)
+        )
+        q, k, v = q_rest, k_rest, v_rest
     seq_len_q, seq_len_k = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
     key_blocks = blocking_of(seq_len_k, block_size, pad, window, tile=tile, window_shape=window_shape, grid=grid)
@@ -145,16 +150,16 @@ def _attend(
         z = merge([z, *(value.transpose(2, 3) for value, _ in near)], lses)
     output = _from_blocks(z, query_blocks, group)
     if prefix:
-        output = torch.cat([rows.transpose(1, 2), output.transpose(1, 2)], 1).transpose(1, 2)
+        output = _around(rows.transpose(1, 2), output.transpose(1, 2), 1, prefix_at_end).transpose(1, 2)
     if not wants_lse:
         return output.to(dtype), None
     lse = _from_blocks(total_lse(lses).unsqueeze(-1), query_blocks, group).squeeze(-1)
-    return output.to(dtype), torch.cat([rows_lse, lse], -1) if prefix else lse
+    return output.to(dtype), _around(rows_lse, lse, -1, prefix_at_end) if prefix else lse
 
 
-def _cut(of_keys: Tensor | None, prefix: int) -> tuple[Tensor | None, Tensor | None]:
-    """What is told of the prefix's keys, and of those that follow, (E, N_k); None where nothing is."""
-    return (None, None) if of_keys is None else (of_keys[:, :prefix], of_keys[:, prefix:])
+def _around(of_prefix: Tensor, rest: Tensor, dim: int, at_end: bool) -> Tensor:
+    """The rows of the prefix and all others in the order of the sequence: what `groups.cut` took apart."""
+    return torch.cat([rest, of_prefix] if at_end else [of_prefix, rest], dim)
 
 
 def _by_offset(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monarch_compile.attention.form import as_arguments
 from monarch_compile.attention.gradients import OPTIONS
 from monarch_compile.attention.groups import split_mask
 from monarch_compile.attention.op import ATTENTION_OP
@@ -42,7 +43,8 @@ class AttentionCall:
         options = {**self.options, **changes}
         if options["tile"] is None:
             options["grid"] = None
-        output: Tensor = ATTENTION_OP(self.q, self.k, self.v, self.key_mask, *(options[name] for name in OPTIONS))
+        arguments = as_arguments({name: options[name] for name in OPTIONS})
+        output: Tensor = ATTENTION_OP(self.q, self.k, self.v, self.key_mask, *arguments)
         return output
 
     def reference(self) -> Tensor:

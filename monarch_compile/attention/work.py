@@ -111,7 +111,7 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
 def _group_sizes(form: Form, rows: Quantity, keys: Quantity) -> tuple[Quantity, Quantity, Quantity]:
     """X, G and P. One iteration from the identity start scores a row's own block anyway."""
     near: Quantity = 0
-    if form.window is not None:
+    if isinstance(form.window, int):  # of pieces
         after = _after(form.prefix, keys)
         near = _least((2 * form.window + 1) * form.block_size, after)
         if form.weighs_own_block_exactly:

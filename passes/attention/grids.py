@@ -43,8 +43,10 @@ def described(grid: Grid) -> str:
     """The grid in words."""
     sizes = " x ".join(map(str, grid.sizes))
     tokens = "token" if grid.prefix == 1 else "tokens"
-    return f"a grid of {sizes} tokens" + (f" after {grid.prefix} {tokens}" if grid.prefix else "")
+    side = "before" if grid.prefix_at_end else "after"
+    return f"a grid of {sizes} tokens" + (f" {side} {grid.prefix} {tokens}" if grid.prefix else "")
 
 
 def _sizes(found: TokenGrid) -> Grid:
-    return Grid(found.prefix, tuple(axis.size for axis in found.axes))
+    sizes = tuple(axis.size for axis in found.axes)
+    return Grid(found.prefix or found.suffix, sizes, prefix_at_end=found.suffix > 0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -28,7 +28,7 @@ class Kind(Enum):
     FREE = auto()
     """It says nothing: what lies along it are parameters, a mask, or one element that is repeated."""
     JOINED = auto()
-    """`prefix` tokens, then a grid: what `cat` makes."""
+    """`prefix` tokens, a grid, `suffix` tokens: what `cat` makes."""
     OTHER = auto()
     """Anything else, and all that is not understood."""
 
@@ -48,6 +48,7 @@ class Factor:
     cuts: tuple[tuple[bool, str], ...] = ()
     parent: Factor | None = field(default=None, compare=False, repr=False)
     prefix: int = 0
+    suffix: int = 0
     inner: tuple[Factor, ...] = ()
     why: str = field(default="", compare=False)
     node: Node | None = field(default=None, compare=False)
@@ -77,7 +78,7 @@ class Axis:
 
     @property
     def flattened_by(self) -> Node | None:
-        """The node that flattened the axes of its grid, not one that put tokens in front; else `source`."""
+        """The node that flattened the axes of its grid, not one that put tokens beside them; else `source`."""
         single = self.single
         return single.node if single is not None and single.kind is Kind.JOINED else self.source
 
@@ -248,7 +249,7 @@ def _is_alike(f: Factor, g: Factor) -> bool:
     if f.kind is not g.kind or not same_size(f.size, g.size):
         return False
     if f.kind is Kind.JOINED:
-        return f.prefix == g.prefix and _are_alike(f.inner, g.inner)
+        return (f.prefix, f.suffix) == (g.prefix, g.suffix) and _are_alike(f.inner, g.inner)
     sides = [[is_outer for is_outer, _ in factor.cuts] for factor in (f, g)]
     return f.kind is Kind.SPATIAL and f.along == g.along and sides[0] == sides[1]
 
@@ -258,11 +259,22 @@ def is_placed(axis: Axis) -> bool:
     return any(f.kind in (Kind.SPATIAL, Kind.JOINED) for f in axis.factors)
 
 
-def grid_of(axis: Axis) -> tuple[int, tuple[Factor, ...]] | None:
-    """(prefix, spatial factors) of a dim that is tokens and then a grid of two or three axes; None for any other."""
+class JoinedGrid(NamedTuple):
+    """How many tokens are before a grid and after it, and its spatial factors."""
+
+    prefix: int
+    suffix: int
+    factors: tuple[Factor, ...]
+
+
+def grid_of(axis: Axis) -> JoinedGrid | None:
+    """A dim that is a grid of two or three axes and the tokens beside it; None for any other."""
     single = axis.single
-    prefix, factors = (single.prefix, single.inner) if single and single.kind is Kind.JOINED else (0, axis.factors)
-    return (prefix, factors) if _is_grid(factors) else None
+    if single is not None and single.kind is Kind.JOINED:
+        found = JoinedGrid(single.prefix, single.suffix, single.inner)
+    else:
+        found = JoinedGrid(0, 0, axis.factors)
+    return found if _is_grid(found.factors) else None
 
 
 def _is_grid(factors: Sequence[Factor]) -> bool:

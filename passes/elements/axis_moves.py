@@ -11,6 +11,7 @@ from monarch_compile.passes.elements.axes import (
     ONE,
     Axis,
     Factor,
+    JoinedGrid,
     Kind,
     Layout,
     agreed,
@@ -151,25 +152,23 @@ def _taken(node: Node, dim: int, axis: Axis, before: Any, start: int | None) -> 
     if axis.is_free:
         return free(node, dim, size)
     if factor is not None and factor.kind is Kind.JOINED and start is not None:
-        if same_size(size + start, before) and start <= factor.prefix:
-            return _behind(factor.prefix - start, factor, node, dim)
-        if isinstance(size, int) and start + size <= factor.prefix:
-            return other(node, dim, size, "it holds no more than the tokens before a grid")
+        end = whole_number(before - start - size)
+        if start <= factor.prefix and end is not None and 0 <= end <= factor.suffix:
+            grid = JoinedGrid(factor.prefix - start, factor.suffix - end, factor.inner)
+            return _beside(node, dim, grid, factor.node)
+        if isinstance(size, int) and (start + size <= factor.prefix or (end == 0 and size <= factor.suffix)):
+            return other(node, dim, size, "it holds no more than the tokens beside a grid")
     where = "a grid" if is_placed(axis) else "the token axis"
     return other(node, dim, size, f"a part of {where} is taken")
 
 
-def _behind(prefix: int, factor: Factor, node: Node, dim: int) -> Axis:
-    """A grid with `prefix` of the tokens that were before it."""
-    if prefix == 0:
-        return Axis(factor.inner, factor.node)
-    return _with_prefix(node, dim, prefix, factor.inner, factor.node)
-
-
-def _with_prefix(node: Node, dim: int, prefix: int, grid: Sequence[Factor], source: Node | None) -> Axis:
-    return Axis(
-        (Factor((node, dim), Kind.JOINED, prefix + total(grid), prefix=prefix, inner=tuple(grid), node=source),)
-    )
+def _beside(node: Node, dim: int, grid: JoinedGrid, source: Node | None) -> Axis:
+    """A grid with the tokens before and after it, if there are any; source: the node that flattened it."""
+    prefix, suffix, factors = grid
+    if prefix == suffix == 0:
+        return Axis(factors, source)
+    size = prefix + total(factors) + suffix
+    return Axis((Factor((node, dim), Kind.JOINED, size, prefix=prefix, suffix=suffix, inner=factors, node=source),))
 
 
 def _of_slice(seen: Layouts, node: Node) -> Layout:
@@ -275,27 +274,28 @@ def _of_cat(seen: Layouts, node: Node) -> Layout | None:
 
 
 def _one_after_another(node: Node, dim: int, axes: Sequence[Axis], sizes: Sequence[Any]) -> Axis:
-    """Tokens, then a grid: proven where only the last part has places in an image, and the others known numbers."""
+    """Tokens, a grid, tokens: proven where one part alone has places in an image, and the others known numbers."""
     size = shape_of(node)[dim]
     if len(axes) == 1:
         return axes[0]
-    grid, numbers = grid_of(axes[-1]), [whole_number(s) for s in sizes[:-1]]
-    before = [is_placed(axis) for axis in axes[:-1]]
-    if any(before):
-        after = grid is not None or is_placed(axes[-1])
-        why = "tokens come after a grid, where only those before it have a form"
-        if after or sum(before) > 1:
-            why = "two grids are joined one after the other"
-        return other(node, dim, size, why)
+    placed = [at for at, axis in enumerate(axes) if is_placed(axis)]
+    if len(placed) > 1:
+        return other(node, dim, size, "two grids are joined one after the other")
+    at = placed[0] if placed else len(axes) - 1
+    grid, numbers = grid_of(axes[at]), [whole_number(s) for s in sizes]
     if grid is None:
-        blamed = axes[-1].explained
+        blamed = axes[at].explained
         why = blamed.why if blamed and blamed.kind is Kind.OTHER else "tokens are joined without a grid among them"
         return other(node, dim, size, why, blamed.node if blamed and blamed.kind is Kind.OTHER else None)
-    if None in numbers:
-        return other(node, dim, size, "the number of tokens before a grid is not known until it runs")
-    prefix, factors = grid
-    before_grid = prefix + sum(n for n in numbers if n is not None)
-    return _with_prefix(node, dim, before_grid, factors, axes[-1].flattened_by)
+    before, after = numbers[:at], numbers[at + 1 :]
+    if None in (*before, *after):
+        return other(node, dim, size, "the number of tokens beside a grid is not known until it runs")
+    joined = JoinedGrid(
+        grid.prefix + sum(n for n in before if n is not None),
+        grid.suffix + sum(n for n in after if n is not None),
+        grid.factors,
+    )
+    return _beside(node, dim, joined, axes[at].flattened_by)
 
 
 def _of_stack(seen: Layouts, node: Node) -> Layout:
@@ -324,6 +324,8 @@ RESHAPES = (
     aten.unsqueeze.default,
 )
 
+CATS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+
 MOVES: dict[object, Rule] = {
     **dict.fromkeys(RESHAPES, _of_reshape),
     **dict.fromkeys(TRANSPOSES, _of_transpose),
@@ -339,7 +341,7 @@ MOVES: dict[object, Rule] = {
     aten.index.Tensor: _of_index,
     aten.index_select.default: _of_index_select,
     aten.gather.default: _of_gather,
-    **dict.fromkeys((aten.cat.default, aten.concat.default, aten.concatenate.default), _of_cat),
+    **dict.fromkeys(CATS, _of_cat),
     aten.stack.default: _of_stack,
 }
 

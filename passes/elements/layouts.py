@@ -18,13 +18,14 @@ from monarch_compile.passes.elements.axes import (
     axis_of,
     free,
     is_one,
+    is_placed,
     other,
     same_size,
 )
 from monarch_compile.passes.elements.axis_images import IMAGE_PARTS, IMAGES
-from monarch_compile.passes.elements.axis_moves import MOVES, PARTS, Rule
+from monarch_compile.passes.elements.axis_moves import CATS, MOVES, PARTS, Rule
 from monarch_compile.passes.elements.axis_sums import SUM_PARTS, SUMS, of_elementwise
-from monarch_compile.passes.graph import FLOATS, ancestors_of, aten, dtype_of, inputs, shape_of
+from monarch_compile.passes.graph import FLOATS, ancestors_of, arg, aten, dtype_of, inputs, normal_dim, shape_of
 from monarch_compile.passes.memory import Write, is_mutating, storages_of, writes_of
 from monarch_compile.passes.weights import is_computed
 
@@ -163,8 +164,17 @@ class Layouts:
                     return write.node
                 pending += write.node.all_input_nodes
             self._checked.add(current)
-            pending += current.all_input_nodes
+            pending += self._placed_parts(current) or current.all_input_nodes
         return None
+
+    def _placed_parts(self, node: Node) -> list[Node]:
+        """What a cat takes its grid from, where tokens stand beside one: nothing is claimed of where these lie."""
+        if node.target not in CATS:
+            return []
+        at, placed = normal_dim(arg(node, 1, "dim", 0), len(shape_of(node))), map(is_placed, self.layout(node))
+        if [dim for dim, is_known in enumerate(placed) if is_known] != [at]:
+            return []
+        return [x for x in inputs(node)[0] if is_placed(self.layout(x)[at])]
 
     def _keeps_places(self, write: Write) -> bool:
         """Whether what is written, element by element, lies as what is written to does.

@@ -1,4 +1,4 @@
-"""Is a token axis some tokens and then a grid: the rows of an image or a video, flattened one after another?
+"""Is a token axis some tokens beside a grid: the rows of an image or a video, flattened one after another?
 
 Proven by where the axis comes from. A grid begins where two or three spatial dims become one; from there the axis is
 followed through the ops that keep it. What is not known to be a grid is none.
@@ -35,10 +35,11 @@ class GridAxis:
 class TokenGrid:
     """`prefix` tokens, then a grid in row-major order: the token at (y, x) stands at prefix + y * width + x.
 
-    source: the node that flattened the axes.
+    suffix: tokens after the grid; there are tokens on one side alone. source: the node that flattened the axes.
     """
 
     prefix: int
+    suffix: int
     axes: tuple[GridAxis, ...]
     source: Node
 
@@ -69,15 +70,16 @@ def token_grid(node: Node, dim: int, layouts: Layouts | None = None) -> TokenGri
     found = grid_of(axis)
     if found is None:
         return _why_not(axis, node)
+    if found.prefix and found.suffix:
+        return NoGrid("tokens stand before a grid and after it, where those on one side alone have a form", node)
     write = known.harmful_write(node)
     if write is not None:
         return NoGrid("memory that the token axis comes from is written in place", write)
-    prefix, factors = found
-    axes = tuple(_axis(factor, known, node) for factor in factors)
+    axes = tuple(_axis(factor, known, node) for factor in found.factors)
     source = axis.flattened_by
     if source is None or any(a.node is None and not isinstance(a.size, int) for a in axes):
         return NoGrid("the size of an axis of the grid cannot be read", source or node)
-    return TokenGrid(prefix, axes, source)
+    return TokenGrid(found.prefix, found.suffix, axes, source)
 
 
 def _axis(factor: Factor, layouts: Layouts, reader: Node) -> GridAxis:

@@ -33,12 +33,12 @@ class Transformer:
     """A class of diffusers, what makes it small, and what it is called with.
 
     want: of every site; "" where sites differ. grid: the prefix and the axes of self-attention's tokens as found in the
-    graph, or a part of the reason why none is.
+    graph, and the tokens after them ("then 7"), or a part of the reason why none is.
     """
 
     options: Mapping[str, Any]
     inputs: Callable[[], dict[str, Tensor]]
-    grid: tuple[int, ...] | str
+    grid: tuple[int | str, ...] | str
     want: str = "lowered"
 
     def make(self, name: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -91,6 +91,12 @@ def _sd3() -> dict[str, Tensor]:
     return given | {"pooled_projections": torch.randn(1, 32)}
 
 
+def _hunyuan_video() -> dict[str, Tensor]:
+    given = {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": _step()}
+    given |= {"encoder_hidden_states": torch.randn(1, TEXT, 32), "encoder_attention_mask": torch.ones(1, TEXT)}
+    return given | {"pooled_projections": torch.randn(1, 32)}
+
+
 def _auraflow() -> dict[str, Tensor]:
     return {"hidden_states": _image(), "encoder_hidden_states": torch.randn(1, TEXT, 32), "timestep": _step()}
 
@@ -116,10 +122,18 @@ DIFFUSERS: dict[str, Transformer] = {
     "SD3Transformer2DModel": Transformer(
         {**JOINT, "num_layers": 1, "pooled_projection_dim": 32, "pos_embed_max_size": 16},
         _sd3,
-        "tokens come after a grid",
+        (0, 8, 8, f"then {TEXT}"),
     ),
     "AuraFlowTransformer2DModel": Transformer(
         {**JOINT, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "pos_embed_max_size": 64}, _auraflow, (15, 8, 8)
+    ),
+    "HunyuanVideoTransformer3DModel": Transformer(
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "mlp_ratio": 2.0}
+        | {"num_refiner_layers": 1, "guidance_embeds": False, "text_embed_dim": 32, "pooled_projection_dim": 32}
+        | {"rope_axes_dim": (4, 6, 6)},
+        _hunyuan_video,
+        (0, 3, 4, 4, f"then {TEXT}"),
+        want="",
     ),
     "DiTTransformer2DModel": Transformer({**LATENTS, "num_layers": 2, "num_embeds_ada_norm": 10}, _dit, (0, 8, 8)),
 }

@@ -33,13 +33,17 @@ def grids_of(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, of
     return [token_grid(inputs(node)[of], -2, layouts) for node in sites]
 
 
-def told(found: TokenGrid | NoGrid) -> tuple[int, ...] | str:
-    """(prefix, sizes) of a grid of static sizes, each read where the grid says; the reason if there is none."""
+def told(found: TokenGrid | NoGrid) -> tuple[int | str, ...] | str:
+    """(prefix, sizes) of a grid of static sizes, each read where the grid says; the reason if there is none.
+
+    Tokens after the grid are told at the end: "then 7".
+    """
     if isinstance(found, NoGrid):
         return found.reason
     for axis in found.axes:
         assert axis.node is None or str(axis.node.meta["val"].shape[axis.dim]) == str(axis.size)
-    return (found.prefix, *(int(axis.size) for axis in found.axes))
+    after = (f"then {found.suffix}",) if found.suffix else ()
+    return (found.prefix, *(int(axis.size) for axis in found.axes), *after)
 
 
 def split_heads(x: Tensor) -> Tensor:
@@ -124,10 +128,14 @@ def rotated_pairs(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Joint(nn.Module):
-    """Flux-like: text and image have streams of their own, joined in attention, then one stream."""
+    """Flux-like: text and image have streams of their own, joined in attention, then one stream.
 
-    def __init__(self) -> None:
+    text_last: the text comes after the image, as in Stable Diffusion 3.
+    """
+
+    def __init__(self, text_last: bool = False) -> None:
         super().__init__()
+        self.text_last = text_last
         self.patches, self.qkv, self.text_qkv = Patches(), nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, 3 * DIM)
         self.out, self.text_out, self.block = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), Block()
         self.modulation = nn.Linear(DIM, 2 * DIM)
@@ -137,14 +145,21 @@ class Joint(nn.Module):
         shift, scale = self.modulation(F.silu(cond))[:, None].chunk(2, dim=-1)
         own = self.qkv(F.layer_norm(x, (DIM,)) * (1 + scale) + shift).view(*x.shape[:2], 3, 2, -1)
         other = self.text_qkv(F.layer_norm(text, (DIM,))).view(*text.shape[:2], 3, 2, -1)
-        q, k, v = (torch.cat([b, a], 1).transpose(1, 2) for a, b in zip(own.unbind(2), other.unbind(2), strict=True))
+        both = zip(own.unbind(2), other.unbind(2), strict=True)
+        q, k, v = (torch.cat(self._in_order(b, a), 1).transpose(1, 2) for a, b in both)
         angles = torch.arange(q.shape[2], dtype=torch.float32)[:, None] * torch.arange(2)
         angles = torch.cat([angles, angles], -1)
         q, k = rotated(q, angles.cos(), angles.sin()), rotated(k, angles.cos(), angles.sin())
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], -1, DIM)
-        y_text, y_image = y.split([text.shape[1], x.shape[1]], 1)
+        sizes = [part.shape[1] for part in self._in_order(text, x)]
+        y_text, y_image = self._in_order(*y.split(sizes, 1))
         x, text = x + self.out(y_image), text + self.text_out(y_text)
-        return self.block(torch.cat([text, x], 1))[:, text.shape[1] :]
+        y = self.block(torch.cat(self._in_order(text, x), 1))
+        return y[:, : -text.shape[1]] if self.text_last else y[:, text.shape[1] :]
+
+    def _in_order(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The two as they follow each other in the sequence; and back."""
+        return (image, text) if self.text_last else (text, image)
 
 
 class Video(nn.Module):

@@ -10,12 +10,13 @@ from torch import nn
 pytest.importorskip("transformers", reason="the benchmark's tasks need transformers")
 
 from benchmarks.quality import __main__ as driver
-from benchmarks.quality import dinov2, photographs, warps
+from benchmarks.quality import chosen, dinov2, photographs, stamps, warps
 from benchmarks.quality.results import own_digest
 from benchmarks.quality.task import TASKS, TaskUnavailable
 from benchmarks.quality.variants import VARIANTS
 from examples.images import picture
 from examples.images.onnx_weights import read_onnx
+from monarch_compile.attention.reference import reference
 
 
 def varint(value: int) -> bytes:
@@ -115,6 +116,58 @@ def test_the_judge_tells_an_exact_model_from_another():
     assert other["patch_error"] > 0.1
     assert other["cosine"] < 1
     assert other["class_error"] == 0
+
+
+def test_neighbours_label_what_is_like_them():
+    labels = torch.arange(8) // 4
+    features = nn.functional.one_hot(labels, 8).float() + 0.1 * torch.eye(8)
+    assert stamps.labelled_rightly(features, labels, 3) == 1
+    assert stamps.labelled_rightly(features, torch.arange(8), 3) == 0
+    moved = features.clone()
+    moved[0] = features[5]
+    assert stamps.labelled_rightly(moved, labels, 3) == pytest.approx(7 / 8)
+    ties = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])  # one vote for each of two: the more similar counts
+    assert stamps.labelled_rightly(ties, torch.tensor([0, 0, 1]), 2) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("labels", "expected"), [([0] * 6 + [1] * 6, 1), ([0, 1] * 6, 0)])
+def test_stamps_are_judged_by_their_features(labels, expected):
+    generator = torch.Generator().manual_seed(0)
+    kinds = [torch.rand(3, 2 * dinov2.PATCH, 2 * dinov2.PATCH, generator=generator) for _ in range(2)]
+    images = [(kind + n / 50)[None] for kind in kinds for n in range(6)]
+    judge = stamps.Judge(Shifted(), [stamps.Labelled(x, label) for x, label in zip(images, labels, strict=True)])
+    assert judge.evaluate(Shifted()) == {"class_knn": expected, "patches_knn": expected, "class_error": 0}
+
+
+def test_missing_stamps_say_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(stamps, "STAMPS", tmp_path)
+    with pytest.raises(TaskUnavailable, match="apt-get install tuxpaint-stamps-default"):
+        stamps.load()
+    assert not set(stamps.KINDS) & set(stamps.CALIBRATION)
+
+
+def test_a_picture_is_whole_and_on_white(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("RGBA", (4, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (4, 8), (255, 0, 0, 255)).save(tmp_path / "red.png")
+    assert (picture.read_on_white(tmp_path / "clear.png", 16) == 1).all()
+    red = picture.read_on_white(tmp_path / "red.png", 16)
+    assert (red[:, :, :4] == 1).all()
+    assert red[:, :, 8].mean(1).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("window", "shape"), [(0, "box"), (1, "plus"), (1, "box")])
+def test_the_emulation_without_chosen_blocks_is_the_reference(window, shape):
+    q, k, v = (torch.randn(1, 2, 36, 8, dtype=torch.float64) for _ in range(3))
+    place = {"scale": 0.3, "prefix": 1, "grid": (5, 7)}
+    found = chosen.attention(q, k, v, chosen.Chosen(2, window, shape), **place)
+    form = {"block_size": 4, "tile": (2, 2), "window": window, "window_shape": shape}
+    torch.testing.assert_close(found, reference(q, k, v, **form, **place), rtol=1e-10, atol=1e-10)
+    every = chosen.attention(q, k, v, chosen.Chosen(2, window, shape, 99), **place)
+    exact = (0.3 * q @ k.mT).softmax(-1) @ v
+    torch.testing.assert_close(every, exact, rtol=1e-10, atol=1e-10)
+    some = chosen.attention(q, k, v, chosen.Chosen(2, window, shape, 4), **place)
+    assert (some - exact).norm() < (found - exact).norm()
 
 
 def test_no_photograph_is_calibrated_on_and_judged_by():

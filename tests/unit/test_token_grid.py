@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from monarch_compile.passes.elements.layouts import Layouts
 from monarch_compile.passes.elements.token_grid import NoGrid, TokenGrid, token_grid
 from monarch_compile.passes.graph import inputs, source_of
-from tests.corpus.vision import DIFFUSERS
+from tests.corpus.vision import DIFFUSERS, TEXT
 
 IMAGE, SQUARE = (2, 3, 48, 64), (2, 3, 48, 48)
-Grid = tuple[int, ...]
+Grid = tuple[int | str, ...]
 
 
 def image(*sizes: int) -> Tensor:
@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[Grid]]
     "vit, square": (Vit, (image(*SQUARE),), [(1, 6, 6)] * 2),
     "registers": (lambda: Vit(4), (image(*IMAGE),), [(5, 6, 8)] * 2),
     "joint": (Joint, (image(*IMAGE), image(2, 7, DIM), image(2, DIM)), [(7, 6, 8)] * 2),
+    "text last": (lambda: Joint(True), (image(*IMAGE), image(2, 7, DIM), image(2, DIM)), [(0, 6, 8, "then 7")] * 2),
     "windows": (Windows, (image(*IMAGE),), [(0, 2, 2), (0, 2, 2), (0, 4, 4), (0, 6, 8)]),
     "dit": (Dit, (image(*IMAGE), image(2, DIM)), [(0, 6, 8)] * 2),
     "pvt": (Pvt, (image(*IMAGE),), [(0, 3, 4)]),
@@ -64,22 +65,24 @@ def test_while_training(name: str) -> None:
     assert [told(found) for found in grids_of(model().train(), *args)] == expected
 
 
-@pytest.mark.parametrize("name", ["vit", "vit, square", "registers", "joint", "pvt"])
+@pytest.mark.parametrize("name", ["vit", "vit, square", "registers", "joint", "text last", "pvt"])
 def test_symbolic_sizes(name: str) -> None:
     model, args, expected = MODELS[name]
-    found = grids_of(model().eval(), *args, dynamic=True) if name != "joint" else _with_static_text()
+    has_text = name in ("joint", "text last")
+    found = _with_static_text(model()) if has_text else grids_of(model().eval(), *args, dynamic=True)
     assert [(x.prefix, len(x.axes)) for x in found if isinstance(x, TokenGrid)] == [(x[0], 2) for x in expected]
+    assert [x.suffix for x in found] == [7 * (name == "text last")] * len(expected)
     for grid in found:
         for axis in grid.axes:
             assert isinstance(axis.size, torch.SymInt)
             assert str(axis.node.meta["val"].shape[axis.dim]) == str(axis.size)
 
 
-def _with_static_text() -> list[Any]:
+def _with_static_text(model: nn.Module) -> list[Any]:
     _, args, _ = MODELS["joint"]
     torch._dynamo.mark_dynamic(args[0], 2)
     torch._dynamo.mark_dynamic(args[0], 3)
-    return grids_of(Joint().eval(), *args)
+    return grids_of(model.eval(), *args)
 
 
 def test_a_video_has_three_axes_and_a_text_has_none() -> None:
@@ -187,6 +190,13 @@ def _even_and_odd(n: Net, i: Tensor) -> Tensor:
     return out.type_as(x)
 
 
+def _token_written(n: Net, i: Tensor) -> Tensor:
+    """What is written to is a token beside the grid."""
+    tokens = n.cls.expand(2, 3, DIM).clone()
+    tokens[:, :1] = tokens[:, 1:2].flip(0)
+    return torch.cat([n.patches(i), tokens], 1)
+
+
 def _patchify(i: Tensor) -> Tensor:
     x = i.reshape(2, 3, 6, 8, 8, 8).permute(0, 2, 4, 3, 5, 1)
     return x.reshape(2, 48, 192)
@@ -213,6 +223,17 @@ STEPS: dict[str, tuple[Callable[[Net, Tensor], Tensor], Grid]] = {
     "class token off": (lambda n, i: torch.cat([n.cls.expand(2, 3, DIM), n.patches(i)], 1)[:, 3:], (0, 6, 8)),
     "two of three off": (lambda n, i: torch.cat([n.cls.expand(2, 3, DIM), n.patches(i)], 1)[:, 2:], (1, 6, 8)),
     "negative start": (lambda n, i: torch.cat([n.cls.expand(2, 3, DIM), n.patches(i)], 1)[:, -49:], (1, 6, 8)),
+    "class token at the end": (lambda n, i: torch.cat([n.patches(i), n.cls.expand(2, 3, DIM)], 1), (0, 6, 8, "then 3")),
+    "taken off at the end": (lambda n, i: torch.cat([n.patches(i), n.cls.expand(2, 3, DIM)], 1)[:, :-3], (0, 6, 8)),
+    "two of three off at the end": (lambda n, i: torch.cat([n.patches(i), n.cls.expand(2, 3, DIM)], 1)[:, :49],
+                                    (0, 6, 8, "then 1")),
+    "split off at the end": (lambda n, i: torch.cat([n.patches(i), n.cls.expand(2, 3, DIM)], 1).split([48, 3], 1)[0],
+                             (0, 6, 8)),
+    "tokens on both sides, some off": (lambda n, i: torch.cat([n.cls.expand(2, 1, DIM), n.patches(i),
+                                       n.cls.expand(2, 3, DIM)], 1)[:, 1:-1], (0, 6, 8, "then 2")),
+    "a token at the end that was written to": (_token_written, (0, 6, 8, "then 3")),
+    "joined twice at the end": (lambda n, i: torch.cat([torch.cat([n.patches(i), n.cls.expand(2, 3, DIM)], 1),
+                                n.cls.expand(2, 1, DIM)], 1), (0, 6, 8, "then 4")),
     "table of positions": (lambda n, i: n.patches(i) + F.embedding(torch.arange(48), n.table), (0, 6, 8)),
     "a mean of all": (lambda n, i: n.patches(i) - n.patches(i).mean(1, keepdim=True), (0, 6, 8)),
     "flat rows": (lambda n, i: torch.mm(n.patches(i).reshape(96, DIM), n.table[:DIM]).view(2, 48, DIM), (0, 6, 8)),
@@ -299,7 +320,8 @@ def test_transformers_of_diffusers(name: str) -> None:
     model, given = DIFFUSERS[name].make(name)
     graph, expected = graph_of(model, *given), DIFFUSERS[name].grid
     sites = [node for node in graph.nodes if node.target is SDPA]
-    own = [node for node in sites if inputs(node)[0].meta["val"].shape == inputs(node)[1].meta["val"].shape]
+    shapes = {node: [x.meta["val"].shape for x in inputs(node)[:2]] for node in sites}
+    own = [node for node, (q, k) in shapes.items() if q == k and k[-2] != TEXT]  # not those of the text alone
     found = [told(token_grid(inputs(node)[1], -2)) for node in own]
     assert found
     for one in found:

@@ -57,7 +57,7 @@ def _sliced(r: random.Random, x: Tensor) -> Step:
 
 
 def _joined(r: random.Random, x: Tensor) -> Step:
-    dim, number, is_behind = r.randrange(x.dim()), r.randrange(1, 3), r.random() < 0.2
+    dim, number, is_behind = r.randrange(x.dim()), r.randrange(1, 3), r.random() < 0.4
     sizes = [number if d == dim else size for d, size in enumerate(x.shape)]
     return lambda x: torch.cat([torch.full(sizes, NOWHERE), x][:: -1 if is_behind else 1], dim)
 
@@ -180,9 +180,11 @@ def _follows(rows: Tensor, columns: Tensor, jumps: int) -> bool:
 
 
 def _is_right(found: TokenGrid, coordinates: tuple[Tensor, Tensor], dim: int, jumps: int) -> bool:
-    """Whether the tokens along a dim are the prefix and then a grid, at each place of the other dims."""
+    """Whether the tokens along a dim are a grid behind or before other tokens, at each place of the other dims."""
     sizes = [int(axis.size) for axis in found.axes]
-    y, x = (c.movedim(dim, 0)[found.prefix :].reshape(*sizes, -1) for c in coordinates)
+    y, x = (
+        c.movedim(dim, 0)[found.prefix : len(c.movedim(dim, 0)) - found.suffix].reshape(*sizes, -1) for c in coordinates
+    )
     return len(sizes) == 2 and (_follows(y, x, jumps) or _follows(x, y, jumps))
 
 

@@ -48,10 +48,11 @@ class Layer(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches by a convolution, class tokens, layers."""
+    """Patches by a convolution, class tokens before (or after) them, layers."""
 
-    def __init__(self, num_layers: int = 2, num_tokens: int = 1) -> None:
+    def __init__(self, num_layers: int = 2, num_tokens: int = 1, at_end: bool = False) -> None:
         super().__init__()
+        self.at_end = at_end
         torch.manual_seed(0)
         self.patches = nn.Conv2d(3, DIM, PATCH, PATCH)
         self.tokens = nn.Parameter(torch.randn(1, num_tokens, DIM))
@@ -59,18 +60,19 @@ class ViT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image).flatten(2).transpose(1, 2)
-        x = torch.cat([self.tokens.expand(x.shape[0], -1, -1), x], 1)
+        parts = [self.tokens.expand(x.shape[0], -1, -1), x]
+        x = torch.cat(parts[::-1] if self.at_end else parts, 1)
         for layer in self.layers:
             x = layer(x)
         return x
 
     def by_reference(
-        self, image: Tensor, tile: tuple[int, int] = (4, 4), window: int | None = 1, window_shape: str = "plus"
+        self, image: Tensor, tile: tuple[int, int] = (4, 4), window: Any = 1, window_shape: str = "plus"
     ) -> Tensor:
         """In the form that the table has for few tokens, or another."""
         sizes = tuple(n // PATCH for n in image.shape[-2:])
         form = {"block_size": tile[0] * tile[1], "tile": tile, "grid": sizes, "window": window}
-        form |= {"prefix": self.tokens.shape[1], "window_shape": window_shape}
+        form |= {"prefix": self.tokens.shape[1], "window_shape": window_shape, "prefix_at_end": self.at_end}
         for layer in self.layers:
             layer.form = form
         try:
@@ -102,16 +104,17 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5])
-def test_a_grid_and_the_tokens_before_it_are_found(num_tokens: int) -> None:
-    model, x = ViT(num_tokens=num_tokens).eval(), image()
+@pytest.mark.parametrize(("num_tokens", "at_end"), [(1, False), (5, False), (7, True)])
+def test_a_grid_and_the_tokens_beside_it_are_found(num_tokens: int, at_end: bool) -> None:
+    model, x = ViT(num_tokens=num_tokens, at_end=at_end).eval(), image()
     with torch.no_grad():
         report = explain(model, x, options=ALWAYS)
         close(compiled(model)(x), model.by_reference(x))
-    assert [(site.ir.grid, site.ir.form.tile, site.ir.form.prefix) for site in report.sites] == [
-        ((9, 7), (4, 4), num_tokens)
-    ] * 2
-    assert f"a grid of 9 x 7 tokens after {num_tokens} token" in report.sites[0].blocking
+    forms = [site.ir.form for site in report.sites]
+    assert [site.ir.grid for site in report.sites] == [(9, 7)] * 2
+    assert [(form.tile, form.prefix, form.prefix_at_end) for form in forms] == [((4, 4), num_tokens, at_end)] * 2
+    side = "before" if at_end else "after"
+    assert f"a grid of 9 x 7 tokens {side} {num_tokens} token" in report.sites[0].blocking
     assert report.sites[0].blocking in str(report)
     assert report.to_dict()["sites"][0]["blocking"] == report.sites[0].blocking
 
@@ -123,12 +126,13 @@ def test_a_grid_and_the_tokens_before_it_are_found(num_tokens: int) -> None:
         ({"tile": (2, 5)}, (2, 5), 1, "plus"),
         ({"window": 1}, (4, 4), 1, "box"),
         ({"window": 0}, (4, 4), 0, "box"),
+        ({"window": (1, 0)}, (4, 4), (1, 0), "box"),
         ({"tile": (3, 3), "window": None}, (3, 3), None, "box"),
     ],
     ids=str,
 )
 def test_options_beside_a_grid_that_is_found(
-    options: dict[str, Any], tile: tuple[int, int], window: int | None, window_shape: str
+    options: dict[str, Any], tile: tuple[int, int], window: Any, window_shape: str
 ) -> None:
     model, x = ViT(num_layers=1).eval(), image()
     with torch.no_grad():
@@ -145,10 +149,10 @@ def test_options_that_ask_for_pieces(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("num_layers", [2, 3])
-def test_images_of_several_sizes(num_layers: int, poisoned: Any) -> None:
+@pytest.mark.parametrize(("num_layers", "at_end"), [(2, False), (3, False), (2, True)])
+def test_images_of_several_sizes(num_layers: int, at_end: bool, poisoned: Any) -> None:
     """With two symbolic sizes, whose product alone is a dim of the sites' tensors."""
-    model = ViT(num_layers=num_layers).eval()
+    model = ViT(num_layers=num_layers, at_end=at_end).eval()
     run = compiled(model, dynamic=True)
     with torch.no_grad():
         for batch, height, width in ((2, 9, 7), (2, 12, 8), (3, 7, 13), (1, 16, 6)):
@@ -193,15 +197,17 @@ class Tokens(nn.Module):
         return self.layer(x)
 
 
-def test_a_grid_by_hand() -> None:
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_grid_by_hand(at_end: bool) -> None:
     model, x = Tokens().eval(), torch.randn(2, 2 + 5 * 8, DIM)
-    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 2, "window": 1, "window_shape": "plus"}
+    given = {"grid": (5, 8), "prefix": 2, "prefix_at_end": at_end}
     with torch.no_grad():
-        found = compiled(model, grid=(5, 8), prefix=2)(x)
-        model.layer.form = form
+        found = compiled(model, **given)(x)
+        model.layer.form = {"block_size": 16, "tile": (4, 4), "window": 1, "window_shape": "plus", **given}
         close(found, model(x))
-        report = explain(Tokens().eval(), x, options={**ALWAYS, "grid": [5, 8], "prefix": 2})
-    assert report.sites[0].blocking == "a grid of 5 x 8 tokens after 2 tokens, given by option grid"
+        report = explain(Tokens().eval(), x, options={**ALWAYS, **given, "grid": [5, 8]})
+    side = "before" if at_end else "after"
+    assert report.sites[0].blocking == f"a grid of 5 x 8 tokens {side} 2 tokens, given by option grid"
 
 
 def test_a_wrong_grid_is_refused_with_its_numbers() -> None:
@@ -215,12 +221,13 @@ def test_a_wrong_grid_is_refused_with_its_numbers() -> None:
         F.scaled_dot_product_attention(x, x, x)
 
 
-def test_replaced_calls_over_a_grid() -> None:
+@pytest.mark.parametrize("window", [1, (0, 1)], ids=str)
+def test_replaced_calls_over_a_grid(window: Any) -> None:
     q, k, v = (torch.randn(1, HEADS, 1 + 5 * 8, 8) for _ in range(3))
-    with replace_sdpa(policy="always", grid=(5, 8), prefix=1, window=1, window_shape="plus") as context:
+    with replace_sdpa(policy="always", grid=(5, 8), prefix=1, window=window, window_shape="plus") as context:
         found = F.scaled_dot_product_attention(q, k, v)
     assert context.lowered == 1
-    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 1, "window": 1, "window_shape": "plus"}
+    form = {"block_size": 16, "tile": (4, 4), "grid": (5, 8), "prefix": 1, "window": window, "window_shape": "plus"}
     close(found, reference(q, k, v, scale=8**-0.5, **form))
 
 
@@ -239,11 +246,13 @@ def paying(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("paying")
-def test_calibration_searches_tiles(tmp_path: Path) -> None:
-    model, x = ViT(num_layers=2).eval(), image()
+@pytest.mark.parametrize("at_end", [False, True])
+def test_calibration_searches_tiles(at_end: bool, tmp_path: Path) -> None:
+    model, x = ViT(num_layers=2, at_end=at_end).eval(), image()
     plan = monarch_compile.calibrate(model, x, budget=0.3, progress=False)
     forms = [site.form for site in plan.sites]
     assert all(form is not None and form.tile is not None and form.prefix == 1 for form in forms)
+    assert all(form.prefix_at_end is at_end for form in forms)
     loaded = Plan.load(plan.save(tmp_path / "plan.json"))
     assert loaded == plan
     with torch.no_grad():
@@ -258,7 +267,7 @@ def test_calibration_searches_tiles(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("paying")
-@pytest.mark.parametrize("options", [{"tile": (3, 3), "window": 1}, {"tile": None}, {"block_size": 16}], ids=str)
+@pytest.mark.parametrize("options", [{"tile": (3, 3), "window": (1, 0)}, {"tile": None}, {"block_size": 16}], ids=str)
 def test_calibration_keeps_options(options: dict[str, Any]) -> None:
     plan = monarch_compile.calibrate(
         ViT(num_layers=1).eval(), image(), budget=1e9, progress=False, options={"num_iters": 1, **options}

@@ -12,6 +12,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
+from monarch_compile.attention.form import as_arguments
 from monarch_compile.attention.op import attention
 from monarch_compile.attention.reference import reference
 from monarch_compile.codegen.attention.launch import launch
@@ -34,13 +35,14 @@ class Case:
     layout: str = "contiguous"
     batch: int = 2
     num_heads: int = 1
-    window: int | None = None
+    window: int | tuple[int, ...] | None = None
     prefix: int = 0
     group: int = 1  # query heads that share a key head
     queries: int | None = None  # how many, where not as many as keys (seq_len)
-    grid: tuple[int, ...] | None = None  # what the tokens after the prefix lie on
+    grid: tuple[int, ...] | None = None  # what the tokens outside of the prefix lie on
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
+    prefix_at_end: bool = False
 
     @staticmethod
     def tiled(grid: tuple[int, ...], tile: tuple[int, ...], head_dim: int, value_dim: int, **more: Any) -> Case:
@@ -51,7 +53,10 @@ class Case:
     def __str__(self) -> str:
         rows = "" if self.queries is None else f"q{self.queries}"
         size = f"{rows}n{self.seq_len}b{self.block_size}d{self.head_dim}e{self.value_dim}"
-        groups = "" if self.window is None and not self.prefix else f"-w{self.window}p{self.prefix}"
+        window = "x".join(map(str, self.window)) if isinstance(self.window, tuple) else self.window
+        groups = (
+            "" if self.window is None and not self.prefix else f"-w{window}p{self.prefix}{'end' * self.prefix_at_end}"
+        )
         shared = "" if self.group == 1 else f"-g{self.group}"
         tiles = ""
         if self.grid is not None and self.tile is not None:
@@ -72,6 +77,7 @@ class Case:
             "prefix": self.prefix,
             "tile": self.tile,
             "window_shape": self.window_shape,
+            "prefix_at_end": self.prefix_at_end,
             "grid": self.grid,
         }
 
@@ -138,7 +144,13 @@ def key_mask(case: Case, device: str) -> Tensor | None:
 def run(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The kernels: through the operator on CUDA, called directly where they are interpreted (there the operator
     runs the reference)."""
-    return (attention if q.is_cuda else launch)(q, k, v, mask, **case.options)
+    return through_operator(case, q, k, v, mask) if q.is_cuda else launch(q, k, v, mask, **case.options)
+
+
+def through_operator(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What the operator gives."""
+    options = case.options
+    return attention(q, k, v, mask, **dict(zip(options, as_arguments(options), strict=True)))
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> Tensor:

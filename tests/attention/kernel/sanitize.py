@@ -43,6 +43,8 @@ TRAINED = (  # gradients too
     Case(2000, 150, 64, 64, batch=1, window=1, prefix=3, mask="bias", pad="pre"),
     Case(9000, 16, 64, 64, batch=1, num_heads=2, group=2, mask="some"),  # 563 blocks
     Case.tiled((37, 37), (4, 8), 128, 128, batch=1, window=1, window_shape="plus", prefix=1),
+    Case.tiled((37, 37), (8, 8), 64, 64, batch=1, window=1, prefix=13, prefix_at_end=True),
+    Case.tiled((9, 30, 31), (4, 4, 4), 64, 64, batch=1, window=(0, 1, 1)),
 )
 
 

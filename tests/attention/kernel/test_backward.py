@@ -66,7 +66,18 @@ GRIDS = (
     tiled((9,), (4,), 16, 16, window=0, batch=1),
     tiled((6, 8), (2, 4), 16, 16, window=1, batch=1),  # whole tiles
 )
-CASES = (*PIECES, *WINDOWS, *GRIDS)
+ALONG_AXES = (
+    tiled(*IMAGE, 25, 20, window=(0, 1), mask="some", batch=1),
+    tiled(*VIDEO, 16, 16, window=(2, 0, 1), window_shape="plus", prefix=1, mask="bias", batch=1),
+)
+AT_END = (
+    Case(23, 5, 25, 20, window=2, prefix=1, prefix_at_end=True, mask="some", batch=1),
+    Case(23, 5, 16, 16, window=9, prefix=5, prefix_at_end=True, pad="pre", batch=1),
+    Case(61, 20, 16, 16, num_heads=2, group=2, window=1, prefix=3, prefix_at_end=True, mask="bias", batch=1),
+    tiled(*IMAGE, 16, 16, window=1, window_shape="plus", prefix=5, prefix_at_end=True, mask="blocks"),
+    tiled((6, 8), (2, 4), 16, 16, prefix=16, prefix_at_end=True, batch=1),
+)
+CASES = (*PIECES, *WINDOWS, *GRIDS, *ALONG_AXES, *AT_END)
 
 
 def _small(schedule: GradientSchedule) -> GradientSchedule:
@@ -146,6 +157,7 @@ def test_any_case(data: st.DataObject) -> None:
         mask=draw(st.sampled_from(("none", "some", "blocks", "bias"))),
         window=draw(st.sampled_from((None, 0, 1, 3))),
         prefix=draw(st.integers(0, 3)),
+        prefix_at_end=draw(st.booleans()),
     )
     check_backward(case, torch.float32, "cpu")
 

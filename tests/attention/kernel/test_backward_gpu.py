@@ -37,6 +37,8 @@ CASES = (
     tiled((128, 128), (8, 8), 64, 64, batch=1, num_heads=2, window=1),
     tiled((9, 30, 31), (4, 4, 4), 64, 64, batch=1, window=1, window_shape="plus", prefix=5, mask="some"),
     tiled((61, 67), (8, 16), 25, 80, window=0, layout="transposed"),
+    tiled((37, 37), (8, 8), 64, 64, num_heads=2, window=1, prefix=13, prefix_at_end=True, mask="bias"),
+    tiled((9, 30, 31), (4, 4, 4), 64, 64, batch=1, window=(0, 1, 1), mask="some"),
 )
 
 

@@ -64,6 +64,9 @@ GROUPS = (
     Case(45, 20, 16, 16, window=1, prefix=3, pad="pre", mask="blocks", batch=1),  # blocks of two tiles, and more
     Case(37, 1, 16, 16, window=10**12, mask="some", batch=1),
     Case(70, 1, 16, 16, window=3, mask="some", batch=1),  # tiles of blocks that no window reaches
+    Case(23, 5, 16, 16, window=2, prefix=1, prefix_at_end=True, mask="some"),
+    Case(23, 5, 16, 16, window=1, prefix=6, prefix_at_end=True, pad="pre", mask="blocks"),
+    Case(50, 2, 16, 16, prefix=37, prefix_at_end=True, batch=1),
     # Otherwise they have a kernel of their own.
     Case(13, 5, 16, 16, 1, "mean", window=1, prefix=1, mask="blocks"),
     Case(13, 5, 16, 16, 1, "mean", "pre", window=0),
@@ -75,6 +78,7 @@ GROUPS = (
     Case(13, 5, 16, 16, 3, "identity", "pre", window=1, prefix=14),
     Case(13, 5, 16, 16, 3, "mean", "post", "blocks", window=7, prefix=5),
     Case(45, 20, 16, 16, 2, "identity", "post", "some", batch=1, window=1, prefix=22),
+    Case(13, 5, 16, 16, 2, "mean", "pre", "bias", window=1, prefix=3, prefix_at_end=True),
 )
 SHARED = (  # fewer key heads than query heads
     Case(23, 5, 16, 16, num_heads=4, group=2, mask="some"),

@@ -65,6 +65,28 @@ WINDOWS = (
     tiled(*IMAGE, 16, 16, num_iters=2, init="mean", window=2, mask="bias"),
     tiled(*VIDEO, 16, 16, num_iters=2, window=1, prefix=1, batch=1),
 )
+AT_END = (  # text after an image; the first five have exact groups in stage 1
+    tiled(*IMAGE, 16, 16, window=1, window_shape="plus", prefix=5, prefix_at_end=True, mask="blocks"),
+    tiled(*IMAGE, 25, 20, window=2, prefix=1, prefix_at_end=True, mask="bias"),
+    tiled(*VIDEO, 16, 16, prefix=5, prefix_at_end=True, mask="some"),
+    tiled((12, 13), (6, 8), 16, 16, window=0, prefix=3, prefix_at_end=True, batch=1),  # the prefix's rows in stage 1
+    tiled(*IMAGE, 16, 16, prefix=21, prefix_at_end=True, batch=1),
+    tiled(*IMAGE, 25, 20, init="mean", prefix=1, prefix_at_end=True, mask="some"),
+    tiled(*IMAGE, 16, 25, num_iters=2, window=1, prefix=5, prefix_at_end=True, mask="bias"),
+    tiled(*IMAGE, 16, 16, num_heads=4, group=2, window=1, prefix=2, prefix_at_end=True, layout="packed"),
+)
+ALONG_AXES = (  # windows of a number for each axis
+    tiled(*IMAGE, 16, 16, window=(0, 1), mask="some"),
+    tiled(*IMAGE, 25, 20, window=(2, 0), window_shape="plus", prefix=1, mask="blocks"),
+    tiled(*IMAGE, 16, 16, window=(2, 1), window_shape="plus", mask="bias"),
+    tiled(*VIDEO, 16, 16, window=(0, 1, 1), mask="blocks", batch=1),
+    tiled(*VIDEO, 16, 20, window=(1, 0, 2), window_shape="plus", prefix=5, prefix_at_end=True, mask="bias", batch=1),
+    tiled((6, 8), (2, 4), 16, 16, window=(1, 0)),  # whole tiles
+    # The exact groups in a kernel of their own.
+    tiled(*IMAGE, 16, 16, num_iters=2, window=(0, 2), window_shape="plus", mask="some"),
+    tiled(*VIDEO, 16, 16, init="mean", window=(1, 0, 1), prefix=1, batch=1),
+    tiled((11, 13), (2, 1), 16, 16, num_iters=2, window=(1, 3), batch=1),  # more tiles than a program's
+)
 SHARED = (  # fewer key heads than query heads
     tiled(*IMAGE, 16, 16, num_heads=4, group=2, window=1, prefix=2, mask="blocks"),
     tiled(*VIDEO, 16, 20, num_heads=2, group=2, num_iters=2, window=0, layout="transposed", batch=1),
@@ -79,12 +101,12 @@ LAYOUTS = tuple(
 )
 
 
-@pytest.mark.parametrize("case", [*FORMS, *WINDOWS, *SHARED, *STREAMED], ids=str)
+@pytest.mark.parametrize("case", [*FORMS, *WINDOWS, *ALONG_AXES, *AT_END, *SHARED, *STREAMED], ids=str)
 def test_cases(case: Case) -> None:
     check(case, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("case", [WINDOWS[1], WINDOWS[3], FORMS[3]], ids=str)
+@pytest.mark.parametrize("case", [WINDOWS[1], WINDOWS[3], FORMS[3], AT_END[3]], ids=str)
 def test_16_bits(case: Case) -> None:
     check(case, torch.float16, "cpu")
 
@@ -96,12 +118,34 @@ def test_layouts(case: Case) -> None:
     assert torch.equal(found, check(replace(case, layout="contiguous"), torch.float16, "cpu"))
 
 
-@pytest.mark.parametrize("case", [FORMS[0], FORMS[7], WINDOWS[3], WINDOWS[10], WINDOWS[16]], ids=str)
+@pytest.mark.parametrize(
+    "case", [FORMS[0], FORMS[7], WINDOWS[3], WINDOWS[10], WINDOWS[16], *AT_END[:4], *ALONG_AXES[2:5]], ids=str
+)
 def test_nothing_beyond_the_grid_is_read(case: Case) -> None:
     """What lies around the inputs is NaN, and changes no bit."""
     q, k, v, mask = tensors(case, torch.float32, "cpu")
     surrounded = (None if x is None else between_margins(x) for x in (q, k, v, mask))
     assert torch.equal(launch(*surrounded, **case.options), launch(q, k, v, mask, **case.options))
+
+
+@pytest.mark.parametrize("case", [WINDOWS[3], WINDOWS[9]], ids=str)
+def test_the_same_window_along_each_axis_is_one_number(case: Case) -> None:
+    """Bit for bit, by the same kernels."""
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    found = launch(q, k, v, mask, **case.options)
+    misses = build.cache_info().misses
+    assert torch.equal(launch(q, k, v, mask, **case.options | {"window": (1,) * len(case.grid or ())}), found)
+    assert build.cache_info().misses == misses
+
+
+@pytest.mark.parametrize("case", AT_END, ids=str)
+def test_a_prefix_at_the_end_is_one_at_the_start(case: Case) -> None:
+    """The same tokens put first give the same rows, in the other order."""
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    first = replace(case, prefix_at_end=False)
+    moved = [None if x is None else x.roll(case.prefix, 2 if x.ndim == 4 else 1) for x in (q, k, v, mask)]
+    found = launch(q, k, v, mask, **case.options).roll(case.prefix, 2)
+    torch.testing.assert_close(found, launch(*moved, **first.options), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 0, 1])
@@ -113,8 +157,9 @@ def test_a_grid_of_one_axis_is_the_sequence(window: int | None, num_iters: int) 
     torch.testing.assert_close(launch(q, k, v, mask, **case.options), launch(q, k, v, mask, **pieces.options))
 
 
-def test_a_window_over_every_tile_is_exact() -> None:
-    case = tiled(*IMAGE, 16, 16, window=4, prefix=2, mask="blocks")
+@pytest.mark.parametrize("window", [4, (2, 3)], ids=str)
+def test_a_window_over_every_tile_is_exact(window: Any) -> None:
+    case = tiled(*IMAGE, 16, 16, window=window, prefix=2, mask="blocks")
     q, k, v, mask = tensors(case, torch.float32, "cpu")
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=0.25)
     exact[-1] = 0  # it sees no key

@@ -68,6 +68,13 @@ GOLDENS = {
     "tiles_plus_masked": BASE.changed(
         seq_len_q=8 * 16 * 16, seq_len_k=8 * 16 * 16, grid=(8, 16, 16), block_size=64, tile=(4, 4, 4), window=1
     ).changed(window_shape="plus", mask=MaskKind.KEY_PADDING),
+    "tiles_text_last": BASE.changed(
+        seq_len_q=24 * 24 + 9, seq_len_k=24 * 24 + 9, grid=(24, 24), block_size=64, tile=(8, 8), window=1, prefix=9
+    ).changed(window_shape="plus", prefix_at_end=True, mask=MaskKind.KEY_BIAS),
+    "tiles_own_frame": BASE.changed(
+        seq_len_q=8 * 16 * 18, seq_len_k=8 * 16 * 18, grid=(8, 16, 18), block_size=64, tile=(4, 4, 4), window=(0, 1, 1)
+    ),
+    "prefix_at_end": BASE.changed(pad="pre", prefix=70, prefix_at_end=True, window=1),
     "cross": BASE.changed(seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": BASE.changed(
         seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
@@ -364,7 +371,7 @@ reports = []
 for change, capability in json.loads(sys.stdin.read()):
     n = change.pop("seq_len", 4096)
     sizes = dict(batch=1, num_heads=12, num_kv_heads=12, seq_len_q=n, seq_len_k=n, head_dim=64, value_dim=64)
-    change |= {name: tuple(change[name]) for name in ("grid", "tile") if name in change}
+    change |= {name: tuple(x) for name, x in change.items() if isinstance(x, list)}
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
     ir = MonarchAttention(**sizes, dtype=torch.float16, form=Form(64), scale=0.125).changed(**change)
     schedule = EMITTER.choose_schedule(ir, tuple(capability))
@@ -377,6 +384,7 @@ for change, capability in json.loads(sys.stdin.read()):
 print(json.dumps(reports))
 """
 TILED = {"window": 1, "window_shape": "plus", "prefix": 1, "mask": "key_padding"}
+TEXT_LAST = {"window": 1, "window_shape": "plus", "prefix": 333, "prefix_at_end": True}
 TO_COMPILE = [
     ({"dtype": "float16"}, (9, 0)),
     ({"dtype": "bfloat16", "num_iters": 2, "init": "mean", "pad": "pre", "mask": "key_padding"}, (9, 0)),
@@ -396,6 +404,9 @@ TO_COMPILE = [
     ({"dtype": "bfloat16", "grid": (64, 64), "tile": (4, 8), "block_size": 32, "window": 0}, (8, 0)),
     ({"dtype": "float32", "grid": (64, 64), "tile": (8, 8), "num_iters": 2, "window": 1}, (9, 0)),
     ({"dtype": "bfloat16", "grid": (16, 16, 16), "tile": (4, 4, 4), "window": 1, "window_shape": "plus"}, (9, 0)),
+    ({"dtype": "bfloat16", "grid": (16, 16, 16), "tile": (4, 4, 4), "window": (0, 1, 1)}, (9, 0)),
+    ({"dtype": "bfloat16", "seq_len": 4429, "grid": (64, 64), "tile": (8, 8), **TEXT_LAST}, (9, 0)),
+    ({"dtype": "float16", "seq_len": 4105, "grid": (64, 64), "tile": (8, 8), **TEXT_LAST, "prefix": 9}, (9, 0)),
     (
         {"dtype": "bfloat16", "window": 1, "head_dim": 72, "value_dim": 72, "num_heads": 16, "num_kv_heads": 16},
         (9, 0),

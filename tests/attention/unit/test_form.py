@@ -84,10 +84,17 @@ def test_the_operator_and_the_config_have_the_options_of_the_form() -> None:
     assert backward[:1] + backward[5:7] == [(name, "Tensor") for name in ("grad", "output", "lse")]
     assert backward[1:5] + backward[7:] == plain
     config = MonarchConfig(
-        block_size=15, num_iters=2, init="mean", window=3, prefix=4, tile=(3, 5), window_shape="plus"
+        block_size=15,
+        num_iters=2,
+        init="mean",
+        window=3,
+        prefix=4,
+        tile=(3, 5),
+        window_shape="plus",
+        prefix_at_end=True,
     )
-    assert config.form() == Form(15, 2, "mean", "post", 3, 4, (3, 5), "plus")
-    auto = {"block_size": 5, "window": 1, "prefix": 0, "tile": None, "window_shape": "box"}
+    assert config.form() == Form(15, 2, "mean", "post", 3, 4, (3, 5), "plus", True)
+    auto = {"block_size": 5, "window": 1, "prefix": 0, "tile": None, "window_shape": "box", "prefix_at_end": False}
     assert MonarchConfig(pad="pre").form(**auto) == Form(5, 1, "identity", "pre", 1, 0)
     assert tuple(FORM_RULES) == FORM_OPTIONS
 
@@ -101,6 +108,7 @@ BAD = {
     "prefix": 1.5,
     "tile": (4, 0),
     "window_shape": "star",
+    "prefix_at_end": 1,
 }
 
 
@@ -114,6 +122,12 @@ def test_every_door_refuses_the_same_values_in_the_same_words(name: str) -> None
         MonarchConfig(**wrong)
     with pytest.raises(InputError, match=message):
         monarch_attention(q, q, q, **wrong)
+
+
+def test_without_a_prefix_it_lies_nowhere() -> None:
+    assert Form(4, prefix_at_end=True) == Form(4)
+    assert Form(4, prefix=2, prefix_at_end=True).across() == Form(4).across()
+    assert str(Form(4, prefix=2, prefix_at_end=True)) == str(Form(4, prefix=2))[:-1] + ", prefix_at_end=True)"
 
 
 @pytest.mark.parametrize(

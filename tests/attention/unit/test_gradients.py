@@ -19,7 +19,7 @@ from monarch_compile.attention.reference import reference, reference_with_lse
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 
 SEQ_LEN = 19
-ARGUMENTS = (0.5, 4, 1, "identity", "post", 1, 2, None, "box", None)
+ARGUMENTS = (0.5, 4, 1, "identity", "post", [1], 2, None, "box", False, None)
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "window": {"window": 1},
@@ -28,6 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "two iterations": {"num_iters": 2, "window": 0},
     "mean start": {"init": "mean"},
     "tiles": {"tile": (2, 2), "grid": (3, 6), "prefix": 1, "window": 1, "window_shape": "plus"},
+    "text after an image": {"tile": (2, 2), "grid": (2, 7), "prefix": 5, "prefix_at_end": True, "window": 0},
     "one block": {"block_size": 64},
     "window of all": {"window": 9, "prefix": 2},
 }

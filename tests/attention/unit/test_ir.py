@@ -95,6 +95,7 @@ BAD_OPTIONS = {
     "prefix": 1.5,
     "tile": (4, 0),
     "window_shape": "star",
+    "prefix_at_end": 1,
 }
 
 

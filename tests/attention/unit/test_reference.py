@@ -51,12 +51,16 @@ class Problem:
         g = torch.Generator().manual_seed(self.seed + 1)
         return torch.rand(self.batch, self.n_k, generator=g) < share
 
+    def options(self) -> dict[str, object]:
+        """Those of `Form`."""
+        return {n: getattr(self, n) for n in OPTIONS}
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, **changes: object) -> Tensor:
-        options = {n: getattr(self, n) for n in OPTIONS} | changes
+        options = self.options() | changes
         return monarch_attention(q, k, v, key_padding_mask=padding, **options)
 
     def dense(self, q: Tensor, k: Tensor, visible: Tensor, **more: Tensor) -> object:
-        options = {n: getattr(self, n) for n in OPTIONS} | more
+        options = self.options() | more
         return dense_monarch(q, k, visible, scale=self.dim**-0.5, **options)
 
 
@@ -223,6 +227,19 @@ def test_a_window_over_everything_or_a_prefix_of_everything_is_exact_attention(p
     exact = _exact(q, k, v, padding)
     _close(p.run(q, k, v, padding, window=blocks - 1), exact)
     _close(p.run(q, k, v, padding, window=None, prefix=max(p.n_q, p.n_k)), exact)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(square=False), st.sampled_from(["none", "mask", "bias"]))
+def test_a_prefix_at_the_end_is_one_at_the_start(p: Problem, mask: str) -> None:
+    """The same tokens put first give the same rows, in the other order."""
+    q, k, v = p.tensors()
+    told = {"none": None, "mask": p.mask(), "bias": p.mask().double().log()}[mask]  # 0 where hidden by the mask, -inf
+    name = "key_bias" if mask == "bias" else "key_padding_mask"
+    found = monarch_attention(q, k, v, **{name: told}, **p.options(), prefix_at_end=True)
+    first = (x.roll(p.prefix % x.shape[2], 2) for x in (q, k, v))
+    told = None if told is None else told.roll(p.prefix % p.n_k, 1)
+    _close(found.roll(p.prefix % p.n_q, 2), monarch_attention(*first, **{name: told}, **p.options()))
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from monarch_compile.attention.candidates import forms_that_pay
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.grids import TILES, Grid
+from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import chosen_form
 from monarch_compile.attention.reference import reference
 from monarch_compile.config import MonarchConfig
-from monarch_compile.errors import InputError, IRError
+from monarch_compile.cost.devices import DEVICES
+from monarch_compile.errors import ConfigError, InputError, IRError
+from monarch_compile.family import Occurrence
 
 EPS = 1e-10
 
@@ -30,13 +34,14 @@ class Tiled:
 
     grid: tuple[int, ...]
     tile: tuple[int, ...]
-    window: int | None = None
+    window: int | tuple[int, ...] | None = None
     window_shape: str = "box"
     prefix: int = 0
     num_iters: int = 1
     init: str = "identity"
     mask: str = "none"
     group: int = 1
+    prefix_at_end: bool = False
     seed: int = 0
 
     @property
@@ -78,6 +83,7 @@ class Tiled:
             tile=self.tile,
             window_shape=self.window_shape,
             grid=self.grid,
+            prefix_at_end=self.prefix_at_end,
         )
 
     def places(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -90,7 +96,10 @@ class Tiled:
 
     def is_near(self, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
         apart = [abs(a - b) for a, b in zip(one, other, strict=True)]
-        if self.window is None or max(apart) > self.window:
+        if self.window is None:
+            return False
+        reaches = self.window if isinstance(self.window, tuple) else (self.window,) * len(apart)
+        if any(x > reach for x, reach in zip(apart, reaches, strict=True)):
             return False
         return self.window_shape == "box" or sum(map(bool, apart)) <= 1
 
@@ -102,7 +111,7 @@ def problems(draw: st.DrawFn, min_axes: int = 2) -> Tiled:
     return Tiled(
         grid=tuple(draw(st.integers(1, longest)) for _ in range(axes)),
         tile=tuple(draw(st.integers(1, 3)) for _ in range(axes)),
-        window=draw(st.sampled_from([None, 0, 1, 2])),
+        window=draw(st.one_of(st.sampled_from([None, 0, 1, 2]), st.tuples(*[st.integers(0, 2)] * axes))),
         window_shape=draw(st.sampled_from(["box", "plus"])),
         prefix=draw(st.sampled_from([0, 0, 1, 5])),
         num_iters=draw(st.integers(1, 2)),
@@ -178,7 +187,7 @@ def test_one_iteration_is_the_definition(p: Tiled) -> None:
 @settings(max_examples=40, deadline=None)
 @given(problems(min_axes=1), st.integers(1, 24), st.integers(1, 6))
 def test_a_grid_of_one_axis_is_the_sequence_bit_for_bit(p: Tiled, length: int, size: int) -> None:
-    p = replace(p, grid=(length,), tile=(size,))
+    p = replace(p, grid=(length,), tile=(size,), window=max(p.window) if isinstance(p.window, tuple) else p.window)
     q, k, v = p.tensors()
     mask = p.key_mask()
     options = {"num_iters": p.num_iters, "init": p.init, "window": p.window, "prefix": p.prefix}
@@ -203,12 +212,22 @@ def test_tiles_are_pieces_of_the_tokens_in_another_order(p: Tiled) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(problems(), st.booleans())
-def test_a_tile_or_a_window_over_the_grid_is_exact(p: Tiled, by_window: bool) -> None:
-    p = replace(p, window=7, window_shape="box") if by_window else replace(p, tile=p.grid)
+@given(problems(), st.sampled_from(["tile", "window", "window along each axis"]))
+def test_a_tile_or_a_window_over_the_grid_is_exact(p: Tiled, by: str) -> None:
+    over = {"tile": p.tile, "window": 7, "window along each axis": tuple(range(7, 7 + len(p.grid)))}[by]
+    p = replace(p, tile=p.grid) if by == "tile" else replace(p, window=over, window_shape="box")
     q, k, v = p.tensors()
     mask = p.key_mask()
     torch.testing.assert_close(p.run(q, k, v, mask), _exact(q, k, v, mask), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.integers(0, 2))
+def test_the_same_window_along_each_axis_is_one_number_bit_for_bit(p: Tiled, reach: int) -> None:
+    q, k, v = p.tensors()
+    mask = p.key_mask()
+    along_each = replace(p, window=(reach,) * len(p.grid)).run(q, k, v, mask)
+    assert torch.equal(along_each, replace(p, window=reach).run(q, k, v, mask))
 
 
 @settings(max_examples=40, deadline=None)
@@ -248,10 +267,23 @@ def test_transposed_grids_give_the_transposed_result(p: Tiled, draw: random.Rand
     mask = p.key_mask()
     axes = draw.sample(range(len(p.grid)), len(p.grid))
     other = replace(p, grid=tuple(p.grid[a] for a in axes), tile=tuple(p.tile[a] for a in axes))
+    if isinstance(p.window, tuple):
+        other = replace(other, window=tuple(p.window[a] for a in axes))
     tokens = torch.arange(math.prod(p.grid)).view(p.grid).permute(axes).flatten() + p.prefix
     order = [*range(p.prefix), *tokens.tolist()]
     moved = [None if x is None else x[..., order, :] if x.ndim == 4 else x[:, order] for x in (q, k, v, mask)]
     torch.testing.assert_close(other.run(*moved), p.run(q, k, v, mask)[:, :, order], rtol=EPS, atol=EPS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_tokens_after_a_grid_are_those_before_it(p: Tiled) -> None:
+    """Put first, they give the same rows, in the other order."""
+    q, k, v = p.tensors()
+    mask = p.key_mask()
+    last = [None if x is None else x.roll(-p.prefix, 2 if x.ndim == 4 else 1) for x in (q, k, v, mask)]
+    found = replace(p, prefix_at_end=True).run(*last)
+    torch.testing.assert_close(found.roll(p.prefix, 2), p.run(q, k, v, mask), rtol=EPS, atol=EPS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -270,6 +302,8 @@ GRADED = (
     Tiled((3, 2), (2, 2), window=1, window_shape="plus", prefix=1, mask="bias"),
     Tiled((3, 2), (2, 1), num_iters=2, init="mean", window=0, group=2),
     Tiled((2, 2, 3), (1, 2, 2), window=1),
+    Tiled((2, 2, 3), (1, 1, 2), window=(0, 1, 1)),
+    Tiled((3, 2), (2, 2), window=0, prefix=2, prefix_at_end=True, mask="bool"),
 )
 
 
@@ -292,6 +326,8 @@ WRONG = {
     r"1 \+ 4 \* 6 = 25 tokens; found 24 queries and 24 keys": {"prefix": 1},
     r"0 \+ 4 \* 5 = 20 tokens; found 24 queries": {"grid": (4, 5)},
     "'pad' must be 'post' with a tile": {"pad": "pre"},
+    r"'window' must be one number, or one for each of the 2 axes of \(2, 2\); found \(1, 0, 1\)": {"window": (1, 0, 1)},
+    "'window' must be None or an int of at least 0 or 1 to 3 ints of at least 0; found": {"window": (1, -1)},
     "'window_shape' must be one of": {"window_shape": "star"},
     "found 20 queries and 24 keys": {"queries": 20},
 }
@@ -303,6 +339,32 @@ def test_the_function_names_what_is_wrong_with_a_grid(message: str) -> None:
     x = torch.randn(1, 1, 24, 4)
     with pytest.raises(InputError, match=message):
         monarch_attention(x[:, :, : options.pop("queries", 24)], x, x, **options)
+
+
+def test_pieces_have_one_window() -> None:
+    x = torch.randn(1, 1, 24, 4)
+    with pytest.raises(
+        InputError, match=r"'window' must be one number, or None, where blocks are no tiles; found \(1, "
+    ):
+        monarch_attention(x, x, x, block_size=4, window=(1, 0))
+
+
+@pytest.mark.parametrize("sizes", [{"tile": (4, 4)}, {"grid": (16, 16)}, {"tile": (4, 4), "grid": (16, 16)}], ids=str)
+def test_options_with_a_window_for_other_axes_are_refused(sizes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="option 'window' must be one number, or one for each of the 2 axes"):
+        MonarchConfig(window=(0, 1, 1), **sizes)
+
+
+def test_a_window_for_other_axes_than_those_found_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the 2 axes of \(4, 4\); found \(0, 1, 1\)"):
+        chosen_form(MonarchConfig(window=[0, 1, 1]), "cpu", 257, Grid(1, (16, 16)))
+
+
+def test_a_window_along_axes_leaves_pieces_as_they_are() -> None:
+    config = MonarchConfig(window=(0, 1))
+    assert chosen_form(config, "cpu", 257) == chosen_form(MonarchConfig(), "cpu", 257)
+    form = chosen_form(config, "cpu", 257, Grid(1, (16, 16)))
+    assert (form.window, form.window_shape) == ((0, 1), "box")
 
 
 def test_a_grid_without_a_tile_is_refused() -> None:
@@ -318,18 +380,19 @@ def test_the_function_is_the_reference() -> None:
     assert torch.equal(monarch_attention(q, k, v, grid=[4, 5], tile=[2, 3], **options), p.run(q, k, v))
 
 
-@given(st.sampled_from(sorted(TILES)), st.integers(1, 10**6), st.sampled_from([0, 1, 5]))
-def test_auto_takes_tiles_from_the_table(key: tuple[str, int], num_tokens: int, prefix: int) -> None:
+@given(st.sampled_from(sorted(TILES)), st.integers(1, 10**6), st.sampled_from([0, 1, 5]), st.booleans())
+def test_auto_takes_tiles_from_the_table(key: tuple[str, int], num_tokens: int, prefix: int, at_end: bool) -> None:
     kind, axes = key
     row = [row for row in TILES[key] if row.start <= num_tokens][-1]
-    grid = Grid(prefix, (*[1] * (axes - 1), num_tokens))
+    grid = Grid(prefix, (*[1] * (axes - 1), num_tokens), at_end)
     form = chosen_form(MonarchConfig(), kind, num_tokens + prefix, grid)
     assert (form.tile, form.window, form.window_shape, form.prefix) == (row.tile, row.window, row.window_shape, prefix)
+    assert form.prefix_at_end is (at_end and prefix > 0)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"pad": "pre"}, {"block_size": 32}, {"tile": None}, {"prefix": 3}, {"tile": (2, 2, 2)}],
+    [{"pad": "pre"}, {"block_size": 32}, {"tile": None}, {"prefix": 3}, {"tile": (2, 2, 2)}, {"prefix_at_end": True}],
     ids=str,
 )
 def test_what_asks_for_pieces_gets_them(options: dict[str, object]) -> None:
@@ -352,3 +415,37 @@ def test_a_tile_settles_the_size_of_a_block() -> None:
     assert Form(8, tile=(2, 4), window=1).one_axis() == Form(8, window=4)
     assert Form(8, tile=(2, 4), window=1, window_shape="plus").one_axis() == Form(8, window=2)
     assert Form(8, tile=(2, 4), window=0).one_axis().window == 0
+    assert Form(8, tile=(2, 4), window=(1, 0)).one_axis() == Form(8, window=1)
+
+
+VIDEO = MonarchAttention(
+    *(1, 2, 2, 6 * 32 * 32, 6 * 32 * 32, 64, 64),
+    torch.float16,
+    form=Form(64, tile=(4, 4, 4)),
+    scale=0.125,
+    grid=(6, 32, 32),
+)
+
+
+def searched(fixed: dict[str, object], ir: MonarchAttention = VIDEO) -> set[tuple[object, str]]:
+    """(window, window_shape) of the forms that calibration tries, all of which are taken to pay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Occurrence, "seconds", lambda *_: (2.0, 1.0))
+        forms = forms_that_pay([Occurrence(ir, ())], DEVICES["cpu"], fixed)
+    assert all(form.tile is not None for form in forms)
+    return {(form.window, form.window_shape) for form in forms}
+
+
+def test_calibration_searches_windows_along_the_axes_of_a_video() -> None:
+    isotropic = {(None, "box"), (0, "box"), (1, "box"), (1, "plus")}
+    assert searched({}) == isotropic | {((0, 1, 1), "box"), ((0, 1, 1), "plus"), ((1, 0, 0), "box")}
+    assert searched({"window": (0, 2, 1), "window_shape": "plus"}) == {((0, 2, 1), "plus")}
+    image = VIDEO.changed(grid=(192, 32), tile=(8, 8))
+    assert searched({}, image) == isotropic
+
+
+def test_a_window_is_written_in_one_way() -> None:
+    assert Form(8, tile=(2, 4), window=[1, 1]) == Form(8, tile=(2, 4), window=1)
+    assert Form(8, tile=(2, 4), window=(0, 0)).simplest() == Form(8, tile=(2, 4))
+    assert Form(8, tile=(2, 4), window=[0, 2]).arguments() == Form(8, tile=(2, 4), window=(0, 2)).arguments()
+    assert Form(8, window=1).arguments()[4] == [1]
