@@ -43,21 +43,21 @@ class Tuning:
     sized: an IR as it is tuned, all of its sizes known.
     stages: the fields of a schedule that matter to an IR, the costliest first.
     variants: schedules that differ from one in one stage, legal or not.
-    shared_bytes: shared memory of one program under a tiling, an upper estimate.
+    shared_bytes: shared memory of one program of a kernel, by its name, under a tiling; an upper estimate.
     inputs: what `run` takes after the launcher, for an IR of known sizes, on a device.
     small: an IR that is quickly checked, of the same kernels.
-    expected: the float64 reference of some inputs.
-    bound: the largest relative Frobenius error that is right.
+    expected: what `run` gives for some inputs, by the float64 reference.
+    bound: the largest relative Frobenius error that is right, of each tensor.
     """
 
     applies: Callable[[IR], bool]
     sized: Callable[[IR], IR]
     stages: Callable[[IR], tuple[str, ...]]
     variants: Callable[[Any, str, IR], Iterator[Any]]
-    shared_bytes: Callable[[Tiling, IR], int]
+    shared_bytes: Callable[[str, Tiling, IR], int]
     inputs: Callable[[IR, Any], tuple[Any, ...]]
     small: Callable[[IR], IR]
-    expected: Callable[[IR, tuple[Tensor | None, ...]], Tensor]
+    expected: Callable[[IR, tuple[Tensor | None, ...]], Tensor | tuple[Tensor, ...]]
     bound: Callable[[IR], float]
 
 
@@ -79,6 +79,10 @@ class Emitter:
     expected: the specialization of a launch of an IR on usual tensors, as far as its sizes are known.
     specialize: that of a launch on given tensors, with given sizes.
     run: launches a launcher on the family's tensors.
+    gradients: an IR that stands for the gradients of an IR, of a family name with its own emitter (`emitter`); None
+        where they have no kernels of their own.
+    sizes: the sizes that programs of an IR name, with a value for each symbolic one. Raises KeyError where one has no
+        value. None for a family that does not count them.
     meaning: modules outside of codegen by which kernels are emitted and launched: tuned schedules are of these, too.
     """
 
@@ -95,8 +99,10 @@ class Emitter:
     program: Callable[[IR, Any, Specialization], Program]
     expected: Callable[[IR, Any], Specialization]
     specialize: Callable[[IR, Any, Mapping[str, Tensor], Mapping[str, Any]], Specialization]
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
     tuning: Tuning
+    gradients: Callable[[IR], IR | None] = lambda ir: None
+    sizes: Callable[[IR, Mapping[str, int]], Mapping[str, int]] | None = None
     meaning: tuple[ModuleType, ...] = ()
 
     def program_of(self, ir: IR, schedule: Any, specialization: Specialization) -> Program:
@@ -110,14 +116,28 @@ class Emitter:
         return self.program(self.canonical(ir), schedule, specialization)
 
 
+OF_GRADIENTS = "/gradients"
+"""What follows a family's name where the emitter of its gradients is meant."""
+
+
 @functools.cache
 def emitter(family: str) -> Emitter:
-    """The emitter of a family.
+    """The emitter of a family, or of its gradients.
 
     Raises:
         CodegenError: no family has this name.
     """
-    if family not in FAMILIES:
+    name = family.removesuffix(OF_GRADIENTS)
+    if name not in FAMILIES or (name != family and not FAMILIES[name].gradients):
         raise CodegenError(f"no kernels for family {family!r}; families are {', '.join(FAMILIES)}")
-    found: Emitter = importlib.import_module(FAMILIES[family].emitter).EMITTER
+    if name != family:
+        of_gradients: Emitter = importlib.import_module(FAMILIES[name].gradients).GRADIENTS
+        return of_gradients
+    found: Emitter = importlib.import_module(FAMILIES[name].emitter).EMITTER
     return found
+
+
+def launched(ir: IR, trains: bool) -> tuple[IR, ...]:
+    """What kernels run for at the site of `ir`: it, and its gradients where the site trains and they have kernels."""
+    gradients = emitter(ir.family).gradients(ir) if trains else None
+    return (ir,) if gradients is None else (ir, gradients)

@@ -131,8 +131,9 @@ def use(ir: IR, capability: Capability | None, schedule: Schedule) -> None:
         build.cache_clear()
 
 
-def schedule_for(ir: IR) -> Schedule:
-    """What this process launches `ir` with, as far as is known without a device: a tuned schedule, or the shipped one.
+def schedule_for(ir: IR, capability: Capability | None = None) -> Schedule:
+    """What this process launches `ir` with: a tuned schedule, or the one shipped for a device of this capability (None:
+    any).
 
     Raises:
         CodegenError: no kernel exists for `ir`.
@@ -140,14 +141,14 @@ def schedule_for(ir: IR) -> Schedule:
     own = emitter(ir.family)
     bucketed = own.bucketed(ir)
     tuned = (schedule for (known, _), schedule in _CHOSEN.items() if known == bucketed)
-    return next(tuned, None) or own.choose_schedule(ir, None)
+    return next(tuned, None) or own.choose_schedule(ir, capability)
 
 
-def untraced(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def untraced(call: Callable[[], Any]) -> Callable[[], Any]:
     """`call` with its kernels launched without tracing, as the operator launches them in eager mode."""
     from torch._library.triton import set_wrap_triton_enabled
 
-    def launched() -> Tensor:
+    def launched() -> Any:
         with set_wrap_triton_enabled(False):
             return call()
 

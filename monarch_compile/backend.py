@@ -136,10 +136,11 @@ def _share(result: Rewrite) -> None:
 
 
 def _autotune(decisions: Sequence[Decision]) -> str:
-    """Tuned schedules for the lowered sites on CUDA; a digest of them."""
-    irs = [d.ir for d in decisions if d.status == LOWERED and d.device == "cuda"]
-    if not irs:
+    """Tuned schedules for the lowered sites on CUDA, and for the gradients of those that train; a digest of them."""
+    sites = [d for d in decisions if d.status == LOWERED and d.device == "cuda" and d.ir is not None]
+    if not sites:
         return ""
+    from monarch_compile.codegen.emitters import launched
     from monarch_compile.tools.autotune import Machine, ensure, tunable
 
     try:
@@ -147,6 +148,7 @@ def _autotune(decisions: Sequence[Decision]) -> str:
     except CodegenError as error:
         logger.warning("no tuning: %s", error)
         return ""
+    irs = (ir for site in sites for ir in launched(site.ir, site.calls.trains))
     return f"-{ensure(tunable(irs), machine)}"
 
 
@@ -192,13 +194,14 @@ def _record(decisions: Sequence[Decision]) -> None:
 
 
 def _dump_kernels(result: Rewrite) -> None:
-    """The kernels of every lowered site beside the dumped graphs, each once."""
+    """The kernels of every lowered site, those of gradients where it trains, beside the dumped graphs, each once."""
     if result.dump.folder is None:
         return
-    from monarch_compile.report.report import kernels_of
+    from monarch_compile.report.kernels import kernels_of_site
 
-    lowered = [d.ir for d in result.decisions if d.status == LOWERED and d.ir is not None]
-    for kernel in dict.fromkeys(kernel for ir in lowered for kernel in kernels_of(ir)[0]):
+    lowered = [d for d in result.decisions if d.status == LOWERED and d.ir is not None]
+    found = [kernels_of_site(d.ir, d.calls.trains) for d in lowered]
+    for kernel in dict.fromkeys(kernel for site in found for kernel in (*site.forward, *site.backward)):
         result.dump.numbered(kernel.file_name, kernel.text)
 
 

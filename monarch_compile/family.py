@@ -79,12 +79,14 @@ class Forms:
 class Trial:
     """A small problem through the backend, which tells whether a machine is fit.
 
+    what: of the family, what is tried; "" where it goes without saying.
     error: relative error against the float64 reference, on a device.
     bounds: the largest that passes, by type of device.
     """
 
     error: Callable[[str], float]
     bounds: Mapping[str, float]
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Family:
     shape: how the report says what sizes a site has, e.g. "1x8x2048x64"; "" where they are not known.
     blocks: how the report says what blocks the lowered form has, e.g. "64x64". block_size: their size, None for none.
     no_kernels: why CUDA devices run the operator of a site without the emitted kernels; "" where they run these.
-    forms: None where the lowered form is exact up to rounding. trial: what the doctor runs; None for nothing.
+    forms: None where the lowered form is exact up to rounding. trials: what the doctor runs.
     """
 
     name: str
@@ -111,7 +113,7 @@ class Family:
     block_size: Callable[[Any], int | None]
     no_kernels: Callable[[Any], str] = lambda ir: ""
     forms: Forms | None = None
-    trial: Trial | None = None
+    trials: tuple[Trial, ...] = ()
 
 
 @functools.cache

@@ -11,6 +11,7 @@ class Modules(NamedTuple):
     family: `FAMILY`, a `monarch_compile.family.Family`: what the report and the cost model ask.
     frontend: `FRONTEND`, a `monarch_compile.passes.frontends.Frontend`: from a graph to the IR and back.
     emitter: `EMITTER`, a `monarch_compile.codegen.emitters.Emitter`: from the IR to kernels.
+    gradients: `GRADIENTS`, an `Emitter` of the kernels of its gradients; "" where they have none of their own.
     commands: `COMMANDS`, a `monarch_compile.tools.commands.Commands`: what it adds to the command line; "" for nothing.
     benchmark: a package of a checkout, which `bench` runs by the family's name; "" for none.
     occurs_with: parts of the names of operators, one of which every graph has that holds a site; none: any graph may.
@@ -19,6 +20,7 @@ class Modules(NamedTuple):
     family: str
     frontend: str
     emitter: str
+    gradients: str = ""
     commands: str = ""
     benchmark: str = ""
     occurs_with: tuple[str, ...] = ()
@@ -29,6 +31,7 @@ FAMILIES: dict[str, Modules] = {
         family="monarch_compile.attention.family",
         frontend="monarch_compile.passes.attention.frontend",
         emitter="monarch_compile.codegen.attention.emitter",
+        gradients="monarch_compile.codegen.attention.gradient_emitter",
         commands="monarch_compile.attention.commands",
     ),
     "convolution": Modules(

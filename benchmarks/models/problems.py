@@ -118,16 +118,21 @@ FOUND: tuple[ModelForm, ...] = (FoundForm("auto"), FoundForm("always"))
 
 @dataclass(frozen=True)
 class Preset:
-    """Every problem is measured with exact attention and in every form; `policy`: of forms that have none."""
+    """Every problem is measured with exact attention and in every form; `policy`: of forms that have none.
+
+    trains: whether a call is always a step of training.
+    """
 
     device: str
     problems: tuple[Problem, ...]
     policy: str = "auto"
     forms: tuple[ModelForm, ...] = FORMS
+    trains: bool = False
 
 
 _SHAPES = ((VIT, 1, 4096), (VIT, 4, 4096), (VIT, 1, 16384), (DIT, 1, 4096), (DIT, 1, 16384))
 _TINY_SHAPES: Sequence[tuple[Architecture, int, int]] = ((TINY_VIT, 2, 96), (TINY_DIT, 1, 96))
+_TRAINED = ((VIT, 1, 4096), (VIT, 4, 4096), (VIT, 1, 16384), (VIT, 2, 16384))
 _IMAGES: Sequence[tuple[Described, int]] = (
     *((DINO_S, batch) for batch in (1, 4)),
     *((DINO_L, batch) for batch in (1, 4)),
@@ -144,6 +149,8 @@ def on_grid(architecture: Described, batch: int, dtype: str = "bfloat16") -> Pro
 
 PRESETS: dict[str, Preset] = {
     "h200": Preset("cuda", tuple(Problem(*shape) for shape in _SHAPES)),
+    "training": Preset("cuda", tuple(Problem(*shape) for shape in _TRAINED), trains=True),
+    "tiny-training": Preset("cpu", (Problem(TINY_VIT, 2, 96, "float32"),), policy="always", trains=True),
     "tiny": Preset("cpu", tuple(Problem(*shape, "float32") for shape in _TINY_SHAPES), policy="always"),
     "tiny-cuda": Preset("cuda", tuple(Problem(*shape) for shape in _TINY_SHAPES), policy="always"),
     "images": Preset("cuda", tuple(on_grid(*row) for row in _IMAGES), forms=FOUND),

@@ -130,15 +130,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", metavar="PATH", help="a checkpoint's folder in place of Whisper base")
     parser.add_argument("--tokens", type=int, default=NUM_FREQUENT, help="how many of the most frequent tokens to keep")
     args = parser.parse_args(argv)
-    data = pack(record(args.weights), args.tokens)
-    for old in parts_of(args.output):
-        old.unlink()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for index, start in enumerate(range(0, len(data), PART_BYTES)):
-        part = args.output.with_name(f"{args.output.name}.{index}")
-        part.write_bytes(data[start : start + PART_BYTES])
+    for part in write_parts(args.output, pack(record(args.weights), args.tokens)):
         print(f"wrote {part}: {part.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def write_parts(path: Path, data: bytes) -> list[Path]:
+    """Write `data` to files `path`.0, `path`.1, ... in place of those that are there."""
+    for old in parts_of(path):
+        old.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for index, start in enumerate(range(0, len(data), PART_BYTES)):
+        parts.append(path.with_name(f"{path.name}.{index}"))
+        parts[-1].write_bytes(data[start : start + PART_BYTES])
+    return parts
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def record(source: str | None = None) -> Speech:
     talk = speech.conversation()
     pieces = [talk[start * SAMPLE_RATE : end * SAMPLE_RATE] for start, end in CALIBRATION_SECONDS]
     groups = (windows, sounds, pieces)
-    tokens = _transcripts(whisper, [log_mel(whisper.features, group) for group in groups])
+    tokens = transcripts(whisper, [log_mel(whisper.features, group) for group in groups])
     made = [
         Recordings(log_mel(whisper.features, group), ids, tuple(said))
         for group, ids, said in zip(groups, tokens, (window_words, words, ()), strict=True)
@@ -84,8 +84,8 @@ def record(source: str | None = None) -> Speech:
 
 
 @torch.no_grad()
-def _transcripts(whisper: Whisper, groups: Sequence[Tensor]) -> list[Tensor]:
-    """For each group of features, prompt and transcript of its recordings, all padded to one length."""
+def transcripts(whisper: Whisper, groups: Sequence[Tensor]) -> list[Tensor]:
+    """For each group of features, prompt and the exact model's transcript of its recordings, padded to one length."""
     prompt, end = prompt_ids(whisper), end_id(whisper)
     lists = []
     for features in groups:

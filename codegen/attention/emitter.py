@@ -6,6 +6,7 @@ from pathlib import Path
 
 from monarch_compile.attention import blocking, form, groups, ir
 from monarch_compile.codegen.attention import kernels, launch, schedule, search, specialization
+from monarch_compile.codegen.attention.gradient_ir import gradients_of
 from monarch_compile.codegen.emitters import Emitter, Tuning
 
 EMITTER = Emitter(
@@ -23,12 +24,14 @@ EMITTER = Emitter(
     expected=specialization.expected,
     specialize=specialization.specialize,
     run=launch.run,
+    gradients=gradients_of,
+    sizes=launch.sizes_of_ir,
     tuning=Tuning(
         applies=search.applies,
         sized=search.sized,
         stages=search.stages,
         variants=search.variants,
-        shared_bytes=schedule.shared_bytes,
+        shared_bytes=lambda name, tiling, ir: schedule.shared_bytes(tiling, ir),
         inputs=search.inputs,
         small=search.small,
         expected=search.expected,

@@ -6,9 +6,9 @@ Letters: j offset of a query in its block, i offset of a key in its block, l blo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.schedule import (
@@ -17,7 +17,10 @@ from monarch_compile.codegen.attention.schedule import (
     Schedule,
     check_supported,
     choose_schedule,
+    read_schedule,
 )
+from monarch_compile.codegen.attention.schedule import is_made_for as can_run
+from monarch_compile.codegen.attention.schedule import shared_bytes as shared_bytes_of_summaries
 from monarch_compile.codegen.tiling import DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
 from monarch_compile.errors import CodegenError
 
@@ -35,7 +38,7 @@ class GradientSchedule:
     whole: whether all blocks fit the rows of `represent`, which then also gives stage 2's gradients of the queries.
     """
 
-    family: ClassVar[str] = "attention"
+    family: ClassVar[str] = "attention/gradients"
 
     summaries: Schedule
     attend: Tiling
@@ -168,13 +171,35 @@ def check_gradient_schedule(schedule: GradientSchedule, ir: MonarchAttention) ->
         raise CodegenError(f"a block of {ir} does not fit the rows of keys in {schedule}")
 
 
+def is_made_for(schedule: GradientSchedule, ir: MonarchAttention) -> bool:
+    """Whether a schedule has the kernels that the gradients of `ir` need, for as many blocks as it has."""
+    blocks, most = ir.num_blocks, schedule.most_blocks
+    holds_blocks = most is None or (blocks is not None and blocks <= most)
+    return holds_blocks and can_run(schedule.summaries, without_exact_keys(ir))
+
+
+def read_gradient_schedule(fields: Mapping[str, Any]) -> GradientSchedule:
+    """A schedule from what `dataclasses.asdict` made of it.
+
+    Raises:
+        KeyError, TypeError, CodegenError: the fields are of something else.
+    """
+    tilings = {name: Tiling(**fields[name]) for name in WIDTHS}
+    return GradientSchedule(**{**fields, **tilings, "summaries": read_schedule(fields["summaries"])})
+
+
 def without_exact_keys(ir: MonarchAttention) -> MonarchAttention:
     """`ir` without a window: what its far field is of. Its prefix says where blocks start."""
     return ir.changed(window=None)
 
 
 def shared_bytes(tiling: Tiling, name: str, ir: MonarchAttention) -> int:
-    """An upper estimate of the shared memory of one program: its rows, its weights, and every stage of its stream."""
+    """An upper estimate of the shared memory of one program: its rows, its weights, and every stage of its stream.
+
+    name: the kernel's, of `GradientSchedule.tilings`.
+    """
+    if name not in WIDTHS:
+        return shared_bytes_of_summaries(tiling, without_exact_keys(ir))
     rows, step = WIDTHS[name]
     features = padded(ir.head_dim) + padded(ir.value_dim)
     held = features * (rows * tiling.rows + tiling.num_stages * step * tiling.step)

@@ -10,50 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.ir import SHARED_PREFIX, MonarchAttention, is_exact
-from monarch_compile.codegen.attention.backward import backward_program
+from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.emitter import EMITTER
-from monarch_compile.codegen.attention.gradient_schedule import (
-    check_gradient_schedule,
-    choose_gradient_schedule,
-)
+from monarch_compile.codegen.attention.gradient_ir import GradientsOf, backward_refusal
 from monarch_compile.codegen.attention.kernels import program_with_lse
 from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of, with_adjacent_features
 from monarch_compile.codegen.attention.prefix_gradients import PrefixGradients
+from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
-from monarch_compile.codegen.tiling import Capability
 from monarch_compile.errors import CodegenError
 
 WITH_LSE = replace(EMITTER, program=program_with_lse)
 """The forward pass that also gives the logsumexp of each row."""
-
-BACKWARD = replace(
-    EMITTER,
-    program=backward_program,
-    choose_schedule=choose_gradient_schedule,
-    check_schedule=check_gradient_schedule,
-)
-"""The backward pass."""
-
-
-def backward_refusal(form: Form, is_cross: bool, seq_len: Any = None) -> str | None:
-    """Why there are no kernels for the gradients of a form; None where there are.
-
-    is_cross: whether queries and keys are sequences of different lengths. seq_len: that of the keys, where it is known.
-    """
-    form = form.simplest()
-    if is_cross:
-        return "there are no backward kernels for queries and keys of different lengths"
-    if form.num_iters != 1:
-        return f"there are backward kernels for one iteration; found num_iters={form.num_iters}"
-    if form.init != "identity":
-        return f"there are backward kernels for the identity start; found init={form.init!r}"
-    if form.prefix > SHARED_PREFIX:
-        return f"there are backward kernels for a prefix of at most {SHARED_PREFIX}; found {form.prefix}"
-    if seq_len is not None and is_exact(seq_len, seq_len, form.block_size, form.prefix):
-        return "the form is exact attention: all keys are in one block"
-    return None
 
 
 def launch_with_lse(
@@ -77,7 +46,8 @@ def launch_with_lse(
     """
     form = _supported(q, k, options)
     ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
-    launcher = _launcher_with_lse(ir, capability_of(q.device), is_interpreted())
+    interpreted = is_interpreted()
+    launcher = _launcher_with_lse(ir, build(ir, capability_of(q.device), interpreted).schedule, interpreted)
     with on_device(q):
         z, lse = outputs(launcher, q, k, v, key_mask, grid)
     if form.prefix:
@@ -110,24 +80,44 @@ def launch_backward(
     """
     form = _supported(q, k, options)
     ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
-    launcher = _backward_launcher(ir, capability_of(q.device), is_interpreted())
+    launcher = build(GradientsOf(ir), capability_of(q.device), is_interpreted())
+    with on_device(q):
+        dq, dk, dv, *dbias = run(launcher, dz, q, k, v, key_mask, z, lse, grid)
+    return dq, dk, dv, dbias[0] if dbias else None
+
+
+def run(
+    launcher: Launcher,
+    dz: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    z: Tensor,
+    lse: Tensor,
+    grid: Sequence[Any] | None = None,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, and dbias where key_mask is a bias, which is centred: `launch_backward` on a launcher.
+
+    Raises:
+        CodegenError: the schedule is for fewer blocks.
+    """
+    ir = launcher.ir.forward
     dz, q, k, v, z = with_adjacent_features(dz, q, k, v, z)
-    sizes = sizes_of(launcher, q, k, grid)
-    sizes |= {"num_kv_heads": k.shape[1], "key_heads": k.shape[0] * k.shape[1]}
+    sizes = sizes_of(ir, launcher.schedule.most_blocks, q, k, grid)
     tensors = {"q": q, "k": k, "v": v, "dz": dz, "z": z, "lse": lse.contiguous()}
     if key_mask is not None:
         tensors["key_mask"] = key_mask
-    prefix = PrefixGradients(q, k, v, key_mask, scale, form.prefix, form.prefix_at_end)
-    if form.prefix:
+    prefix = PrefixGradients(q, k, v, key_mask, ir.scale, ir.form.prefix, ir.form.prefix_at_end)
+    if ir.form.prefix:
         tensors["delta_of_prefix"] = prefix.delta_of_rows(dz, z)
-    with on_device(q):
-        dq, dk, dv, *rest = launcher(tensors, sizes)
+    dq, dk, dv, *rest = launcher(tensors, sizes)
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     is_biased = key_mask is not None and key_mask.is_floating_point()
     dbias = rest.pop(0).sum(1) if is_biased else None
-    if form.prefix:
+    if ir.form.prefix:
         prefix.add(dz, z, lse, (dq, dk, dv, dbias), *rest)
-    return dq, dk, dv, dbias
+    return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)
 
 
 def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
@@ -139,11 +129,6 @@ def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
 
 
 @functools.cache
-def _launcher_with_lse(ir: MonarchAttention, capability: Capability | None, interpreted: bool) -> Launcher:
+def _launcher_with_lse(ir: MonarchAttention, schedule: Schedule, interpreted: bool) -> Launcher:
     """With the schedule of the forward pass: a tuned one, where there is one."""
-    return Launcher(ir, build(ir, capability, interpreted).schedule, WITH_LSE)
-
-
-@functools.cache
-def _backward_launcher(ir: MonarchAttention, capability: Capability | None, interpreted: bool) -> Launcher:
-    return Launcher(ir, choose_gradient_schedule(ir, capability), BACKWARD)
+    return Launcher(ir, schedule, WITH_LSE)

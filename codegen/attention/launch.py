@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def outputs(
     Raises:
         CodegenError: the schedule is for fewer blocks.
     """
-    form, sizes = launcher.ir.form, sizes_of(launcher, q, k, grid)
+    form, sizes = launcher.ir.form, sizes_of(launcher.ir, launcher.schedule.most_blocks, q, k, grid)
     q, k, v = with_adjacent_features(q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     if key_mask is not None:
@@ -123,26 +123,63 @@ def with_adjacent_features(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if is_known_to_be(x.stride(-1), 1) else x.contiguous() for x in tensors)
 
 
-def sizes_of(launcher: Launcher, q: Tensor, k: Tensor, grid: Sequence[Any] | None) -> dict[str, Any]:
-    """The sizes that kernels, buffers and grids of a launch name; they may be symbolic.
+def sizes_of(
+    ir: MonarchAttention, most: int | None, q: Tensor, k: Tensor, grid: Sequence[Any] | None
+) -> dict[str, Any]:
+    """The sizes that kernels, buffers and grids of a launch of `ir` name; they may be symbolic.
+
+    most: the most blocks that the schedule is for; None where any number will do.
 
     Raises:
         CodegenError: the schedule is for fewer blocks.
     """
-    form, most = launcher.ir.form, launcher.schedule.most_blocks
-    num_blocks = _num_blocks(k, form, grid)
+    num_blocks = _num_blocks(k, ir.form, grid)
     if most is not None and not (isinstance(num_blocks, int) and num_blocks <= most):
         raise CodegenError(f"these kernels are for at most {most} blocks; found {num_blocks}")
     batch, num_heads, seq_len_q, _ = q.shape
+    block_q = _rows(q, num_blocks) if ir.is_cross else ir.form.block_size
+    heads, lengths = (batch, num_heads, k.shape[1]), (seq_len_q, k.shape[2])
+    return _named_sizes(ir.form, heads, lengths, (num_blocks, block_q), grid)
+
+
+def sizes_of_ir(ir: MonarchAttention, hints: Mapping[str, int]) -> dict[str, Any]:
+    """The same of an IR, where `hints` has a value for each symbolic size.
+
+    Raises:
+        KeyError: a size has no value.
+    """
+    names = ("batch", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k")
+    dims = {name: getattr(ir, name) for name in names}
+    values: dict[str, Any] = {name: hints[size] for name, size in dims.items() if isinstance(size, str)}
+    if ir.grid is not None:
+        values["grid"] = tuple(size if isinstance(size, int) else hints[size] for size in ir.grid)
+    known = ir.changed(**values)
+    heads, lengths = (known.batch, known.num_heads, known.num_kv_heads), (known.seq_len_q, known.seq_len_k)
+    return _named_sizes(ir.form, heads, lengths, (known.num_blocks, known.block_size_q), known.grid)
+
+
+def _named_sizes(
+    form: Form,
+    heads: tuple[Any, Any, Any],
+    lengths: tuple[Any, Any],
+    blocks: tuple[Any, Any],
+    grid: Sequence[Any] | None,
+) -> dict[str, Any]:
+    """heads: the batch, heads of queries, of keys. lengths: of queries, of keys. blocks: how many, queries in each."""
+    batch, num_heads, num_kv_heads = heads
+    num_blocks, block_q = blocks
+    seq_len_q, seq_len_k = lengths
     sizes = {
         "batch": batch,
         "heads": batch * num_heads,
         "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "key_heads": batch * num_kv_heads,
         "num_blocks": num_blocks,
-        "block_q": _rows(q, num_blocks) if launcher.ir.is_cross else form.block_size,
+        "block_q": block_q,
         "seq_len": seq_len_q,
         "seq_len_q": seq_len_q,
-        "seq_len_k": k.shape[2],
+        "seq_len_k": seq_len_k,
     }
     if form.tile is not None and grid is not None:
         sizes |= {f"grid_{axis}": size for axis, size in enumerate(grid)}

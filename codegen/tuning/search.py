@@ -29,7 +29,7 @@ MAX_SPILL = 16
 """Bytes of local memory a thread may use beyond what the shipped schedule's kernel uses."""
 GAIN = 1.02
 """A schedule stands in for the shipped one where it is this many times faster: less may be noise."""
-Timer = Callable[[Callable[[], Tensor]], float]
+Timer = Callable[[Callable[[], Any]], float]
 """Median milliseconds of one call."""
 Inspect = Callable[[Kernel, Capability], CompileReport]
 Tensors = tuple[Any, ...]
@@ -75,33 +75,38 @@ class Search:
         return self.emitter.tuning.inputs(self.emitter.tuning.small(self.ir), self.device)
 
     @functools.cached_property
-    def expected(self) -> Tensor:
+    def expected(self) -> tuple[Tensor, ...]:
         """The float64 reference of `small`."""
-        return self.emitter.tuning.expected(self.ir, self.small)
+        return _all(self.emitter.tuning.expected(self.ir, self.small))
 
     @property
     def bound(self) -> float:
         """The largest relative error that is right."""
         return self.emitter.tuning.bound(self.ir)
 
-    def launch_small(self, schedule: Schedule) -> Tensor:
-        """The output of the kernels under `schedule` for `small`."""
-        return self._call(schedule, self.small)()
+    def launch_small(self, schedule: Schedule) -> tuple[Tensor, ...]:
+        """What the kernels give under `schedule` for `small`."""
+        return _all(self._call(schedule, self.small)())
 
     def error(self, schedule: Schedule) -> float:
-        """Relative Frobenius error of the kernels under `schedule`; inf where anything is not finite."""
-        found = self.launch_small(schedule)
-        error = ((found.double() - self.expected).norm() / self.expected.norm()).item()
-        return error if math.isfinite(error) else math.inf
+        """Relative Frobenius error of the kernels under `schedule`, the largest of what they give; inf where anything
+        is not finite."""
+        pairs = zip(self.launch_small(schedule), self.expected, strict=True)
+        errors = [((found.double() - right).norm() / right.norm()).item() for found, right in pairs]
+        return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
     def milliseconds(self, schedule: Schedule) -> float:
         """The timer's verdict."""
         self.tried += 1
         return self.timer(self._call(schedule, self.full))
 
-    def _call(self, schedule: Schedule, tensors: Tensors) -> Callable[[], Tensor]:
+    def _call(self, schedule: Schedule, tensors: Tensors) -> Callable[[], Any]:
         launcher = Launcher(self.largest, schedule)
         return untraced(lambda: self.emitter.run(launcher, *tensors))
+
+
+def _all(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def tune(
@@ -186,7 +191,7 @@ def candidates(start: Schedule, stage: str, ir: IR, capability: Capability | Non
     """Legal schedules that differ from `start` in one stage, those that differ least first. ir: a bucketed one."""
     limit, tuning = shared_limit(capability), emitter(ir.family).tuning
     varied = tuning.variants(start, stage, ir)
-    found = {s for s in varied if all(tuning.shared_bytes(t, ir) <= limit for _, t in s.tilings())}
+    found = {s for s in varied if all(tuning.shared_bytes(name, t, ir) <= limit for name, t in s.tilings())}
     place: Tiling = getattr(start, stage)
     yield from sorted(found - {start}, key=lambda s: (_distance(place, getattr(s, stage)), str(s)))
 

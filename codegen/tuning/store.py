@@ -86,7 +86,8 @@ def is_legal(schedule: Schedule, ir: IR, capability: Capability | None) -> bool:
         own.check_schedule(schedule, ir)
     except CodegenError:
         return False
-    within = all(own.tuning.shared_bytes(tiling, ir) <= shared_limit(capability) for _, tiling in schedule.tilings())
+    limit = shared_limit(capability)
+    within = all(own.tuning.shared_bytes(name, tiling, ir) <= limit for name, tiling in schedule.tilings())
     return own.is_made_for(schedule, ir) and within
 
 

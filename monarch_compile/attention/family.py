@@ -45,5 +45,5 @@ FAMILY = Family(
     forms=Forms(
         read=Form, that_pay=forms_that_pay, call=AttentionCall.of, learned=MappingProxyType({0: "queries", 1: "keys"})
     ),
-    trial=Trial(trial.error, trial.BOUNDS),
+    trials=(Trial(trial.error, trial.BOUNDS), Trial(trial.gradient_error, trial.BOUNDS, "gradients")),
 )

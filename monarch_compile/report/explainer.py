@@ -17,6 +17,7 @@ from monarch_compile.config import parse_options
 from monarch_compile.decision import LOWERED
 from monarch_compile.family import SiteCall
 from monarch_compile.report.graphs import to_networkx
+from monarch_compile.report.kernels import capability_here
 from monarch_compile.report.report import GraphPair, Report, Site, site_of
 
 
@@ -25,6 +26,7 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     measure: bool = False,
+    resources: bool = False,
     **kwargs: Any,
 ) -> Report:
     """Report what ``torch.compile(model, backend="monarch", options=options)`` does with this call's shapes.
@@ -43,6 +45,9 @@ def explain(
             buffers, attributes and inputs, which are put back in the end; what a `Snapshot` cannot save (parameters
             that forward writes to, globals, attributes of classes, what hooks hold) a model must not change. Without it
             the model runs once, unchanged.
+        resources: also compile the kernels of lowered sites, and those of their gradients where they train, for the GPU
+            at hand (without one, for sm_90), and report registers, spills, shared memory and bytes moved; this takes
+            seconds for each kernel.
 
     Raises:
         ConfigError: an option is unknown or has a value that is not allowed.
@@ -55,13 +60,13 @@ def explain(
     run = capture(model, probe)
     if probe.switch is None:
         run(*args, **kwargs)
-        return _report(probe)
+        return _report(probe, resources=resources)
     with Snapshot(model, args, kwargs) as state:
         output = kept(run(*args, **kwargs))
         state.restore()
         probe.switch.behaviour = monarch
         output_error = relative_error(output, run(*args, **kwargs))
-    return _report(probe, meter.errors(), output_error)
+    return _report(probe, meter.errors(), output_error, resources=resources)
 
 
 @dataclass(eq=False)
@@ -83,11 +88,18 @@ class Meter:
         return {site: ratio(*sums) for site, sums in self.sums.items()}
 
 
-def _report(probe: Probe, errors: Mapping[str, float] | None = None, output_error: float | None = None) -> Report:
+def _report(
+    probe: Probe,
+    errors: Mapping[str, float] | None = None,
+    output_error: float | None = None,
+    *,
+    resources: bool = False,
+) -> Report:
     """Everything that the passes decided, as a value."""
     from monarch_compile.passes.capture.enclosed import all_graphs, path_of
 
     sites: list[Site] = []
+    capability = capability_here() if resources else None
     before, after = [nx.DiGraph()], [nx.DiGraph()]
     for index, result in enumerate(probe.rewrites):
         for old, new in zip(all_graphs(result.before), all_graphs(result.after), strict=True):
@@ -97,7 +109,9 @@ def _report(probe: Probe, errors: Mapping[str, float] | None = None, output_erro
             after.append(to_networkx(new.graph, prefix, names_before, after=True))
         hints = size_hints(result.before)
         sites += [
-            replace(site_of(d, hints, index), error=(errors or {}).get(d.name) if d.status == LOWERED else None)
+            replace(
+                site_of(d, hints, index, capability), error=(errors or {}).get(d.name) if d.status == LOWERED else None
+            )
             for d in result.decisions
         ]
     pair = GraphPair(nx.compose_all(before), nx.compose_all(after))

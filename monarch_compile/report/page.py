@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,15 +14,27 @@ from monarch_compile.report.graphs import site_windows, to_svg
 from monarch_compile.report.report import Report, Site, dtype_name
 from monarch_compile.version import __version__
 
+if TYPE_CHECKING:
+    from monarch_compile.codegen.tuning.resources import Resources
+
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
+class Used(NamedTuple):
+    """What a kernel takes, and the pass that it is of."""
+
+    word: str
+    resources: Resources
+
+
 @dataclass(frozen=True)
 class Card:
-    """A site as the page shows it: the numbers as text, the windows of the graphs as SVG."""
+    """A site as the page shows it: the numbers as text, what its kernels take where that is known, the windows of the
+    graphs as SVG."""
 
     site: Site
+    resources: tuple[Used, ...]
     rows: tuple[tuple[str, str, str], ...]
     before: str
     after: str
@@ -50,13 +63,19 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(gain=_gain, dtype=dtype_name)
+    environment.filters.update(gain=_gain, dtype=dtype_name, bytes=lambda value: _count(value, "B"))
     return environment
 
 
 def _card(report: Report, site: Site) -> Card:
     before, after = site_windows(report.graph.before, report.graph.after, f"{site.graph}/{site.node}")
-    return Card(site, _rows(site), to_svg(before), to_svg(after) if site.lowered else "")
+    return Card(site, _resources(site), _rows(site), to_svg(before), to_svg(after) if site.lowered else "")
+
+
+def _resources(site: Site) -> tuple[Used, ...]:
+    """Of the kernels of the forward and the backward pass."""
+    passes = (("forward", site.kernels), ("backward", site.backward_kernels))
+    return tuple(Used(word, x.resources) for word, kernels in passes for x in kernels if x.resources is not None)
 
 
 def _rows(site: Site) -> tuple[tuple[str, str, str], ...]:

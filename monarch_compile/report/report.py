@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,12 @@ import torch
 from monarch_compile.cost.devices import installed
 from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import LOWERED, Decision
-from monarch_compile.errors import CodegenError, InputError
+from monarch_compile.errors import InputError
 from monarch_compile.family import family, kinds_in_words, lowered_in_words
 from monarch_compile.ir import Dim
 from monarch_compile.refusal import remedy_for
+from monarch_compile.report.kernels import Capability, Kernel, Kernels, kernels_of_site, lines_of
 from monarch_compile.version import __version__
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """An emitted Triton kernel: its file's name and text."""
-
-    file_name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,7 @@ class Site:
     exact, monarch: `Cost` of each form, None where unknown. exact_s, monarch_s: predicted seconds on `device`.
     node, source: the FX node that decided, and its line of Python.
     kernels: what a CUDA device runs for this site; kernel_note: why there are none, or when they run.
+    backward_kernels: what it runs for the gradients of a site that trains; backward_note: why there are none.
     graph: index of the captured graph that holds the site.
     error: measured relative error of the site's output; None where it was not measured, as where the lowered form is
         exact up to rounding.
@@ -70,6 +63,8 @@ class Site:
     source: str = ""
     kernels: tuple[Kernel, ...] = ()
     kernel_note: str = ""
+    backward_kernels: tuple[Kernel, ...] = ()
+    backward_note: str = ""
     graph: int = 0
     error: float | None = None
     blocking: str = ""
@@ -119,8 +114,10 @@ class Site:
             "predicted_speedup": self.predicted_speedup,
             "node": self.node,
             "source": self.source,
-            "kernels": [{"file_name": kernel.file_name, "text": kernel.text} for kernel in self.kernels],
+            "kernels": [kernel.to_dict() for kernel in self.kernels],
             "kernel_note": self.kernel_note,
+            "backward_kernels": [kernel.to_dict() for kernel in self.backward_kernels],
+            "backward_note": self.backward_note,
             "graph": self.graph,
             "error": self.error,
             "blocking": self.blocking,
@@ -190,13 +187,25 @@ class Report:
         return target
 
 
-def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: int = 0) -> Site:
-    """The site that a decision is about, with costs, predicted times and kernels; `hints` values symbolic sizes."""
+def site_of(
+    decision: Decision,
+    hints: Mapping[str, int] | None = None,
+    graph: int = 0,
+    capability: Capability | None = None,
+) -> Site:
+    """The site that a decision is about, with costs, predicted times and kernels.
+
+    hints: values of symbolic sizes. capability: what kernels are compiled for to tell what they take; None: nothing is
+    compiled.
+    """
     ir, own = decision.ir, family(decision.family)
     exact_s, monarch_s = _predicted(decision, hints)
-    kernels, note = kernels_of(ir) if ir is not None and decision.status == LOWERED else ((), "")
-    if kernels and decision.device != "cuda":
-        note = f"On {decision.device} the reference runs instead; on CUDA these run."
+    kernels, note = Kernels(), ""
+    if ir is not None and decision.status == LOWERED:
+        kernels = kernels_of_site(ir, decision.calls.trains, hints, capability)
+        note = kernels.note
+    if kernels.forward and decision.device != "cuda":
+        note = f"On {decision.device} the reference runs instead; on CUDA these run. {note}".strip()
     return Site(
         family=decision.family,
         name=decision.name,
@@ -218,8 +227,10 @@ def site_of(decision: Decision, hints: Mapping[str, int] | None = None, graph: i
         monarch_s=monarch_s,
         node=decision.node,
         source=decision.source,
-        kernels=kernels,
+        kernels=kernels.forward,
         kernel_note=note,
+        backward_kernels=kernels.backward,
+        backward_note=kernels.backward_note,
         graph=graph,
         blocking=decision.blocking,
     )
@@ -238,24 +249,6 @@ def _predicted(decision: Decision, hints: Mapping[str, int] | None) -> tuple[flo
     except InputError:  # a size without a hint, or a device that the cost model does not describe
         return None, None
     return prediction.exact_s, prediction.monarch_s
-
-
-@lru_cache(maxsize=256)
-def kernels_of(ir: Any) -> tuple[tuple[Kernel, ...], str]:
-    """What a CUDA device runs for a lowered site, or none and the reason."""
-    from monarch_compile.codegen.emitters import emitter
-    from monarch_compile.codegen.launcher import schedule_for
-    from monarch_compile.codegen.render import sources
-
-    missing = family(ir.family).no_kernels(ir)
-    if missing:
-        return (), missing
-    try:
-        schedule, own = schedule_for(ir), emitter(ir.family)
-        program = own.program_of(ir, schedule, own.expected(ir, schedule))
-    except CodegenError as error:
-        return (), str(error)
-    return tuple(Kernel(source.file_name, source.text) for source in sources(program)), ""
 
 
 def _cost_dict(cost: Cost | None) -> dict[str, int | str] | None:
@@ -278,7 +271,8 @@ def _table(sites: Sequence[Site]) -> list[str]:
     result = [lines[0], "-" * max(map(len, lines))]
     for site, line in zip(sites, lines[1:], strict=True):
         result += [line] if site.lowered else [line, *_why_exact(site)]
-    return [*result, *_how_cut(sites)]
+    used = [Kernels(site.kernels, site.backward_kernels) for site in sites]
+    return [*result, *_how_cut(sites), *lines_of(used)]
 
 
 def _how_cut(sites: Sequence[Site]) -> list[str]:

@@ -145,6 +145,14 @@ def tunable(irs: Iterable[IR | None]) -> Iterator[IR]:
             yield ir
 
 
+def gradients_of(irs: Iterable[IR]) -> list[IR]:
+    """The gradients of each of `irs` that have kernels."""
+    from monarch_compile.codegen.emitters import emitter
+
+    found = (emitter(ir.family).gradients(ir) for ir in irs)
+    return [ir for ir in found if ir is not None]
+
+
 def run(
     irs: Sequence[IR],
     machine: Machine,
@@ -175,7 +183,8 @@ def run(
             continue
         print(f"    {result.shipped_ms:.4f} -> {result.ms:.4f} ms ({result.speedup:.2f}x), error {result.error:.1e};")
         print(f"    {result.tried} timed, {len(rejected)} rejected; {result.schedule}")
-        print(f"    to put into codegen/{ir.family}/schedule.py: {result.schedule!r}", flush=True)
+        table = type(result.schedule).__module__.removeprefix("monarch_compile.").replace(".", "/")
+        print(f"    to put into {table}.py: {result.schedule!r}", flush=True)
     print(f'{tuned_path()}: used by options={{"autotune": True}}')
 
 

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the backend")
     explain.add_argument("--measure", action="store_true", help="also measure the error of each site and of the output")
+    explain.add_argument("--resources", action="store_true", help="also compile kernels: registers, spills, bytes")
     explain.add_argument("--html", type=Path, metavar="PATH", help="write the report as one HTML page")
     explain.add_argument("--json", type=Path, metavar="PATH", help="write the report as JSON")
     explain.set_defaults(run=_explain)
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     for own in all_commands():
         own.add_tune_arguments(parser)
+    parser.add_argument("--backward", action="store_true", help="tune the kernels of gradients instead")
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each problem")
     parser.add_argument("--jobs", type=int, metavar="P", help="processes that compile ahead (default: cores - 2)")
     parser.add_argument("--fresh", action="store_true", help="also tune what the cache holds already")
@@ -112,7 +114,8 @@ def _explain(args: argparse.Namespace) -> int:
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise InputError(f"{args.target} must return (model, args) or (model, args, kwargs); found {type(result)}")
     model, inputs, *rest = result
-    report = explain(model, *inputs, options=_options(args.options), measure=args.measure, **(rest[0] if rest else {}))
+    asked = {"options": _options(args.options), "measure": args.measure, "resources": args.resources}
+    report = explain(model, *inputs, **asked, **(rest[0] if rest else {}))
     print(report)
     if args.html:
         print(f"wrote {report.save(args.html)}")
@@ -207,10 +210,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from monarch_compile.tools.autotune import Machine, run
+    from monarch_compile.tools.autotune import Machine, gradients_of, run
 
     machine = Machine.here()
     irs = [ir for own in all_commands() for ir in own.problems(args, machine.device.type)]
+    irs = gradients_of(irs) if args.backward else irs
+    if not irs:
+        raise InputError("none of these problems has kernels of gradients of its own")
     run(irs, machine, seconds=args.seconds, fresh=args.fresh, jobs=args.jobs)
     return 0
 

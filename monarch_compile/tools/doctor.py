@@ -51,12 +51,16 @@ class CacheFacts:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """A small problem through the backend against the reference: its relative error (None: it did not run)."""
+    """A small problem through the backend against the reference: its relative error (None: it did not run).
+
+    what: of the problem is tried; "" where it goes without saying.
+    """
 
     device: str
     error: float | None
     bound: float
     failure: str = ""
+    what: str = ""
 
     @property
     def passed(self) -> bool:
@@ -66,7 +70,7 @@ class SelfTest:
     def __str__(self) -> str:
         outcome = "pass" if self.passed else "FAIL"
         found = f"relative error {self.error:.1e} (at most {self.bound:g})" if self.error is not None else self.failure
-        return f"{self.device}: {outcome}, {found}"
+        return f"{', '.join(filter(None, (self.device, self.what)))}: {outcome}, {found}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def diagnose() -> Diagnosis:
     """Look at this machine and compile a small problem of each family on each type of device that can run it."""
     places = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     tested = ["cpu", *(place for place in places[1:2] if kernel_refusal(torch.device(place)) is None)]
-    trials = [own.trial for own in families() if own.trial is not None]
+    trials = [trial for own in families() for trial in own.trials]
     return Diagnosis(
         versions=_versions(),
         devices=tuple(_device(place) for place in places),
@@ -118,9 +122,9 @@ def self_test(trial: Trial, device: str) -> SelfTest:
     """Run the trial of a family on `device`."""
     bound = trial.bounds[torch.device(device).type]
     try:
-        return SelfTest(device, trial.error(device), bound)
+        return SelfTest(device, trial.error(device), bound, what=trial.what)
     except Exception as error:  # whatever is broken here is what the caller wants to read
-        return SelfTest(device, None, bound, f"{type(error).__name__}: {error}".strip())
+        return SelfTest(device, None, bound, f"{type(error).__name__}: {error}".strip(), trial.what)
 
 
 def _versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ from monarch_compile.codegen.tuning.search import candidates, tune
 from monarch_compile.codegen.tuning.store import Tuned, read, write
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import CodegenError
-from monarch_compile.report.report import kernels_of
+from monarch_compile.report.kernels import kernels_of
 from monarch_compile.tools import autotune
 from monarch_compile.tools.autotune import Machine, ensure, tuned_now
 

@@ -6,8 +6,9 @@ import ast
 
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.emitter import EMITTER
+from monarch_compile.codegen.attention.gradient_emitter import GRADIENTS
+from monarch_compile.codegen.attention.gradient_ir import GradientsOf
 from monarch_compile.codegen.attention.gradient_schedule import GradientSchedule
-from monarch_compile.codegen.attention.gradients import BACKWARD
 from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.attention.specialization import UNKNOWN, Specialization
 from monarch_compile.codegen.render import sources
@@ -28,7 +29,7 @@ def emit_backward(
     ir: MonarchAttention, schedule: GradientSchedule, specialization: Specialization = UNKNOWN
 ) -> tuple[KernelSource, ...]:
     """The text of the kernels of the gradients of `ir`, each once."""
-    return sources(BACKWARD.program_of(ir, schedule, specialization))
+    return sources(GRADIENTS.program_of(GradientsOf(ir), schedule, specialization))
 
 
 def check_text(source: KernelSource) -> None:

@@ -95,7 +95,7 @@ EMITTER = Emitter(
         sized=lambda ir: ir,
         stages=lambda ir: ("gate",),
         variants=lambda start, stage, ir: (GateSchedule(replace(start.gate, step=step)) for step in (16, 64, 128)),
-        shared_bytes=lambda tiling, ir: 0,
+        shared_bytes=lambda name, tiling, ir: 0,
         inputs=inputs,
         small=lambda ir: replace(ir, rows=2),
         expected=lambda ir, given: reference(*(x.double() for x in given if x is not None)),

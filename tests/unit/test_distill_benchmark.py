@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import pytest
 import torch
@@ -13,18 +15,33 @@ pytest.importorskip("safetensors", reason="its packs need safetensors")
 
 from benchmarks.distill import __main__ as driver
 from benchmarks.distill import problems
-from benchmarks.distill.problems import Data, Limits, Problem, image_metrics, mean_metrics, state_metrics
+from benchmarks.distill.problems import Data, Limits, Problem, image_metrics, mean_metrics
+from monarch_compile import distill
+from monarch_compile.distillation.checkpoint import Checkpoint
 
 
 @pytest.fixture
 def small(monkeypatch):
     loads = []
 
+    def as_if_calibrated(model, calls, *, budget, options, progress):
+        """The plan of a form: exact attention is faster at this size, and `calibrate` would keep it."""
+        assert (budget, options, len(calls)) == (0.2, {"policy": "always"}, 2)
+        return distill(model, calls, options=OPTIONS, steps=1, progress=False).plan
+
+    monkeypatch.setattr(driver, "calibrate", as_if_calibrated)
+
+    def state_metrics(place, reference, output):
+        assert 0 <= place < 2
+        return {"state_error": problems.relative_error(reference, output)}
+
     def load(pack, limits):
         loads.append(limits)
+        torch.manual_seed(0)
         return Data(Transformer().eval(), batches(limits.number), batches(limits.unseen, seed=1), state_metrics)
 
-    monkeypatch.setitem(driver.PROBLEMS, "whisper", Problem("small", load, {"paper": OPTIONS}))
+    own = Problem("small", load, lambda folder, limits: [], {"paper": OPTIONS}, primary="state_error")
+    monkeypatch.setitem(driver.PROBLEMS, "whisper", own)
     return loads
 
 
@@ -36,24 +53,72 @@ def run(path, *more):
 def test_a_model_gains_and_controls_do_not(small, tmp_path, capsys):
     path = tmp_path / "results.json"
     assert run(path) == 0
-    learned, frozen, random = json.loads(path.read_text())["rows"]
+    learned, frozen, random, calibrated, both = json.loads(path.read_text())["rows"]
     assert learned["kind"] == "distilled"
     assert learned["after"]["state_error"] < learned["before"]["state_error"]
     assert learned["after"]["state_error"] == pytest.approx(learned["report"]["held_out"]["after"], rel=0.05)
     assert frozen["after"] == frozen["before"]
     assert random["after"]["state_error"] >= random["before"]["state_error"]
-    assert "| small | paper | distilled | 2 of 2 |" in capsys.readouterr().out
+    assert (calibrated["form"], calibrated["kind"]) == ("free", "calibrated")
+    assert calibrated["after"] == calibrated["before"]
+    assert calibrated["before"] == learned["before"]
+    assert both["before"] == calibrated["before"]
+    assert both["after"] == learned["after"]
+    assert both["options"] == {"policy": "always"}
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| small")]
+    assert [line[1:5] for line in table][:3] == [
+        ["paper", "distilled", "2 of 2", "2 of 2"],
+        ["paper", "control: frozen", "0 of 2", "2 of 2"],
+        ["paper", "control: random targets", table[2][3], "2 of 2"],
+    ]
+    assert [line[1:5] for line in table][3:] == [
+        ["free", "calibrated", "0 of 2", "2 of 2"],
+        ["free", "calibrated, distilled", "2 of 2", "2 of 2"],
+    ]
+    assert {line[7] for line in table} == {"state_error"}
     assert small == [Limits(8, 2)]
     assert run(path) == 0
     assert small == [Limits(8, 2)]  # nothing was missing
-    assert not list(tmp_path.glob("*.pt"))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"], "no checkpoint and no plan is left"
 
 
-def test_no_row_is_begun_after_the_time_is_up(small, tmp_path):
+def test_nothing_is_begun_after_the_time_is_up(small, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
+    monkeypatch.setattr(driver, "_run_task", lambda *_: time.sleep(20))
+    start = time.perf_counter()
     assert run(path, "--seconds", "0") == 0
+    assert time.perf_counter() - start < 10
     assert not path.exists()
-    assert small == []
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.mark.parametrize("kind", [driver.LEARNS, driver.BOTH])
+def test_a_row_that_is_stopped_goes_on_to_the_same_weights(small, tmp_path, monkeypatch, kind, capsys):
+    whole, stopped = tmp_path / "whole.json", tmp_path / "stopped.json"
+    assert run(whole, "--kinds", kind) == 0
+    written = []
+    write = Checkpoint.write
+
+    def write_and_stop(checkpoint):
+        write(checkpoint)
+        if checkpoint.path is not None:
+            written.append(checkpoint)
+        if len(written) == 1:
+            signal.setitimer(signal.ITIMER_REAL, 1e-6)
+            time.sleep(0.5)
+
+    monkeypatch.setattr(Checkpoint, "write", write_and_stop)
+    assert run(stopped, "--kinds", kind, "--seconds", "1000") == 0
+    assert not stopped.exists()
+    assert "the same command goes on from here" in capsys.readouterr().out
+    left = {file.suffix for file in tmp_path.glob("stopped*")}
+    assert left == ({".pt", ".json"} if kind == driver.BOTH else {".pt"})
+    assert run(stopped, "--kinds", kind) == 0
+    (first,), (second,) = (json.loads(path.read_text())["rows"] for path in (whole, stopped))
+    assert len(written) > 1
+    for name in ("before", "after", "forms"):
+        assert first[name] == second[name]
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_control_that_gains_fails_the_run(small, tmp_path, monkeypatch, capsys):

@@ -32,6 +32,7 @@ def test_a_healthy_machine(tmp_path, monkeypatch, capsys):
         f"MONARCH_CACHE_DIR={tmp_path}\n",
         "MONARCH_CACHDIR=typo (not a variable that monarch_compile reads)",
         "cpu: pass, relative error ",
+        "cpu, gradients: pass, relative error ",
     ):
         assert f"  {line}" in printed
 
@@ -46,6 +47,7 @@ def test_json_and_a_failing_self_test(monkeypatch, capsys):
         "error": None,
         "bound": 1e-5,
         "failure": "RuntimeError: no C++ compiler",
+        "what": "",
         "passed": False,
     }
     assert found["devices"][0]["cost_model"] == "cpu"
@@ -60,9 +62,30 @@ def test_wrong_numbers_fail(monkeypatch, fault, passes):
         return lambda q, k, v: monarch_attention(q, k, v, **trial.FORM) + fault
 
     monkeypatch.setattr(torch, "compile", with_fault)
-    test = doctor.self_test(FAMILY.trial, "cpu")
+    test = doctor.self_test(FAMILY.trials[0], "cpu")
     assert test.passed is passes
     assert str(test).startswith(f"cpu: {'pass' if passes else 'FAIL'}, relative error ")
+
+
+@pytest.mark.parametrize(("fault", "passes"), [(1.0, True), (1.01, False)])
+def test_wrong_gradients_fail(monkeypatch, fault, passes):
+    def with_fault(_, *, backend, options, dynamic):
+        return lambda q, k, v: Scaled.apply(monarch_attention(q, k, v, **trial.FORM), fault)
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor, None
+
+    monkeypatch.setattr(torch, "compile", with_fault)
+    test = doctor.self_test(FAMILY.trials[1], "cpu")
+    assert test.passed is passes
+    assert str(test).startswith(f"cpu, gradients: {'pass' if passes else 'FAIL'}, relative error ")
 
 
 def test_without_triton_the_rest_is_said(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from monarch_compile.convolution import work
 from monarch_compile.convolution.ir import LongConvolution
 from monarch_compile.decision import Decision
 from monarch_compile.family import families, lowered_in_words, sites_in_words
-from monarch_compile.report.report import Report, kernels_of, site_of
+from monarch_compile.report.kernels import kernels_of
+from monarch_compile.report.report import Report, site_of
 from tests.support.capture import decisions_of
 
 LENGTH = 32
@@ -186,15 +187,6 @@ def test_no_kernel_is_shown_that_does_not_run(changes: dict[str, Any]) -> None:
     assert note.startswith("torch.fft computes it")
 
 
-@pytest.fixture
-def fresh_kernels() -> Iterator[None]:
-    """Kernels are kept by IR alone: what a test says of the device must not stay."""
-    kernels_of.cache_clear()
-    yield
-    kernels_of.cache_clear()
-
-
-@pytest.mark.usefixtures("fresh_kernels")
 def test_an_older_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "has_kernels", lambda device: False)
     kernels, note = kernels_of(convolution())
@@ -202,7 +194,6 @@ def test_an_older_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 9.0 or later" in note
 
 
-@pytest.mark.usefixtures("fresh_kernels")
 def test_kernels_that_run_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "has_kernels", lambda device: True)
     site = site_of(decision_of(convolution()))

@@ -207,6 +207,33 @@ def test_a_step_takes_the_gradients_of_all_parameters(tmp_path: Path, monkeypatc
     assert "a call is a step" in markdown(content)
 
 
+def test_the_presets_of_training_are_of_steps() -> None:
+    preset = PRESETS["training"]
+    assert [str(p) for p in preset.problems] == ["vit-l 1x4096", "vit-l 4x4096", "vit-l 1x16384", "vit-l 2x16384"]
+    assert (preset.policy, preset.device) == ("auto", "cuda")
+    assert [name for name, found in PRESETS.items() if found.trains] == ["training", "tiny-training"]
+    assert driver._arguments(["--preset", "training"]).backward
+    assert driver._arguments(["--preset", "training"]).output == Path("models_training_step.json")
+    assert not driver._arguments(["--preset", "tiny"]).backward
+
+
+@pytest.mark.usefixtures("_not_compiled")
+def test_the_command_of_training_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "_bench", lambda *_: bench())
+    assert cli.main(["bench", "models", "--preset", "tiny-training", "--minutes", "-1"]) == 0
+    path = tmp_path / "models_tiny-training_step.json"
+    assert [row["form"] for row in json.loads(path.read_text())["rows"]] == NAMES[:1]
+    assert cli.main(["bench", "models", "--preset", "tiny-training"]) == 0
+    assert "1 rows held" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert [row["form"] for row in content["rows"]] == NAMES
+    assert content["pass"] == "step"
+    assert "a call is a step" in path.with_suffix(".md").read_text()
+
+
 @pytest.mark.slow
 def test_the_command_compiles_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

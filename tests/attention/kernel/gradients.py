@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from monarch_compile.attention.reference import reference
 from monarch_compile.codegen.attention import gradients
+from monarch_compile.codegen.attention.gradient_ir import GradientsOf
 from monarch_compile.codegen.attention.gradient_schedule import GradientSchedule
+from monarch_compile.codegen.launcher import Launcher, build
 from tests.attention.kernel.problems import Case, layout, tensors
 
 ILL_CONDITIONED = 4.0
@@ -26,16 +29,14 @@ Change = Callable[[GradientSchedule], GradientSchedule]
 @contextlib.contextmanager
 def scheduled(change: Change) -> Iterator[None]:
     """While this lasts, the kernels of gradients run under a changed schedule."""
-    choose = gradients.choose_gradient_schedule
 
-    def changed(*arguments: Any) -> GradientSchedule:
-        return change(choose(*arguments))
+    def changed(ir: Any, capability: Any, interpreted: bool) -> Launcher:
+        shipped = build(ir, capability, interpreted)
+        return Launcher(ir, change(shipped.schedule)) if isinstance(ir, GradientsOf) else shipped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients, "choose_gradient_schedule", changed)
-        gradients._backward_launcher.cache_clear()
+        patch.setattr(gradients, "build", functools.cache(changed))
         yield
-    gradients._backward_launcher.cache_clear()
 
 
 def reference_gradients(

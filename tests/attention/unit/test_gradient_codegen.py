@@ -162,8 +162,8 @@ import dataclasses, json, sys
 import torch
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.codegen.attention.gradients import BACKWARD
-from monarch_compile.codegen.attention.specialization import expected
+from monarch_compile.codegen.attention.gradient_emitter import GRADIENTS
+from monarch_compile.codegen.attention.gradient_ir import GradientsOf
 from monarch_compile.codegen.tuning.compiler_report import compile_report
 reports = []
 for change in json.loads(sys.stdin.read()):
@@ -172,8 +172,9 @@ for change in json.loads(sys.stdin.read()):
     change |= {name: tuple(change[name]) for name in ("grid", "tile") if name in change}
     change["dtype"], change["mask"] = getattr(torch, change["dtype"]), MaskKind(change.get("mask", "none"))
     ir = MonarchAttention(**sizes, dtype=torch.float16, form=Form(64), scale=0.125).changed(**change)
-    schedule = BACKWARD.choose_schedule(ir, (9, 0))
-    for kernel in BACKWARD.program_of(ir, schedule, expected(ir, schedule)).kernels:
+    gradients = GradientsOf(ir)
+    schedule = GRADIENTS.choose_schedule(gradients, (9, 0))
+    for kernel in GRADIENTS.program_of(gradients, schedule, GRADIENTS.expected(gradients, schedule)).kernels:
         report = dataclasses.asdict(compile_report(kernel, (9, 0)))
         reports.append({**report, "dtype": str(ir.dtype), "ptx": ""})
 print(json.dumps(reports))
