@@ -35,7 +35,9 @@ CODES: dict[str, Code] = {
     "block_order": Code("views and transposes alone between the two products, as a Monarch matrix or BLAST has them"),
     "block_rank": Code("as many numbers from each block of the first factor for each block of the second"),
     "block_reused": Code("what is between the two products must serve the second one alone"),
-    "block_step": Code("nothing but views between the two products: scales and activations after the second one"),
+    "block_step": Code(
+        "products of two tensors each, and nothing but views between them: scales, biases and activations behind"
+    ),
     "channels_mixed": Code(
         "one filter for each channel: a product that sums over channels is no depthwise convolution"
     ),

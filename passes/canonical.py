@@ -44,6 +44,10 @@ FUNCTIONAL: dict[OpOverload, OpOverload] = {
     aten.exp_.default: aten.exp.default,
     aten.exp2_.default: aten.exp2.default,
     aten.neg_.default: aten.neg.default,
+    aten.relu_.default: aten.relu.default,
+    aten.silu_.default: aten.silu.default,
+    aten.sigmoid_.default: aten.sigmoid.default,
+    aten.tanh_.default: aten.tanh.default,
     aten.index_put_.default: aten.index_put.default,
 }
 """In-place op -> its functional form, used where the written memory is private to the graph."""

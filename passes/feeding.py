@@ -259,9 +259,10 @@ def other_uses(
     """What a graph does with some weights beside what `feeds` (of the same graph) tell.
 
     Returns the paths of the feeds with all views of them and of the weights, in the order of the graph, and those of
-    these nodes (or of the weights) that something else reads.
+    these nodes (or of the weights) that something else reads: what a feed has for a leaf does not learn for it.
     """
     feeds, weights = list(feeds), set(weights)
+    given = {leaf for feed in feeds for leaf in feed.leaves}
     own = weights.union(*(feed.path for feed in feeds))
     for node in graph.nodes:
         if node.op == "call_function" and node.target in MOVES and inputs(node)[0] in own:
@@ -275,7 +276,7 @@ def other_uses(
         return any(x is node for place, x in enumerate(inputs(user)) if place not in feed.places)
 
     ordered = [node for node in graph.nodes if node in own]
-    read = tuple(node for node in ordered if any(is_foreign(user, node) for user in node.users))
+    read = tuple(node for node in ordered if node in given or any(is_foreign(user, node) for user in node.users))
     return tuple(node for node in ordered if node not in weights), read
 
 

@@ -13,12 +13,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from monarch_compile.passes.einsum import einsum_letters
 from monarch_compile.passes.graph import (
     arg,
     aten,
     inputs,
     modules_of,
     placeholders,
+    shape_of,
     switches_mode,
     value_of,
     values_from,
@@ -117,7 +119,7 @@ SETS_STRIDES = frozenset(
         aten.layer_norm.default,
     }
 )
-"""Ops whose output lies in memory in the same way however their inputs lie."""
+"""Ops whose output lies in memory in the same way however their inputs lie, `sets_strides` permitting."""
 GIVES_STRIDES = frozenset({aten.as_strided.default, aten.as_strided_.default})
 """Ops that read a tensor by strides of their own."""
 NEEDS_STRIDES = frozenset({aten.view_as.default, aten.view.dtype})
@@ -134,6 +136,25 @@ MAY_COPY = frozenset(
     }
 )
 """Ops whose output shares its input's memory or not, depending on strides."""
+
+
+def sets_strides(node: Node) -> bool:
+    """Whether an op's output lies in memory in the same way however its inputs lie."""
+    if node.target is aten.einsum.default:  # an elementwise product where nothing is summed over by both operands
+        named, out = einsum_letters(node)
+        return len(named) == 2 and any(map(_is_many, _sums_of(named, out)))
+    return node.target in SETS_STRIDES
+
+
+def _sums_of(named: Sequence[tuple[Node, str]], out: str) -> Iterator[tuple[object, object]]:
+    """The two sizes of each letter that an einsum of two operands sums over as a product of matrices."""
+    (one, first), (other, second) = named
+    for letter in {*first} & {*second} - {*out}:
+        yield shape_of(one)[first.index(letter)], shape_of(other)[second.index(letter)]
+
+
+def _is_many(sizes: Iterable[object]) -> bool:
+    return not any(isinstance(size, int) and size == 1 for size in sizes)
 
 
 def strided_reader(output: Node) -> Node | None:
@@ -220,7 +241,7 @@ def _downstream(node: Node) -> Iterator[Node]:
     while pending:
         current = pending.pop()
         yield current
-        users = (u for u in current.users if u not in seen and u.target not in SETS_STRIDES and u.op != "output")
+        users = (u for u in current.users if u not in seen and not sets_strides(u) and u.op != "output")
         for user in users:
             seen.add(user)
             pending.append(user)

@@ -19,6 +19,7 @@ from monarch_compile.calibration.plan import Plan
 from monarch_compile.calibration.search import CAPTURE_LIMIT
 from monarch_compile.calibration.snapshot import Snapshot
 from monarch_compile.config import MonarchConfig, parse_options
+from monarch_compile.distillation.memory import sharers
 from monarch_compile.distillation.report import DistillReport
 from monarch_compile.distillation.run import Run, Settings
 from monarch_compile.distillation.training import Schedule
@@ -89,7 +90,9 @@ def distill(
     schedule = _schedule(steps, lr, seed)
     hold = torch.device("cpu") if offload else None
     config = _config(options, plan)
-    settings = Settings(config, schedule, train_frozen, hold, checkpoint, progress)
+    # Of the model itself: a copy's parameters have memory of their own, but its weights may be loaded into the model.
+    tied = sharers(inner)
+    settings = Settings(config, schedule, train_frozen, hold, checkpoint, progress, tied=tied)
     report = distilled(inner if inplace else _copied(inner), calls, held_out, settings)
     return replace(report, model=model) if inplace else report
 

@@ -107,9 +107,11 @@ def _weights(feed: Feed, masters: Masters) -> dict[Node, Any]:
 
 
 def _at(leaves: Mapping[Node, Any], masters: Masters) -> dict[Node, Any]:
-    """The leaves, on the device of the weights."""
+    """The leaves, on the device of the weights; a parameter among them gets no gradient."""
     device = next(iter(masters.values())).device
-    return {node: pytree.tree_map_only(Tensor, lambda x: widened(x).to(device), x) for node, x in leaves.items()}
+    return {
+        node: pytree.tree_map_only(Tensor, lambda x: widened(x.detach()).to(device), x) for node, x in leaves.items()
+    }
 
 
 def require_finite(samples: Iterable[Sample]) -> None:
@@ -174,18 +176,22 @@ def _reached(
 
     first = {sample.feed: sample for sample in reversed(samples)}
     feeds = [feed for feed in group.feeds if feed.op.graph is graph.graph and feed in first]
+    by_feeds = {(leaf, user) for feed in feeds for leaf in feed.leaves for user in leaf.users if user in feed.path}
     path, read = other_uses(graph.graph, feeds, nodes)
     masters = {p: value.requires_grad_() for p, value in masters_of({*group.parameters, *nodes.values()}).items()}
-    values: dict[Node, Any] = {node: masters[p] for node, p in nodes.items()}
+    values: dict[Node, Any] = {}
     for feed in feeds:
-        values |= {**_at(first[feed].leaves, masters), **_weights(feed, masters)}
+        values |= _at(first[feed].leaves, masters)
         values |= {node: _random_like(values[node]) for node in feed.tokens}
+    for feed in feeds:
+        values |= _weights(feed, masters)
+    values |= {node: masters[p] for node, p in nodes.items()}
     with torch.enable_grad():
         found = replay(path, values)
         outputs = [found[node] for feed in feeds for node in feed.outputs]
         others = pytree.tree_leaves([found[node] for node in read])
     wanted = {p: masters[p] for p in dict.fromkeys(nodes.values())}
-    names = [user.name for node in read for user in node.users if user not in path]
+    names = [user.name for node in read for user in node.users if user not in path or (node, user) in by_feeds]
     return _gradients(outputs, wanted), _gradients(others, wanted), ", ".join(dict.fromkeys(names)) or "nothing"
 
 

@@ -51,7 +51,8 @@ class Settings:
     """What a run is asked for beside the model and its calls.
 
     train_frozen: whether weights that want no gradient may change. hold: where the teacher's inputs are kept, None for
-    the model's device. target: what a site is to give.
+    the model's device. target: what a site is to give. tied: names of parameters whose memory is another tensor's, too,
+    with the name of that.
     """
 
     config: MonarchConfig
@@ -61,6 +62,7 @@ class Settings:
     checkpoint: str | Path | None = None
     progress: bool = True
     target: Behaviour = exact
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +209,13 @@ class Run:
         if refused is not None:
             return refused
         graphs, train_frozen = self._teacher.tape.graphs, self._settings.train_frozen
-        return learned_elements(group, graphs, every, self._known, train_frozen=train_frozen)
+        elements = learned_elements(group, graphs, every, self._known, train_frozen=train_frozen)
+        if isinstance(elements, Unlearned):
+            return elements
+        for name in (self._known[p] for p, learns in elements.items() if learns.any()):
+            if name in self._settings.tied:
+                return Unlearned("shared_weight", f"{name} shares memory with {self._settings.tied[name]}")
+        return elements
 
     def _judged(
         self, group: Group, own: Training, calls: Sequence[Sequence[Sample]], held_out: Sequence[Sequence[Sample]]

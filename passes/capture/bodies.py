@@ -28,8 +28,10 @@ KEPT: dict[str, Run] = {
     "autograd_function_apply": lambda op, args, kwargs: args[0](*args[2:])[0],
     "invoke_subgraph": lambda op, args, kwargs: args[0](*args[2:]),
     "flex_attention": lambda op, args, kwargs: op(*args, **kwargs),
+    "register_hook": lambda op, args, kwargs: args[0].view_as(args[0]),
 }
-"""Ops whose meaning tracing would lose (what to recompute, a backward of one's own), and how to get their outputs."""
+"""Ops whose meaning tracing would lose (what to recompute, a backward of one's own, what a hook makes of a gradient),
+and how to get their outputs."""
 
 
 WHY: dict[str, str] = {

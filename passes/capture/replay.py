@@ -170,8 +170,9 @@ UNREPEATABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def _is_step(node: Node) -> bool:
-    """Whether a node may be recorded anew from its arguments alone: it writes nothing, and makes no symbols."""
-    if node.op != "call_function":
+    """Whether a node may be recorded anew from its arguments alone: it gives something, writes nothing, and makes no
+    symbols."""
+    if node.op != "call_function" or "val" not in node.meta:
         return False
     target = node.target
     if not isinstance(target, OpOverload):

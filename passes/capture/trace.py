@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
+from torch.autograd import grad_mode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
@@ -23,8 +24,16 @@ from monarch_compile.passes.capture.replay import Calls
 from monarch_compile.passes.graph import WEIGHT, modules_of, placeholders
 from monarch_compile.passes.memory import must_be_kept
 
-FORWARD_MODE = "_enter_dual_level"
-"""What forward-mode differentiation begins with: run while it is traced, it would not be left again."""
+UNTRACEABLE = {
+    "_enter_dual_level": "forward-mode differentiation (torch.func.jvp)",
+    "_register_hook_trampoline": "a gradient hook under compiled autograd",
+}
+"""Calls, by name, that tracing would run unrecorded: what they begin would not end, and what they add would be lost."""
+INFERENCE_MODE: dict[object, Callable[[bool], bool]] = {
+    grad_mode._enter_inference_mode: lambda is_on: not is_on,
+    grad_mode._exit_inference_mode: lambda before: before,
+}
+"""What make_fx runs unrecorded, and the grad mode that it leaves: all that a compiled graph knows of inference mode."""
 CARRIED_META = ("tensor_dict", "grapharg", "example_value", "stack_trace", "nn_module_stack", WEIGHT)
 
 
@@ -93,8 +102,9 @@ class _Retrace(Interpreter):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; autocast and function transforms are as they were when this returns or raises."""
-        if any(getattr(node.target, "__name__", "") == FORWARD_MODE for node in self.graph.nodes):
-            raise LoweringError("forward-mode differentiation (torch.func.jvp) cannot be traced")
+        for node in self.graph.nodes:
+            if getattr(node.target, "__name__", "") in UNTRACEABLE:
+                raise LoweringError(f"{UNTRACEABLE[node.target.__name__]} cannot be traced")
         self._entered: list[Any] = []
         depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         try:
@@ -122,6 +132,8 @@ class _Retrace(Interpreter):
             return self._of(body).run(*args[1:])
         if bodies.is_kept(target):
             return bodies.keep(self._node, target, args, kwargs)
+        if target in INFERENCE_MODE:
+            return self._switched(INFERENCE_MODE[target](*args))
         if is_enclosing(target):
             args = pytree.tree_map_only(GraphModule, lambda body: self._of(body).run, args)
         result = self._call(super().call_function, opened(target, args) or target, args, kwargs)
@@ -131,6 +143,12 @@ class _Retrace(Interpreter):
         elif target is autocast_mode._exit_autocast:
             self._exit()
         return result
+
+    def _switched(self, enabled: bool) -> bool:
+        """Switch grad mode, on record; returns what it was."""
+        before = torch.is_grad_enabled()
+        super().call_function(torch._C._set_grad_enabled, (enabled,), {})
+        return before
 
     def _of(self, body: GraphModule) -> _Retrace:
         return _Retrace(body, self._held, self._calls)

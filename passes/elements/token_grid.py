@@ -101,5 +101,6 @@ def _why_not(axis: Axis, node: Node) -> NoGrid:
     if len(factors) == 1:
         return NoGrid("the token axis is one spatial axis, not two or three", factors[0].origin[0])
     if kinds != {Kind.SPATIAL}:
-        return NoGrid("spatial axes are flattened together with another dim, such as the batch", axis.source)
+        what = f": {blamed.why}" if blamed is not None else ", such as the batch"
+        return NoGrid(f"spatial axes are flattened together with another dim{what}", axis.source)
     return NoGrid("parts of spatial axes are flattened in an order that is no grid", axis.source)

@@ -57,7 +57,7 @@ def _weigh(site: BlockLinearRegion, base: Decision, ir: BlockLinear, config: Mon
         gain = 1.0
     reason = f"policy is 'always'; predicted {gain:.2f}x against the products as they are spelled"
     decision = replace(base, status=LOWERED, stage="lowered", code="lowered", reason=reason)
-    return Choice(decision, site, ir, frozenset(site.inside), gain)
+    return Choice(decision, site, ir, frozenset({*site.inside, site.output}), gain)
 
 
 def _exact(base: Decision, stage: str, refusal: Refusal) -> Choice:

@@ -32,7 +32,9 @@ RESHAPES = frozenset(
     }
 )
 """Ops that keep the order of elements, whatever the dims."""
-MOVES = RESHAPES | TRANSPOSES | {*CASTS_AND_COPIES}
+COPIES = frozenset({*CASTS_AND_COPIES} - {aten.detach.default})
+"""Ops that give each element in its place, and its gradient: `detach` gives none."""
+MOVES = RESHAPES | TRANSPOSES | COPIES
 """Ops that move every element of a tensor to a place of its own."""
 
 _reshaped = VIEW_RULES[aten.reshape.default]
@@ -74,7 +76,7 @@ class Elements(Evaluator):
         if node.target in RESHAPES:
             found = _reshaped(self, node, index)
             return _by_rows(self, node, index) if found is None else found
-        if node.target in CASTS_AND_COPIES or node.target in self._through:
+        if node.target in COPIES or node.target in self._through:
             return self.value(inputs(node)[0], index)
         return self.opaque(node, index)
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch.fx import Node
 
 from monarch_compile.linear.ir import BLOCKED, INTERLEAVED
-from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, shape_of
+from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, shape_of, value_of
 from monarch_compile.passes.linear.elements import MOVES, Elements, evaluated, grid_of
 from monarch_compile.passes.linear.orders import is_the_same_order, symbols_of
 from monarch_compile.passes.linear.products import Roles
@@ -28,7 +28,7 @@ def ending_of(
     best = _as_product(last, symbols, tokens, token_sizes)
     elements, node, passed = Elements(), last.product.node, list[Node]()
     while (user := _only_user(node)) is not None and user not in taken:
-        if user.target not in MOVES or inputs(user)[0] is not node or dtype_of(user) is not dtype_of(node):
+        if user.target not in MOVES or inputs(user)[0] is not node or not _is_alike(user, node):
             break
         passed.append(node)
         node = user
@@ -36,6 +36,11 @@ def ending_of(
         if found is not None:
             best = Ending(node, *found, inside=tuple(passed))
     return best if best is None or best.order is None else _with_activation(_with_bias(best, taken), taken)
+
+
+def _is_alike(one: Node, other: Node) -> bool:
+    """Whether two tensors are of one dtype and on one device."""
+    return dtype_of(one) is dtype_of(other) and value_of(one).device == value_of(other).device
 
 
 def _only_user(node: Node) -> Node | None:

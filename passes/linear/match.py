@@ -15,7 +15,7 @@ from monarch_compile.passes.capture.trace import to_aten
 from monarch_compile.passes.graph import dtype_of, modules_of
 from monarch_compile.passes.linear.elements import Elements, is_static, source_of_moves
 from monarch_compile.passes.linear.ending import ending_of
-from monarch_compile.passes.linear.near import near_miss
+from monarch_compile.passes.linear.near import near_miss, unread
 from monarch_compile.passes.linear.orders import Link, interleaving, link, reading, symbols_of
 from monarch_compile.passes.linear.products import Product, Roles, product_of
 from monarch_compile.passes.linear.region import BlockLinearRegion, Ending, Site
@@ -28,6 +28,7 @@ def find_sites(gm: GraphModule) -> list[Site]:
     """Every block linear of a graph and of the bodies in it, in its order; what is close to one is refused."""
     sites: list[Site] = []
     taken: set[Node] = set()
+    told: set[Node] = set()
     for node in reversed(
         gm.graph.nodes
     ):  # the last product of BLAST before those that would be Monarch's by themselves
@@ -37,8 +38,13 @@ def find_sites(gm: GraphModule) -> list[Site]:
             sites += reversed(_inside(node))
             continue
         product = product_of(node) if node not in taken else None
-        site = None if product is None else _site(product, taken)
-        if site is not None:
+        site: Site | None
+        if product is None:
+            refusal = unread(node)
+            site = None if refusal is None else RefusedSite(node, refusal)
+        else:
+            site = _site(product, taken, told)
+        if isinstance(site, BlockLinearRegion) or (site is not None and node not in told):
             sites.append(site)
         if isinstance(site, BlockLinearRegion):
             taken |= {*site.inside, site.output}
@@ -55,10 +61,11 @@ def _inside(node: Node) -> list[Site]:
     return [RefusedSite(site.anchor, Refusal("in_body", why, site.anchor)) for site in sites]
 
 
-def _site(last: Product, taken: set[Node]) -> Site | None:
+def _site(last: Product, taken: set[Node], told: set[Node]) -> Site | None:
     """The block linear that a product ends, the reason why it is none where it is close to one, or None.
 
-    taken: nodes that belong to other regions; the product before one that is refused is taken, too.
+    taken: nodes that belong to other regions. told: products before ones that were refused, which grows; those may end
+    a block linear of their own, but no second refusal is about them.
     """
     if last.is_elementwise:
         return None
@@ -68,16 +75,23 @@ def _site(last: Product, taken: set[Node]) -> Site | None:
         if roles is None or not (roles.batch and roles.columns and roles.sums):
             continue
         try:
-            region = _region(roles, frozenset(taken))
+            region = _region(roles, frozenset(taken | told))
+            if region is not None and last.node in told and _is_coupling(region):
+                return None
             if region is not None:
                 return region
-            if source_of_moves(roles.other_node)[0] not in taken:
+            if source_of_moves(roles.other_node)[0] not in taken | told:
                 near_miss(roles)
         except Refused as refusal:
             if not is_computed(roles.weight_node):
-                taken.add(source_of_moves(roles.other_node)[0])
+                told.add(source_of_moves(roles.other_node)[0])
                 refused = refused or RefusedSite(last.node, refusal.refusal)
     return refused
+
+
+def _is_coupling(region: BlockLinearRegion) -> bool:
+    """Whether the last product may be the coupling of a BLAST that was refused: one number of each input block."""
+    return region.coupling is None and region.rank == 1
 
 
 def _region(last: Roles, taken: frozenset[Node]) -> BlockLinearRegion | None:

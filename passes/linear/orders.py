@@ -118,7 +118,8 @@ def interleaving(found: Link, in_blocks: int, columns: int, node: Node) -> Inter
 def is_the_same_order(indices: Sequence[Any], sizes: Sequence[Any], symbols: Sequence[Any], own: Sequence[Any]) -> bool:
     """Whether elements at `indices` into dims of `sizes` come in the order of `symbols`, into dims of sizes `own`."""
     one, other = (flat(at, list(map(_expr, dims))) for at, dims in ((indices, sizes), (symbols, own)))
-    if sympy.expand(one - other) == 0:
+    firsts = {symbol: 0 for symbol, size in zip(symbols, own, strict=True) if isinstance(size, int) and size == 1}
+    if sympy.expand(sympy.sympify(one - other).subs(firsts)) == 0:
         return True
     if not is_static([*sizes, *own]):
         return False

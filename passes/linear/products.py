@@ -118,9 +118,13 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _bmm(node: Node) -> Product | None:
-    x, y = inputs(node)[:2]
+def batched(node: Node, x: Node, y: Node) -> Product:
+    """A node as the product of x (b, n, m) with y (b, m, p)."""
     return _made(node, (x, y), ((0, 1, 2), (0, 2, 3)), (0, 1, 3), (node,))
+
+
+def _bmm(node: Node) -> Product | None:
+    return batched(node, *inputs(node)[:2])
 
 
 def _matmul(node: Node) -> Product | None:

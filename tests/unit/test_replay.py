@@ -218,3 +218,15 @@ def test_what_writes_or_is_told_by_data_is_traced_each_time(monkeypatch: pytest.
         assert calls == []
         captured(arguments, SQUARE, dynamic=True)
         assert calls == []
+
+
+def test_what_gives_nothing_is_traced_each_time() -> None:
+    def asserted(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = F.scaled_dot_product_attention(x, x, x)
+            torch._assert_async((x.abs() < 1e9).all(), "too large")
+        return x
+
+    gm = captured(asserted, torch.randn(1, 2, 5, 4))
+    asserts = [node for node in gm.graph.nodes if "_assert_async" in str(node.target)]
+    assert len(asserts) == 3

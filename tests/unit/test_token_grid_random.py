@@ -89,8 +89,42 @@ def _widened(r: random.Random, x: Tensor) -> Step:
     return lambda x: x.unsqueeze(dim).expand(*x.shape[:dim], 2, *x.shape[dim:])
 
 
+def _repeated(r: random.Random, x: Tensor) -> Step:
+    dim = r.randrange(x.dim())
+    times = [2 if d == dim else 1 for d in range(x.dim())]
+    return lambda x: x.repeat(times)
+
+
+def _repeated_each(r: random.Random, x: Tensor) -> Step:
+    """Each place as often, or some left out and others twice."""
+    dim = r.randrange(x.dim())
+    if r.random() < 0.5:
+        times = r.choice([1, 2, 3])
+        return lambda x: x.repeat_interleave(times, dim)
+    counts = [2, *(r.randrange(3) for _ in range(x.shape[dim] - 1))]
+    return lambda x: x.repeat_interleave(torch.tensor(counts), dim, output_size=sum(counts))
+
+
+def _outer(r: random.Random, x: Tensor) -> Step:
+    """A line, or all, with ones: first or last."""
+    number, op = r.choice([1, 2, 3]), r.choice([torch.outer, torch.ger])
+    dim, is_line, is_first = r.randrange(x.dim()), r.random() < 0.5, r.random() < 0.5
+
+    def step(x: Tensor) -> Tensor:
+        line = x.movedim(dim, -1).flatten(0, -2)[0] if is_line else x.flatten()
+        ones = torch.ones(number)
+        return op(line, ones) if is_first else op(ones, line)
+
+    return step
+
+
+def _with_its_flip(r: random.Random, x: Tensor) -> Step:
+    dim, at = r.randrange(x.dim()), r.randrange(x.dim() + 1)
+    return lambda x: torch.stack([x, x.flip(dim)], at)
+
+
 MAKERS = [*[_transposed] * 4, *[_regrouped] * 7, _sliced, _sliced, *[_joined] * 3, _rolled, _padded]
-MAKERS += [_taken, _indexed, _widened]
+MAKERS += [_taken, _indexed, _widened, _repeated, _repeated_each, _repeated_each, _outer, _with_its_flip]
 
 
 def _program(seed: int) -> tuple[Callable[[Tensor], Tensor], list[str]]:
