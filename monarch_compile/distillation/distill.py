@@ -55,8 +55,8 @@ def distill(
     runs once for each site and call, up to the site.
 
     The model runs in eval mode, eagerly, and its mode, random state, buffers and attributes are put back, as
-    `calibrate` does. Weights are written at the very end, all or none: an error or KeyboardInterrupt before leaves
-    them as they were.
+    `calibrate` does. Weights are written at the very end, all or none: an error or KeyboardInterrupt leaves them
+    as they were.
 
     Args:
         model: a module, compiled or not.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,17 @@ class Run:
         references = [self._output(n, "exact model", self._teacher.count) for n in range(len(self._calls))]
         for failure in self._teacher.probe.failures:
             logger.warning("the passes failed on a graph, which stays exact: %s", failure)
-        before = after = self._output_errors(references, "lowered model")
+        before = self._output_errors(references, "lowered model")
         rows, weights = self._learn_all()
-        if weights:
-            write(weights)
-            after = self._output_errors(references, "distilled model")
-        self._say.end()
-        calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
+        with written(weights):
+            after = self._output_errors(references, "distilled model") if weights else before
+            self._say.end()
+            calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
+            return self._reported(rows, calls, held_out, time.perf_counter() - start)
+
+    def _reported(
+        self, rows: Mapping[str, DistilledSite], calls: Errors, held_out: Errors, seconds: float
+    ) -> DistillReport:
         return DistillReport(
             sites=tuple(rows.values()),
             calls=calls,
@@ -105,7 +110,7 @@ class Run:
             num_calls=self._num_calls,
             num_held_out=len(self._calls) - self._num_calls,
             **asdict(self._settings.schedule),
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
             plan=self._settings.config.plan or self._plan(rows, calls.after),
             model=self._model,
         )
@@ -254,12 +259,14 @@ class Run:
         )
 
 
-def write(weights: Mapping[nn.Parameter, Tensor]) -> None:
-    """Give parameters new values: all of them, or none where this is interrupted."""
+@contextlib.contextmanager
+def written(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Give parameters new values: all of them, or none where this, or what is run with them, is interrupted."""
     old = {parameter: parameter.detach().clone() for parameter in weights}
     try:
         for parameter, value in weights.items():
             parameter.data.copy_(value)  # without a new version, of which a snapshot would warn
+        yield
     except BaseException:
         for parameter, value in old.items():
             parameter.data.copy_(value)

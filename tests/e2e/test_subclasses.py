@@ -16,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import monarch_compile
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.op import attention_with_lse
 from monarch_compile.attention.reference import reference
 from monarch_compile.attention.sharding import _shardings, shards_attention
@@ -236,7 +237,7 @@ def test_operators_of_a_step_are_sharded(
 
     assert shards_attention()
     local = [torch.randn(2, 4, 41, 8).requires_grad_() for _ in range(3)]
-    arguments = (1.0, 8, 1, "identity", "post", None, 0, None, "box", None)
+    arguments = (1.0, *Form(8).arguments(), None)
     given = [DTensor.from_local(x.detach(), mesh, [Shard(sharded)], run_check=False).requires_grad_() for x in local]
     bias = torch.randn(2, 41).requires_grad_()
     split = Shard(0) if sharded == 0 else Replicate()

@@ -22,7 +22,7 @@ from monarch_compile.calibration.instrument import with_attention
 from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.config import MonarchConfig
 from monarch_compile.distillation.distill import distilled
-from monarch_compile.distillation.run import Settings
+from monarch_compile.distillation.run import Run, Settings
 from monarch_compile.distillation.training import Schedule
 
 STEPS, LR = 120, 0.03
@@ -299,3 +299,19 @@ def test_an_output_without_floating_numbers_has_no_error(calls):
     report = distill(Classes(layers=1).eval(), calls[:2], **quick())
     assert (report.calls.before, report.calls.after) == (None, None)
     assert report.plan.metric == report.sites[0].calls.after
+
+
+def test_an_interruption_of_the_last_runs_puts_the_old_weights_back(teacher, calls, monkeypatch):
+    model, before = copy.deepcopy(teacher), state_of(teacher)
+    measured = Run._output_errors
+
+    def interrupted(run, references, what):
+        if what == "distilled model":
+            assert changed(before, model)
+            raise KeyboardInterrupt
+        return measured(run, references, what)
+
+    monkeypatch.setattr(Run, "_output_errors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, calls[:2], inplace=True, **quick())
+    assert not changed(before, model)

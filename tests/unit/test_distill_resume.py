@@ -133,6 +133,9 @@ def test_a_file_that_is_no_checkpoint_is_named(content, calls, tmp_path):
 def test_new_weights_are_written_all_or_none():
     model = torch.nn.Linear(3, 2)
     before = state_of(model)
-    with pytest.raises(RuntimeError):
-        run.write({model.weight: torch.ones(2, 3), model.bias: torch.ones(5)})
+    with pytest.raises(RuntimeError), run.written({model.weight: torch.ones(2, 3), model.bias: torch.ones(5)}):
+        pass
     assert not changed(before, model)
+    with run.written({model.weight: torch.ones(2, 3)}):
+        assert (model.weight == 1).all()
+    assert {*changed(before, model)} == {"weight"}

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 from torch.utils.checkpoint import checkpoint
 
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.op import ATTENTION_OP, ATTENTION_WITH_LSE_OP, attention_with_lse
 from monarch_compile.attention.reference import reference
@@ -27,7 +28,7 @@ from tests.support.poison import Poisoned, between_margins
 
 FORM = {"block_size": 8, "window": 1}
 OPTIONS = {"policy": "always", "strict": True, **FORM}
-ARGUMENTS = (0.5, 8, 1, "identity", "post", 1, 0, None, "box", None)
+ARGUMENTS = (0.5, *Form(8, window=1).arguments(), None)
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from monarch_compile.attention import gradients
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.op import attention_backward, attention_with_lse
 from monarch_compile.attention.reference import reference
 
 pytest.importorskip("monarch_compile.codegen.attention.gradients")
-ARGUMENTS = (0.5, 16, 1, "identity", "post", 1, 0, None, "box", None)
+ARGUMENTS = (0.5, *Form(16, window=1).arguments(), None)
 FORM = {"scale": 0.5, "block_size": 16, "window": 1}
 
 
