@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monarch_compile.attention.form import FORM_OPTIONS, FORM_RULES, MAX_AXES, Form, wrong_window
+from monarch_compile.attention.form import (
+    FORM_OPTIONS,
+    FORM_RULES,
+    MAX_AXES,
+    Form,
+    weighs_own_block_exactly,
+    wrong_window,
+)
 from monarch_compile.errors import ConfigError
 from monarch_compile.rules import FLAG, OptionRule, at_least, broken_rule, one_of, or_else, tuple_of
 
@@ -26,6 +33,7 @@ OPTION_RULES: dict[str, OptionRule] = {
     "policy": one_of(POLICIES),
     "min_seq_len": at_least(0),
     "cross_attention": FLAG,
+    "causal": FLAG,
     "autotune": FLAG,
     "strict": FLAG,
     "plan": OptionRule(lambda v: v is None or _is_plan(v), "a Plan, or the path of a saved one"),
@@ -49,6 +57,7 @@ class MonarchConfig:
         Blocks are of what follows them. "auto": the tokens before or after a grid that is found, else 0.
     prefix_at_end: whether these tokens are the last of the sequence, not the first, as text after an image. "auto": as
         they lie beside a grid that is found, else False.
+    chosen: blocks outside of the window that each block of queries attends to exactly, those of most far-field mass.
     grid: sizes of the axes that the other tokens flatten. "auto": found in the graph, from the convolution
         or reshape that the tokens come from; None: not looked for. Given by hand, it is that of all self-attention.
     tile: tokens of a block along each axis of the grid, where there is one. "auto": a table of the number of tokens,
@@ -59,8 +68,9 @@ class MonarchConfig:
     min_seq_len: attention with fewer keys stays exact, under any policy.
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
         block_size and num_iters: the mean start, no window, no prefix, no tiles. A plan needs no such permission.
+    causal: may causal attention be lowered? A plan needs no such permission.
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
-        window, prefix, tile, window_shape and prefix_at_end, and which sites may be lowered at all.
+        window, prefix, tile, window_shape, prefix_at_end and chosen, and which sites may be lowered at all.
     autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
         False runs the shipped ones.
     strict: raise LoweringError where the default would keep a site exact for lack of support, or fall back.
@@ -76,10 +86,12 @@ class MonarchConfig:
     tile: tuple[int, ...] | str | None = "auto"
     window_shape: str = "auto"
     prefix_at_end: bool | str = "auto"
+    chosen: int = 0
     grid: tuple[int, ...] | str | None = "auto"
     policy: str = "auto"
     min_seq_len: int = 0
     cross_attention: bool = False
+    causal: bool = False
     plan: Plan | None = None
     autotune: bool = False
     strict: bool = False
@@ -89,6 +101,8 @@ class MonarchConfig:
         wrong = broken_rule(vars(self), OPTION_RULES)
         if wrong is not None:
             raise ConfigError(f"option {wrong}")
+        if self.chosen and not weighs_own_block_exactly(self.num_iters, self.init):
+            raise ConfigError(f"option 'chosen' needs num_iters=1 and init='identity'; found chosen={self.chosen}")
         for name in ("tile", "grid", "window"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))

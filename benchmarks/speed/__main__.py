@@ -123,6 +123,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="monarch-compile bench speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="h200" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--causal", dest="preset", action="store_const", const="causal", help="prefill: --preset causal"
+    )
     parser.add_argument("--output", type=Path, metavar="PATH", help="results file (default: speed_PRESET.json)")
     parser.add_argument("--peer", action="append", default=[], metavar="MODULE:FUNCTION", help="f(q, k, v); repeatable")
     parser.add_argument(

@@ -44,13 +44,15 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 def problem_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What identifies a problem."""
-    return tuple(row["problem"][name] for name in PROBLEM)
+    problem = row["problem"]
+    return (*(problem[name] for name in PROBLEM), problem.get("num_kv_heads"), problem.get("causal", False))
 
 
 def problem_words(problem: Sequence[Any]) -> str:
     """A problem as tables name it."""
-    batch, seq_len, heads, dim, dtype, masked = problem
-    return f"{batch} x {seq_len}, {heads} x {dim}, {dtype}{', padded keys' * masked}"
+    batch, seq_len, heads, dim, dtype, masked, shared, causal = problem
+    on = "" if shared is None else f" on {shared}"
+    return f"{batch} x {seq_len}, {heads} x {dim}{on}, {dtype}{', padded keys' * masked}{', causal' * causal}"
 
 
 def _by_problem(content: Content, cell: Any) -> list[str]:
@@ -127,8 +129,9 @@ def draw(content: Content, path: Path) -> None:
     figure, axes = plt.subplots(len(panels), figsize=(6.8, 4.2 * len(panels)), squeeze=False)
     for place, panel in zip(axes[:, 0], panels, strict=True):
         _draw_panel(place, [row for row in rows if problem_of(row)[2:] == panel], content["clocks"][0])
-        heads, dim, dtype, masked = panel
-        title = f"{heads} heads of {dim}, {dtype}{', padded keys' * masked}, {content['clocks'][0]}"
+        heads, dim, dtype, masked, shared, causal = panel
+        on, order = "" if shared is None else f" on {shared}", ", causal" * causal
+        title = f"{heads} heads of {dim}{on}, {dtype}{', padded keys' * masked}{order}, {content['clocks'][0]}"
         place.set_title(title, fontsize=9)
     figure.suptitle(content["environment"].get("gpu") or content["environment"]["cpu"], fontsize=10)
     figure.tight_layout()

@@ -18,7 +18,10 @@ from monarch_compile.cost.devices import Device
 
 @dataclass(frozen=True)
 class Problem:
-    """Bidirectional self-attention of q, k, v, each (batch, num_heads, seq_len, head_dim); `masked`: key padding."""
+    """Self-attention of q (batch, num_heads, seq_len, head_dim), k and v (batch, num_kv_heads, seq_len, head_dim).
+
+    masked: key padding. num_kv_heads: None for as many as of queries. causal: without it, every query sees every key.
+    """
 
     batch: int
     seq_len: int
@@ -26,10 +29,20 @@ class Problem:
     head_dim: int = 64
     dtype: str = "float16"
     masked: bool = False
+    num_kv_heads: int | None = None
+    causal: bool = False
 
     def __str__(self) -> str:
         padding = " key padding" if self.masked else ""
-        return f"{self.batch} x {self.seq_len}, {self.num_heads} heads of {self.head_dim}, {self.dtype}{padding}"
+        shared = "" if self.num_kv_heads is None else f" on {self.num_kv_heads}"
+        order = ", causal" if self.causal else ""
+        heads = f"{self.num_heads} heads of {self.head_dim}{shared}"
+        return f"{self.batch} x {self.seq_len}, {heads}, {self.dtype}{padding}{order}"
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -44,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class AutoForm:
-    """A Monarch form; its block size is what "auto" gives, or what a tile holds.
+    """A Monarch form; its block size is what "auto" gives, or what a tile holds, unless it is given.
 
     With a tile, the tokens lie on the largest square grid that they fill, and those that are left over before it.
     """
@@ -54,17 +67,20 @@ class AutoForm:
     prefix: int = 0
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
+    chosen: int = 0
+    block_size: int | None = None
 
     def __str__(self) -> str:
         prefix = f" prefix={self.prefix}" if self.prefix else ""
         tile = "" if self.tile is None else f" {'x'.join(map(str, self.tile))} tiles {self.window_shape}"
-        return f"T={self.num_iters} window={self.window}{prefix}{tile}"
+        chosen = f" chosen={self.chosen}" if self.chosen else ""
+        return f"T={self.num_iters} window={self.window}{prefix}{chosen}{tile}"
 
     def ir(self, problem: Problem, device: Device) -> MonarchAttention:
         """The IR of `problem` in this form on `device`."""
         dim, dtype = problem.head_dim, problem.torch_dtype
-        block = auto_block_size(problem.seq_len, device.kind, self.window, self.prefix)
-        form, grid = Form(block, self.num_iters, window=self.window, prefix=self.prefix), None
+        block = self.block_size or auto_block_size(problem.seq_len, device.kind, self.window, self.prefix)
+        form, grid = Form(block, self.num_iters, window=self.window, prefix=self.prefix, chosen=self.chosen), None
         if self.tile is not None:
             side = math.isqrt(problem.seq_len)
             grid, prefix = (side, side), problem.seq_len - side**2
@@ -72,40 +88,46 @@ class AutoForm:
                 form, block_size=math.prod(self.tile), prefix=prefix, tile=self.tile, window_shape=self.window_shape
             )
         return MonarchAttention(
-            *(problem.batch, problem.num_heads, problem.num_heads, problem.seq_len, problem.seq_len, dim, dim),
+            *(problem.batch, problem.num_heads, problem.key_heads, problem.seq_len, problem.seq_len, dim, dim),
             dtype=dtype,
             form=form,
             grid=grid,
             scale=dim**-0.5,
             mask=MaskKind.KEY_PADDING if problem.masked else MaskKind.NONE,
+            is_causal=problem.causal,
         )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a problem. mask: (batch, seq_len), True where a key is visible; None where all are."""
+    """Tensors of a problem. mask: (batch, seq_len), True where a key is visible; None where all are.
+
+    causal: whether a query sees no later key.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
+    causal: bool = False
 
     def trained(self) -> Inputs:
         """The same as leaves that want gradients."""
         q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
-        return Inputs(q, k, v, self.mask)
+        return Inputs(q, k, v, self.mask, self.causal)
 
 
 def inputs(problem: Problem, device: str) -> Inputs:
-    """Standard normal q, k, v as a fused projection gives them: views of one (batch, seq, 3, heads, dim) tensor."""
+    """Standard normal q, k, v as a fused projection gives them: views of one (batch, seq, all heads, dim) tensor."""
     generator = torch.Generator(device).manual_seed(problem.seq_len)
-    shape = (problem.batch, problem.seq_len, 3, problem.num_heads, problem.head_dim)
+    heads = [problem.num_heads, problem.key_heads, problem.key_heads]
+    shape = (problem.batch, problem.seq_len, sum(heads), problem.head_dim)
     packed = torch.randn(shape, device=device, dtype=problem.torch_dtype, generator=generator)
-    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = packed.transpose(1, 2).split(heads, 1)
     if not problem.masked:
-        return Inputs(q, k, v)
+        return Inputs(q, k, v, causal=problem.causal)
     lengths = torch.tensor(problem.lengths(), device=device)
-    return Inputs(q, k, v, torch.arange(problem.seq_len, device=device) < lengths[:, None])
+    return Inputs(q, k, v, torch.arange(problem.seq_len, device=device) < lengths[:, None], problem.causal)
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,8 @@ _TILED = (
     AutoForm(1, 1, tile=(4, 8), window_shape="plus"),
     AutoForm(1, None, tile=(4, 8)),
 )
+PREFILLS = tuple(Problem(1, n, 32, 128, "bfloat16", num_kv_heads=8, causal=True) for n in (8192 << p for p in range(5)))
+_CAUSAL = tuple(AutoForm(1, 2, prefix=64, chosen=chosen, block_size=64) for chosen in (8, 16, 32))
 _ONE_ITERATION = tuple(AutoForm(1, window) for window in WINDOWS)
 PRESETS: dict[str, Preset] = {
     "h200": Preset(
@@ -171,5 +195,6 @@ PRESETS: dict[str, Preset] = {
     "grids": Preset("cuda", tuple(Problem(*shape, dtype="bfloat16") for shape in _GRIDS), (AutoForm(1, 1), *_TILED)),
     "steps": Preset("cuda", tuple(Problem(*shape, dtype="bfloat16") for shape in STEP_SHAPES), _ONE_ITERATION),
     "full": Preset("cuda", tuple(_full()), tuple(AutoForm(*x) for x in itertools.product((1, 2, 3), WINDOWS))),
+    "causal": Preset("cuda", PREFILLS, _CAUSAL),
     "cpu": Preset("cpu", tuple(Problem(1, n, dtype="float32") for n in CPU_LENGTHS), _ONE_ITERATION),
 }

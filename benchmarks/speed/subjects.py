@@ -42,7 +42,8 @@ class Subject:
 
 def _sdpa(x: Inputs) -> Call:
     mask = None if x.mask is None else x.mask[:, None, None, :]
-    return functools.partial(scaled_dot_product_attention, x.q, x.k, x.v, attn_mask=mask)
+    options = {"attn_mask": mask, "is_causal": x.causal, "enable_gqa": x.q.shape[1] != x.k.shape[1]}
+    return functools.partial(scaled_dot_product_attention, x.q, x.k, x.v, **options)
 
 
 def _backend(name: str, backend: SDPBackend) -> Subject:
@@ -54,8 +55,21 @@ def _flex(x: Inputs) -> Call:
 
     torch._dynamo.reset()  # a limit of recompilations would send the later problems to the eager form
     compiled = torch.compile(flex_attention, dynamic=False)
+    if x.causal and x.mask is not None:
+        raise Unsupported("takes a mask or a triangle, not both")
     block_mask = None if x.mask is None else key_padding_blocks(x.mask.sum(1), x.q.shape[2])
-    return functools.partial(compiled, x.q, x.k, x.v, block_mask=block_mask)
+    if x.causal:
+        block_mask = causal_blocks(x.q)
+    grouped = x.q.shape[1] != x.k.shape[1]
+    return functools.partial(compiled, x.q, x.k, x.v, block_mask=block_mask, enable_gqa=grouped)
+
+
+def causal_blocks(q: Tensor) -> object:
+    """FlexAttention's mask of later keys for queries (batch, heads, seq_len, dim)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    seq_len = q.shape[2]
+    return create_block_mask(lambda b, h, i, j: j <= i, None, None, seq_len, seq_len, device=str(q.device))
 
 
 def key_padding_blocks(lengths: Tensor, seq_len: int) -> object:
@@ -87,7 +101,7 @@ def key_padding_blocks(lengths: Tensor, seq_len: int) -> object:
 
 
 def _compiled_exact(x: Inputs) -> Call:
-    return functools.partial(compiled_attention({}), *_unmasked(x))
+    return functools.partial(compiled_attention({}, causal=x.causal), *_unmasked(x))
 
 
 def _unmasked(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,9 +125,15 @@ EXACT: dict[str, tuple[Subject, ...]] = {
 def peers(functions: Sequence[tuple[str, Peer]]) -> tuple[Subject, ...]:
     """Users' functions f(q, k, v), by name; none is told of a mask, and none counts as exact."""
     return tuple(
-        Subject(name, lambda x, f=function: functools.partial(f, *_unmasked(x)), exact=False)  # type: ignore[misc]
+        Subject(name, lambda x, f=function: functools.partial(f, *_unordered(x)), exact=False)  # type: ignore[misc]
         for name, function in functions
     )
+
+
+def _unordered(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    if x.causal:
+        raise Unsupported("is told of no causal order")
+    return _unmasked(x)
 
 
 def step_of(call: Call, x: Inputs) -> Call:
@@ -133,5 +153,6 @@ def step_of(call: Call, x: Inputs) -> Call:
 def monarch(ir: MonarchAttention, x: Inputs) -> Call:
     """The Monarch form of `ir`, compiled by the backend."""
     torch._dynamo.reset()  # as for flex
-    compiled = compiled_attention({"policy": "always", "strict": True, "grid": ir.grid or "auto", **asdict(ir.form)})
+    options = {"policy": "always", "strict": True, "grid": ir.grid or "auto", "causal": ir.is_causal, **asdict(ir.form)}
+    compiled = compiled_attention(options, causal=ir.is_causal)
     return functools.partial(compiled, x.q, x.k, x.v, x.mask)

@@ -15,7 +15,6 @@ import torch
 from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.gradient_schedule import GradientSchedule, without_exact_keys
 from monarch_compile.codegen.attention.kernels import (
-    ONLY,
     SIZES,
     buffers_of,
     constants_of,
@@ -24,6 +23,7 @@ from monarch_compile.codegen.attention.kernels import (
     strides_of,
 )
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours
+from monarch_compile.codegen.attention.roles import ONLY
 from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch, staged
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, padded
@@ -153,7 +153,7 @@ def _kernel(
 
 def _exact(role: BackwardRole, ir: MonarchAttention) -> tuple[str, ...]:
     """What the exact groups need of the rows; the kernel of keys, where there is no window, of the prefix alone."""
-    if not role.reads_keys or not ir.form.has_exact_keys:
+    if not role.reads_keys or not ir.has_exact_keys:
         return ()
     of_rest = ir.form.window is not None or "dq" in role.updates
     return ("dz", "lse", "delta") if of_rest else ("dz", "lse")
@@ -186,7 +186,7 @@ def _choices(ir: MonarchAttention, schedule: GradientSchedule) -> dict[str, Any]
         **axes_of(ir),
         "values": True,
         "summarizes": True,
-        "near": ir.form.has_exact_keys,
+        "near": ir.has_exact_keys,
         "whole": schedule.whole,
         "fused": schedule.fused,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",

@@ -34,6 +34,8 @@ def backward_refusal(form: Form, is_cross: bool, seq_len: Any = None) -> str | N
     is_cross: whether queries and keys are sequences of different lengths. seq_len: that of the keys, where it is known.
     """
     form = form.simplest()
+    if form.chosen:
+        return f"there are no backward kernels for chosen blocks; found chosen={form.chosen}"
     if is_cross:
         return "there are no backward kernels for queries and keys of different lengths"
     if form.num_iters != 1:

@@ -24,6 +24,8 @@ from monarch_compile.errors import CodegenError
 WITH_LSE = replace(EMITTER, program=program_with_lse)
 """The forward pass that also gives the logsumexp of each row."""
 
+CAUSAL = "there are no backward kernels for causal attention"
+
 
 def launch_with_lse(
     q: Tensor,
@@ -121,8 +123,9 @@ def run(
 
 
 def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
+    is_causal = bool(options.pop("causal", False))
     form = form_of(**options)
-    refusal = backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2])
+    refusal = CAUSAL if is_causal else backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2])
     if refusal is not None:
         raise CodegenError(refusal)
     return form

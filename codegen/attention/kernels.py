@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,16 @@ from monarch_compile.attention.form import MAX_AXES
 from monarch_compile.attention.groups import HIDDEN
 from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours, windows_of
-from monarch_compile.codegen.attention.schedule import Schedule, can_fuse
+from monarch_compile.codegen.attention.roles import (
+    ATTEND_WITH_LSE,
+    FUSED,
+    MEAN,
+    PREFIX_SHARES,
+    Role,
+    roles,
+    shares_prefix,
+)
+from monarch_compile.codegen.attention.schedule import WORD, Schedule
 from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch, staged
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
 from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
@@ -22,9 +31,8 @@ COPIED_ROWS = SHARED_PREFIX
 """Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
 WARPGROUP, WARPGROUP_ROWS = 4, 64
 """Warps and rows of the widest matrix instruction of Hopper: it is faster with rows of zeros than the narrow one."""
-LEAST_SHARED_BLOCK, MOST_SHARED_WIDTH = 32, 128
-"""With blocks up to this, computing the rows of a prefix in stage 1 takes longer than in a kernel of their own; with
-wider heads it takes too many registers."""
+CHOICE_STEP = 1024
+"""Masses that are looked at at once where blocks are chosen."""
 JOINED_SHARES = 64
 """Blocks whose shares of a row of the prefix stage 2 joins at once."""
 LEAST_SCALE = 2.0**-126
@@ -32,79 +40,9 @@ LEAST_SCALE = 2.0**-126
 
 GRID_SIZES = tuple(f"{name}_{axis}" for name in ("grid", "counts") for axis in range(MAX_AXES))
 """Tokens along each axis of a grid, and tiles along each."""
-SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "block_q", *GRID_SIZES)
+SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "num_words", "block_q", *GRID_SIZES)
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
-queries in a block, where they are not."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """What one kernel is to its IR.
-
-    tiling: the field of the schedule that tiles it.
-    reads, writes: names of its tensors (see `buffers_of`), without those that masks and exact groups add.
-    values: whether it also carries values.
-    near: whether it computes the exact groups.
-    far: whether it weighs the far field against the exact groups.
-    """
-
-    name: str
-    template: str
-    tiling: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    values: bool = False
-    near: bool = False
-    far: bool = False
-
-    @property
-    def summarizes(self) -> bool:
-        """Whether it is a kernel of stage 1."""
-        return self.template == "summarize"
-
-    @property
-    def reads_keys(self) -> bool:
-        """Whether it reads keys of the sequence, which a mask may hide."""
-        return "k" in self.reads
-
-
-_QKV, _SUMMARIES, _GROUPS = ("q", "k", "v"), ("a", "y", "c"), ("near", "z")
-PREFIX_SHARES = ("prefix_sum", "prefix_total", "prefix_top")
-"""Of each row of a prefix over each block of keys: weighted sum of values, sum of weights, largest score."""
-
-MEAN = Role("monarch_mean_query", "mean_query", "represent", ("q",), ("qhat",))
-ONLY = Role("monarch_summarize", "summarize", "summarize", _QKV, _SUMMARIES, values=True)
-FUSED = Role("monarch_summarize_near", "summarize", "summarize", _QKV, (*_SUMMARIES, *_GROUPS), values=True, near=True)
-FIRST = Role("monarch_summarize_first", "summarize", "summarize", ("q", "k"), ("a", "c"))
-NEXT = Role("monarch_summarize_next", "summarize", "summarize", ("qhat", "k"), ("a", "c"))
-LAST = Role("monarch_summarize_last", "summarize", "summarize", ("qhat", "k", "v"), _SUMMARIES, values=True)
-EXACT = Role("monarch_exact", "exact", "near", _QKV, _GROUPS, values=True, near=True)
-WEIGH = Role("monarch_weigh", "attend", "attend", ("q", "a", "c"), ("neg_lse",), far=True)
-REPRESENT = Role("monarch_represent", "represent", "represent", ("q", "a", "neg_lse"), ("qhat",))
-EXCHANGE = Role("monarch_exchange", "exchange", "represent", ("q", "a", "c"), ("qhat",), far=True)
-ATTEND = Role("monarch_attend", "attend", "attend", ("q", "a", "y", "c"), ("z",), values=True, far=True)
-ATTEND_WITH_LSE = replace(ATTEND, writes=("z", "lse"))
-
-
-def roles(ir: MonarchAttention, schedule: Schedule) -> tuple[Role, ...]:
-    """The kernels of one attention, in the order in which they are launched (a role may repeat)."""
-    near, identity = ir.form.has_exact_keys, ir.form.init == "identity"
-    fused = near and schedule.fused and can_fuse(ir)
-    sequence = [EXACT] if near and not fused else []
-    if not identity:
-        sequence.append(MEAN)
-    for step in range(ir.form.num_iters - 1):
-        sequence.append(FIRST if identity and step == 0 else NEXT)
-        sequence += [EXCHANGE] if schedule.exchange else [WEIGH, REPRESENT]
-    last = FUSED if fused else ONLY if identity and ir.form.num_iters == 1 else LAST
-    return (*sequence, last, ATTEND)
-
-
-def shares_prefix(ir: MonarchAttention, schedule: Schedule) -> bool:
-    """Whether stage 1 computes the exact rows of a prefix, block by block, and stage 2 joins them."""
-    block, width = ir.form.block_size, max(padded(ir.head_dim), padded(ir.value_dim))
-    fused = schedule.fused and can_fuse(ir) and LEAST_SHARED_BLOCK < block <= schedule.summarize.step
-    return fused and 0 < ir.form.prefix <= SHARED_PREFIX and width <= MOST_SHARED_WIDTH
+queries in a block, where they are not. num_words: that hold a bit for each block."""
 
 
 def canonical(ir: MonarchAttention) -> MonarchAttention:
@@ -113,7 +51,7 @@ def canonical(ir: MonarchAttention) -> MonarchAttention:
     rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
     grid = None if ir.form.tile is None else tuple(f"N_{axis}" for axis in range(len(ir.form.tile)))
     named = replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys, grid=grid)
-    return replace(named, form=ir.form.simplest())
+    return replace(named, form=ir.simplest)
 
 
 def program(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
@@ -179,6 +117,9 @@ def buffers_of(ir: MonarchAttention) -> dict[str, Buffer]:
         Buffer("c", f32, per_block),
         Buffer("near", f32, per_block),
         Buffer("neg_lse", f32, per_block),
+        Buffer("masses", f32, ("heads", "num_blocks", "num_blocks")),
+        Buffer("taken", torch.int32, ("heads", "num_blocks", ir.form.chosen)),
+        Buffer("left", torch.int64, ("heads", "num_blocks", "num_words")),
         Buffer(
             "qhat",
             dtype,
@@ -200,7 +141,7 @@ def kernel_of(
     template = role.template
     if role.summarizes:
         template += "_whole" if ir.form.block_size <= tiling.step else "_stream"
-    updates = ("z",) if role.far and role.values and ir.form.has_exact_keys else ()
+    updates = ("z",) if role.far and role.values and ir.has_exact_keys else ()
     shared = shares_prefix(ir, schedule)
     reads = tuple(buffers[name] for name in _reads(role, ir, shared))
     written = (*role.writes, *(PREFIX_SHARES if shared and role is FUSED else ()))
@@ -229,15 +170,25 @@ def kernel_of(
 
 def _reads(role: Role, ir: MonarchAttention, shared: bool) -> tuple[str, ...]:
     mask = ("key_mask",) if role.reads_keys and ir.mask is not MaskKind.NONE else ()
-    near = ("near",) if role.far and ir.form.has_exact_keys else ()
+    near = ("near",) if weighs_exact_groups(role, ir) else ()
+    listed = {"exact": ("taken",), "attend": ("left",)}.get(role.template, ()) if ir.form.chosen else ()
     rows = (PREFIX_SHARES if shared else ("rows",)) if near and role.values and ir.form.prefix else ()
-    return (*role.reads, *mask, *near, *rows)
+    return (*role.reads, *mask, *near, *(() if role.choosing else listed), *rows)
+
+
+def weighs_exact_groups(role: Role, ir: MonarchAttention) -> bool:
+    """Whether a kernel weighs the far field against the exact groups, of which there are some."""
+    return role.far and not role.choosing and ir.has_exact_keys
 
 
 def _grid(role: Role, tiling: Tiling, rows: Size) -> tuple[Size | Tiles, ...]:
     """Programs of a head."""
     if role.reads_keys:
         return ("num_blocks",) if tiling.turns == ALL else ("num_blocks", Tiles(rows, tiling.rows))
+    if role.template == "masses":
+        return Tiles("num_blocks", tiling.rows), Tiles("num_blocks", tiling.step)
+    if role.template == "choose":
+        return ("num_blocks",)
     if role.template in ("mean_query", "exchange") or tiling.turns == ALL:
         return (rows,)
     return Tiles(rows, tiling.turns), Tiles("num_blocks", tiling.rows)
@@ -270,9 +221,12 @@ def _choices(
         "from_sequence": "qhat" not in role.reads,
         "dot_precision": schedule.dot_precision if DTYPE_BYTES[ir.dtype] == 4 else "",
         "summarizes": role.summarizes,
-        "near": role.near or (role.far and ir.form.has_exact_keys),
+        "near": role.near or weighs_exact_groups(role, ir),
+        "choosing": role.choosing,
+        "chosen": ir.form.chosen,
         "plain": ir.mask is MaskKind.NONE and ir.scale * math.log2(math.e) >= LEAST_SCALE,
         "near_aligned": not (specialization.partial_block or ir.form.block_size % steps_of_near),
+        "listed_aligned": ir.form.block_size % steps_of_near == 0,
         "ragged_near": keys_of_neighbours(ir, role.summarizes) % steps_of_near != 0,
         **axes_of(ir),
         "shares_prefix": shares_prefix(ir, schedule),
@@ -304,6 +258,10 @@ def _constants(
     elif role.template == "attend":
         tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step, "TURNS": tiling.turns, "TILE_R": COPIED_ROWS}
         tiles["TILE_S"] = JOINED_SHARES
+    elif role.template == "masses":
+        tiles = {"TILE_L": tiling.rows, "TILE_B": tiling.step}
+    elif role.template == "choose":
+        tiles = {"TILE_B": CHOICE_STEP, "TILE_W": CHOICE_STEP // WORD}
     elif role.template == "exchange":
         tiles = {"TILE": tiling.rows}
     return constants_of(ir, specialization, tiles, keys_of_neighbours(ir, role.summarizes))
@@ -318,7 +276,7 @@ def constants_of(
     for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
         dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
     dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
-    dims |= {"NEIGHBOURS": keys_near // block}
+    dims |= {"NEIGHBOURS": keys_near // block, "CHOSEN": ir.form.chosen, "WORD": WORD}
     dims |= {**windows_of(ir), "PREFIX": min(ir.form.prefix, MAX_POSITION)}
     return {
         **dims,

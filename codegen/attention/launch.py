@@ -14,8 +14,9 @@ from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import centred, cut
 from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
-from monarch_compile.codegen.attention.kernels import shares_prefix
+from monarch_compile.codegen.attention.roles import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
+from monarch_compile.codegen.attention.schedule import WORD
 from monarch_compile.codegen.attention.specialization import is_known_to_be
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
@@ -38,6 +39,7 @@ def launch(
     *,
     scale: float,
     grid: Sequence[Any] | None = None,
+    causal: bool = False,
     **options: Any,
 ) -> Tensor:
     """Monarch attention by the emitted kernels; the meaning and the shapes are those of `reference.reference`.
@@ -51,10 +53,10 @@ def launch(
     Raises:
         CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
-    form = form_of(**options)
+    form = form_of(causal=causal, **options)
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
-        return exact_rows(q, k, v, key_mask, scale).transpose(1, 2).contiguous().transpose(1, 2)
-    ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
+        return exact_rows(q, k, v, key_mask, scale, causal=causal).transpose(1, 2).contiguous().transpose(1, 2)
+    ir, key_mask = site(q, k, v, key_mask, form, scale, grid, causal=causal)
     launcher = build(ir, capability_of(q.device), is_interpreted())
     with on_device(q):
         return run(launcher, q, k, v, key_mask, grid)
@@ -68,6 +70,8 @@ def site(
     form: Form,
     scale: float,
     grid: Sequence[Any] | None,
+    *,
+    causal: bool = False,
 ) -> tuple[MonarchAttention, Tensor | None]:
     """The bucketed IR of a call, and its mask as kernels read it."""
     num_blocks = _num_blocks(k, form, grid)
@@ -78,7 +82,7 @@ def site(
         mask = MaskKind.KEY_BIAS if key_mask.is_floating_point() else MaskKind.KEY_PADDING
         key_mask = centred(key_mask) if mask is MaskKind.KEY_BIAS else key_mask
     group = 1 if q.shape[1] == k.shape[1] else int(q.shape[1] // k.shape[1])
-    ir = _bucket_ir(int(q.shape[3]), int(v.shape[3]), q.dtype, form, scale, mask, group, blocks, rows)
+    ir = _bucket_ir(int(q.shape[3]), int(v.shape[3]), q.dtype, form, scale, mask, group, blocks, rows, causal)
     return ir, key_mask
 
 
@@ -110,7 +114,7 @@ def outputs(
         tensors["key_mask"] = key_mask
     if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
         of_prefix, _ = cut(q, 2, form.prefix, form.prefix_at_end)
-        tensors["rows"] = exact_rows(of_prefix, k, v, key_mask, launcher.ir.scale)
+        tensors["rows"] = exact_rows(of_prefix, k, v, key_mask, launcher.ir.scale, causal=launcher.ir.is_causal)
     return launcher(tensors, sizes)
 
 
@@ -176,6 +180,7 @@ def _named_sizes(
         "num_kv_heads": num_kv_heads,
         "key_heads": batch * num_kv_heads,
         "num_blocks": num_blocks,
+        "num_words": (num_blocks + WORD - 1) // WORD,
         "block_q": block_q,
         "seq_len": seq_len_q,
         "seq_len_q": seq_len_q,
@@ -194,20 +199,21 @@ def bucketed(ir: MonarchAttention) -> MonarchAttention:
     """
     blocks = None if ir.num_blocks is None else _bucket(ir.num_blocks)
     rows = _bucket_of_rows(ir.block_size_q) if ir.is_cross else None
-    form = ir.form.simplest()
-    return _bucket_ir(ir.head_dim, ir.value_dim, ir.dtype, form, ir.scale, ir.mask, ir.group, blocks, rows)
+    heads = (ir.head_dim, ir.value_dim, ir.dtype)
+    return _bucket_ir(*heads, ir.simplest, ir.scale, ir.mask, ir.group, blocks, rows, ir.is_causal)
 
 
 def describe(ir: MonarchAttention) -> str:
     """What a tuned schedule depends on: heads, batch and scale are no part of it, and lengths share a bucket."""
     dims = f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}"
-    return f"attention {dims} | {ir.form} mask {ir.mask.value}, at most {bucketed(ir).num_blocks} blocks"
+    causal = " causal" if ir.is_causal else ""
+    return f"attention {dims} | {ir.form}{causal} mask {ir.mask.value}, at most {bucketed(ir).num_blocks} blocks"
 
 
 @functools.lru_cache(maxsize=1024)
-def form_of(**options: Any) -> Form:
+def form_of(*, causal: bool = False, **options: Any) -> Form:
     """Checked once: a call of eager code waits for it."""
-    return Form(**options).simplest()
+    return Form(**options).simplest(is_causal=causal)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -221,6 +227,7 @@ def _bucket_ir(
     group: int,
     blocks: int | None,
     rows: int | None,
+    is_causal: bool,
 ) -> MonarchAttention:
     """The IR of the most keys in `blocks` blocks, with `rows` queries to a block; None: as many as keys."""
     seq_len_k: int | str = "N" if blocks is None else blocks * form.block_size + form.prefix
@@ -233,7 +240,7 @@ def _bucket_ir(
     heads = "H" if group == 1 else f"{group}*H"
     grid = None if form.tile is None else tuple(f"N_{axis}" for axis in range(len(form.tile)))
     sizes = ("B", heads, "H", seq_len_q, seq_len_k, head_dim, value_dim)
-    return MonarchAttention(*sizes, dtype, form=form, scale=scale, mask=mask, grid=grid)
+    return MonarchAttention(*sizes, dtype, form=form, scale=scale, mask=mask, is_causal=is_causal, grid=grid)
 
 
 def _num_blocks(k: Tensor, form: Form, grid: Sequence[Any] | None) -> Any:

@@ -35,6 +35,7 @@ def axes_of(ir: MonarchAttention) -> dict[str, Any]:
     per_axis = len(names) > 1
     return {
         "axes": len(axes),
+        "causal": ir.is_causal,
         "window_shape": ir.form.window_shape,
         "windows": names if per_axis else names * len(axes),
         "window_names": f"{', '.join(names):<10}",

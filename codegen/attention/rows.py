@@ -17,11 +17,16 @@ WHOLE_VECTORS = 8
 """FlashAttention copies tensors whose heads are no multiple of this."""
 
 
-def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def exact_rows(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, *, causal: bool = False
+) -> Tensor:
     """Exact attention of rows q (E, H, P, D) to every key: (E, H, P, D_v); 0 where a row sees none.
 
-    k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k), bool or added to the scores.
+    k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k), bool or added to the scores. Where it is `causal`,
+    the rows are the first of the sequence, and see no key after their own.
     """
+    if causal:
+        return _causal_rows(q, k, v, key_mask, scale)
     if scale <= 0:  # some kernels take the largest score before they scale
         q, scale = q * scale, 1.0
     grouped = bool(q.shape[1] != k.shape[1])
@@ -33,6 +38,20 @@ def exact_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: 
     key_mask = key_mask.unsqueeze(1).unsqueeze(1)
     seen, bias = split_mask(key_mask, q.dtype)
     mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
+    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return torch.where(seen.any(-1, keepdim=True), found, 0.0)
+
+
+def _causal_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    count = q.shape[2]
+    k, v = (torch.ops.aten.slice.Tensor(x, 2, 0, count) for x in (k, v))
+    grouped = bool(q.shape[1] != k.shape[1])
+    if key_mask is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    triangle = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()
+    seen, bias = split_mask(torch.ops.aten.slice.Tensor(key_mask, 1, 0, count)[:, None, None, :], q.dtype)
+    seen = seen & triangle
+    mask = seen if bias is None else bias.masked_fill(~seen, float("-inf"))
     found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 

@@ -24,6 +24,9 @@ WARP_ACCUMULATORS = {2: 2048, 4: 1024}
 OFFSETS = (2, 4)
 """How many offsets a program of stage 2 may take in turn."""
 
+WORD = 64
+"""Blocks that have a bit each in one word, and the most that stage 2 meets in one step where it reads such words."""
+
 NEAR_STEP = 64
 """The largest step of the exact groups: more takes registers and shared memory that other programs could use."""
 
@@ -182,7 +185,7 @@ def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) 
     check_supported(ir)
     width = max(64, padded(ir.head_dim), padded(ir.value_dim))
     key = (DTYPE_BYTES[ir.dtype], width)
-    table = TABLE[key] if not ir.form.has_exact_keys else NEAR_TABLE.get(key, TABLE[key])
+    table = TABLE[key] if not ir.has_exact_keys else NEAR_TABLE.get(key, TABLE[key])
     blocks, limit = ir.num_blocks, shared_limit(capability)
     sides = {
         "summarize": (ir.block_size_q, ir.form.block_size),
@@ -193,11 +196,13 @@ def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) 
     for name, (num_rows, num_steps) in sides.items():
         fits = _tilings(getattr(table, name), num_steps, capability)
         within = (_within(_fit(tiling, ir, num_rows, num_steps), ir, limit) for tiling in fits)
+        if name == "attend" and ir.form.chosen:
+            within = (replace(t, step=min(t.step, WORD), turns=1) for t in within)
         tilings[name] = next(t for t in within if t.turns in turns_of(t, name, ir, (blocks or math.inf) <= t.step))
     whole = blocks is not None and blocks <= tilings["attend"].step
     exchange = ir.form.num_iters > 1 and blocks is not None and blocks <= tilings["represent"].rows
     schedule = Schedule(**tilings, whole=whole, exchange=exchange)
-    if not ir.form.has_exact_keys:
+    if not ir.has_exact_keys:
         return schedule
     return replace(schedule, near=_near(schedule.summarize, table, ir, capability), fused=can_fuse(ir))
 
@@ -213,7 +218,7 @@ def is_made_for(schedule: Schedule, ir: MonarchAttention) -> bool:
     """Whether a schedule has the kernels that `ir` needs, for as many blocks as it has."""
     blocks, most = ir.num_blocks, schedule.most_blocks
     return (
-        (schedule.near is not None) == ir.form.has_exact_keys
+        (schedule.near is not None) == ir.has_exact_keys
         and (schedule.near is None or not schedule.fused or can_fuse(ir))
         and (most is None or (blocks is not None and blocks <= most))
     )
@@ -233,8 +238,11 @@ def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tu
 
 
 def can_fuse(ir: MonarchAttention) -> bool:
-    """Whether stage 1 meets every query together with its own block: one iteration from the identity start."""
-    return ir.form.weighs_own_block_exactly
+    """Whether stage 1 meets every query together with its own block: one iteration from the identity start.
+
+    Listed keys have a kernel of their own.
+    """
+    return ir.form.weighs_own_block_exactly and not ir.lists_exact_keys
 
 
 def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:
@@ -253,10 +261,8 @@ def check_supported(ir: MonarchAttention) -> None:
     for name, size in (("head_dim", ir.head_dim), ("value_dim", ir.value_dim)):
         if size > MAX_HEAD_DIM:
             raise CodegenError(f"no kernel for {name}={size}: it falls back to the reference; at most {MAX_HEAD_DIM}")
-    if ir.is_cross and ir.form.has_exact_keys:
+    if ir.is_cross and ir.has_exact_keys:
         raise CodegenError(f"no kernel for a window or a prefix where seq_len_q != seq_len_k; found {ir}")
-    if ir.is_causal:
-        raise CodegenError(f"no kernel for causal attention; found {ir}")
 
 
 def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: int | None) -> Tiling:

@@ -28,8 +28,13 @@ ERROR_BOUNDS = {torch.float16: 8 * 2.0**-11, torch.bfloat16: 8 * 2.0**-8, torch.
 
 
 def applies(ir: MonarchAttention) -> bool:
-    """Whether `ir` is tuned: neither symbolic nor unequal lengths are, nor is a bias of keys."""
-    return not ir.is_cross and ir.mask is not MaskKind.KEY_BIAS and isinstance(ir.seq_len_k, int)
+    """Whether `ir` is tuned: neither symbolic nor unequal lengths are, nor is a bias of keys, nor are listed keys."""
+    return (
+        not ir.is_cross
+        and not ir.lists_exact_keys
+        and ir.mask is not MaskKind.KEY_BIAS
+        and isinstance(ir.seq_len_k, int)
+    )
 
 
 def sized(ir: MonarchAttention) -> MonarchAttention:

@@ -25,6 +25,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 ALIGNMENT = 16
 ALIGNED = [["tt.divisibility", ALIGNMENT]]

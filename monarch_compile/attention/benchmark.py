@@ -100,15 +100,21 @@ def _cpu_row(shape: tuple[int, int, int, int], window: int | None, block_size: i
     return Row(shape, window, block, times["exact"], times["monarch"], predict(ir, cpu).speedup, error)
 
 
-def compiled_attention(options: dict[str, Any]) -> Callable[..., Tensor]:
+def compiled_attention(options: dict[str, Any], *, causal: bool = False) -> Callable[..., Tensor]:
     """Attention of q, k, v and a mask of visible keys, if any, compiled with the backend's `options`; without options
-    by stock Inductor."""
+    by stock Inductor. Keys and values may have fewer heads. causal: whether a query sees no later key; without a mask.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         seen = None if mask is None else mask[:, None, None, :]
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        grouped = q.shape[1] != k.shape[1]
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=grouped
+        )
 
-    fresh = types.FunctionType(attention.__code__.replace(), attention.__globals__, argdefs=(None,))
+    fresh = types.FunctionType(
+        attention.__code__.replace(), attention.__globals__, argdefs=(None,), closure=attention.__closure__
+    )
     compiled: Callable[..., Tensor] = torch.compile(
         fresh, backend="monarch" if options else "inductor", options=options or None, dynamic=False
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monarch_compile.attention.blocking import Window, along_axes
-from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form
+from monarch_compile.attention.form import ACROSS, FORM_OPTIONS, Form, weighs_own_block_exactly
 from monarch_compile.attention.grids import tiling_at
 from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.cost.devices import Device
@@ -25,6 +25,7 @@ SEARCH: dict[str, tuple[Any, ...]] = {
     "tile": (None,),
     "window_shape": ("box",),
     "prefix_at_end": (False,),
+    "chosen": (0,),
 }
 """What is tried for each option that the caller has not fixed."""
 
@@ -39,28 +40,43 @@ OWN_FRAME, OTHER_FRAMES = (0, 1, 1), (1, 0, 0)
 WINDOWS_OF_VIDEOS = (*ON_GRID["window"], OWN_FRAME, OTHER_FRAMES)
 """Windows that are tried on grids of three axes: frames, height, width."""
 
+CAUSAL: dict[str, tuple[Any, ...]] = {
+    "num_iters": (1,),
+    "init": ("identity",),
+    "window": (1, 2),
+    "prefix": (0, 64),
+    "chosen": (0, 4, 8, 16, 32),
+}
+"""What is tried instead for causal attention."""
+
 
 def forms_that_pay(occurrences: Sequence[Occurrence], device: Device, fixed: Mapping[str, Any]) -> list[Form]:
     """Every form of `SEARCH`, with the options in `fixed` kept, that is predicted to be faster than exact attention.
 
-    Where a site has tiles in all of its graphs, the forms are those of `ON_GRID`.
+    Where a site has tiles in all of its graphs, the forms are those of `ON_GRID`, where it is causal of `CAUSAL`.
     """
+    search = {**SEARCH, **CAUSAL} if any(occurrence.ir.is_causal for occurrence in occurrences) else SEARCH
+    if search is not SEARCH and not weighs_own_block_exactly(fixed.get("num_iters", 1), fixed.get("init", "identity")):
+        return []
     if any(occurrence.ir.is_cross for occurrence in occurrences):
         fixed = {**fixed, **ACROSS}
     tiled = {(o.ir.form.prefix, o.ir.form.prefix_at_end, len(o.ir.form.tile or ())) for o in occurrences}
     on_grid = len(tiled) == 1 and occurrences[0].ir.form.tile is not None
-    forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed)
+    forms = _tiles(occurrences[0], device, fixed) if on_grid else _pieces(occurrences[0], device, fixed, search)
     timed = ((form, total_seconds(occurrences, device, form)) for form in forms)
     return [form for form, (exact_s, monarch_s) in timed if monarch_s * MARGIN <= exact_s]
 
 
 def _combined(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every choice of one value for each option."""
-    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+    """Every choice of one value for each option; blocks are chosen in one iteration from the identity start alone."""
+    found = [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+    return [x for x in found if not x["chosen"] or weighs_own_block_exactly(x["num_iters"], x["init"])]
 
 
-def _pieces(occurrence: Occurrence, device: Device, fixed: Mapping[str, Any]) -> list[Form]:
-    values = {name: (fixed[name],) if name in fixed else SEARCH[name] for name in FORM_OPTIONS if name != "block_size"}
+def _pieces(
+    occurrence: Occurrence, device: Device, fixed: Mapping[str, Any], search: Mapping[str, tuple[Any, ...]]
+) -> list[Form]:
+    values = {name: (fixed[name],) if name in fixed else search[name] for name in FORM_OPTIONS if name != "block_size"}
     values["tile"] = (None,)  # a caller's tile is for the sites on a grid, and so are its axes' windows
     if isinstance(fixed.get("window"), (tuple, list)):
         values["window"] = SEARCH["window"]

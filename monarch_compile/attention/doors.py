@@ -92,7 +92,9 @@ class ReplaceSdpa(TorchFunctionMode):
             return self._stays(decision)
         self.lowered += 1
         grid = self._config.grid if decision.tile is not None and isinstance(self._config.grid, tuple) else None
-        return in_order(monarch_attention(q, k, v, scale=scale, grid=grid, **mask, **vars(decision)), order)
+        return in_order(
+            monarch_attention(q, k, v, scale=scale, grid=grid, causal=is_causal, **mask, **vars(decision)), order
+        )
 
     def _stays(self, refusal: Refusal) -> Tensor | None:
         """Count a call that stays exact, and log the first of its code.
@@ -114,7 +116,8 @@ def replace_sdpa(**options: Any) -> ReplaceSdpa:
     """A context in which scaled_dot_product_attention is Monarch attention, in this thread, wherever that is legal.
 
     It holds however the function was imported, and ends with the context. Shapes (batch, num_heads, seq_len, head_dim);
-    lowered are bidirectional calls without active dropout, of equal lengths (with cross_attention=True of others too),
+    lowered are bidirectional calls without active dropout, of equal lengths (with cross_attention=True of others too,
+    with causal=True also calls with is_causal=True),
     unmasked or with a mask whose values, read at run time, depend on the key alone. torch.nn's fused encoder layers do
     not call the function and stay exact, as do calls that are traced, transformed by torch.func, or given tensors of a
     subclass. Where torch.utils.checkpoint computes attention anew, let the backward pass run inside the context, too.

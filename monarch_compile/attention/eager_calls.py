@@ -99,7 +99,7 @@ class Facts:
         shapes = (tuple(self.shapes[0]), tuple(self.shapes[1]), tuple(self.shapes[2]))
         scale = 1 / math.sqrt(shapes[0][3] or 1) if self.scale is None else self.scale
         kinds = frozenset(device.type for device in self.devices)
-        return Signature(shapes, frozenset(self.dtypes), kinds, scale, self.is_causal, self.dropout_p)
+        return Signature(shapes, frozenset(self.dtypes), kinds, scale, self.is_causal, self.dropout_p, self.trains)
 
 
 @lru_cache(maxsize=16)
@@ -153,7 +153,7 @@ def _call_refusal(facts: Facts) -> Refusal | None:
 def _problem(site: Signature, mask: MaskKind) -> MonarchAttention:
     """What is computed, in blocks of one key until a form is chosen."""
     (q, k, v), (dtype,) = site.shapes, site.dtypes
-    return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype, Form(1), site.scale, mask)
+    return MonarchAttention(q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype, Form(1), site.scale, mask, site.is_causal)
 
 
 def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig, calls: Calls) -> Form | Refusal:
@@ -163,7 +163,7 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig,
         config, queries = replace(config, **ACROSS), problem.seq_len_q
     if config.policy == "never":
         return Refusal("policy_never", "policy is 'never'")
-    grid = None if problem.is_cross else grid_by_hand(config, seq_len)
+    grid = None if problem.is_cross or problem.is_causal else grid_by_hand(config, seq_len)
     form = chosen_form(config, device.kind, seq_len, grid)
     if config.policy == "auto":
         sizes = {"auto": config.block_size == "auto", "batch": problem.batch, "seq_len": seq_len, "queries": queries}

@@ -30,6 +30,7 @@ FORM_RULES: dict[str, OptionRule] = {
     "tile": or_else(None, tuple_of(1, range(1, MAX_AXES + 1))),
     "window_shape": one_of(WINDOW_SHAPES),
     "prefix_at_end": FLAG,
+    "chosen": at_least(0),
 }
 
 
@@ -66,6 +67,8 @@ class Form:
         of them that lie along one axis ("plus"). It makes no difference to pieces of a sequence.
     prefix_at_end: whether the tokens of the prefix are the last of the sequence, as text that comes after an image;
         blocks are then of what comes before them. Without a prefix it is False.
+    chosen: blocks outside of the window that each block of queries attends to exactly, those of most far-field mass
+        (`chosen.far_masses`), for each head by itself; its own block is exact then, too.
 
     Raises:
         IRError: an option is not allowed.
@@ -82,9 +85,11 @@ class Form:
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
     prefix_at_end: bool = False
+    chosen: int = 0
 
     def __post_init__(self) -> None:
         wrong = broken_rule(vars(self), FORM_RULES) or self._wrong_tile() or wrong_window(self.window, self.tile)
+        wrong = wrong or self._wrong_choice()
         if wrong is not None:
             raise IRError(wrong)
         object.__setattr__(self, "window", plain_window(self.window))
@@ -100,28 +105,41 @@ class Form:
             return f"'tile' must hold block_size {self.block_size} tokens; found {self.tile}"
         return "'pad' must be 'post' with a tile; found 'pre'" if self.pad != "post" else None
 
+    def _wrong_choice(self) -> str | None:
+        if not self.chosen or self.weighs_own_block_exactly:
+            return None
+        return f"'chosen' needs num_iters=1 and init='identity'; found num_iters={self.num_iters}, init={self.init!r}"
+
     def __str__(self) -> str:
-        of_tiles = () if self.tile is not None else ("tile", "window_shape")
+        of_tiles = ("tile", "window_shape") if self.tile is None else ()
         of_prefix = () if self.prefix_at_end else ("prefix_at_end",)
-        names = [name for name in FORM_OPTIONS if name not in of_tiles + of_prefix]
-        return f"Form({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        hidden = of_tiles + of_prefix
+        shown = (f"{name}={value!r}" for name, value in self.stored().items() if name not in hidden)
+        return f"Form({', '.join(shown)})"
+
+    def stored(self) -> dict[str, Any]:
+        """The options by name, as plans keep and print them: `chosen`, which older plans lack, where it is not 0."""
+        return {name: value for name, value in vars(self).items() if name != "chosen" or value}
 
     @property
     def has_exact_keys(self) -> bool:
-        """Whether some keys are attended to exactly: a window's or a prefix's. The paper's form has none."""
-        return self.window is not None or self.prefix > 0
+        """Whether some keys are attended to exactly: a window's, a prefix's or chosen ones. The paper has none."""
+        return self.window is not None or self.prefix > 0 or self.chosen > 0
 
     @property
     def weighs_own_block_exactly(self) -> bool:
         """`weighs_own_block_exactly` of its options."""
         return weighs_own_block_exactly(self.num_iters, self.init)
 
-    def simplest(self) -> Form:
+    def simplest(self, *, is_causal: bool = False) -> Form:
         """The form that gives the same with the least work.
 
-        One iteration from the identity start weighs a row's own block by that row's own scores, exactly, as a window of
-        0 does: without one, there is no group of keys to be merged.
+        Causal attention and chosen blocks come with an exact own block, as in a window of 0. In others, one iteration
+        from the identity start weighs a row's own block by that row's own scores, exactly, as a window of 0 does:
+        without one, there is no group of keys to be merged.
         """
+        if is_causal or self.chosen:
+            return replace(self, window=self.window or 0)
         own_alone = self.window == 0 and self.weighs_own_block_exactly
         return replace(self, window=None) if own_alone else self
 
@@ -150,7 +168,7 @@ def as_arguments(options: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(listed)
 
 
-ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0, "tile": None}
+ACROSS: dict[str, Any] = {"init": "mean", "window": None, "prefix": 0, "tile": None, "chosen": 0}
 """Options of every form between sequences of different lengths, where no position corresponds to another."""
 
 FORM_OPTIONS = tuple(f.name for f in fields(Form))

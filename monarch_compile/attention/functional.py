@@ -32,6 +32,8 @@ def monarch_attention(
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     prefix_at_end: bool = False,
+    chosen: int = 0,
+    causal: bool = False,
 ) -> Tensor:
     """MonarchAttention (arXiv 2505.18698, section 3): softmax attention through a Monarch matrix, in N * sqrt(N) work.
 
@@ -67,6 +69,13 @@ def monarch_attention(
         tile: tokens of a block along each axis of the grid: blocks are then tiles of it, and `pad` must be "post".
         window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis
             alone ("plus").
+        chosen: blocks outside of the window that each block of queries attends to exactly, for each query head by
+            itself: those of most far-field mass, the first of equal ones. Needs num_iters=1, init="identity" and
+            seq_len_q == seq_len_k. The own block is exact then, whatever the window.
+        causal: whether a query sees no later key. Needs num_iters=1, init="identity", seq_len_q == seq_len_k and no
+            tile. The window is of the blocks before a query's own, which is exact itself; a prefix is exact for every
+            later query, and causal in itself. Blocks are chosen by the queries of the block before, so that no output
+            depends on a later token.
 
     Returns:
         (batch, num_heads, seq_len_q, value_dim), in q's dtype, its memory dense in (batch, seq, heads, dim) order,
@@ -79,22 +88,23 @@ def monarch_attention(
     _check_tensors(q, k, v, key_padding_mask)
     _check_bias(k, key_padding_mask, key_bias)
     size = math.prod(tile) if block_size is None and tile is not None else block_size
-    options: tuple[Any, ...] = (size, num_iters, init, pad, window, prefix, tile, window_shape, prefix_at_end)
+    options: tuple[Any, ...] = (size, num_iters, init, pad, window, prefix, tile, window_shape, prefix_at_end, chosen)
     try:
         form = Form(**dict(zip(FORM_OPTIONS, options, strict=True)))
     except IRError as error:
         raise InputError(str(error)) from None
     _check_grid(q, k, form, grid)
+    _check_order(q, k, form, causal)
     from monarch_compile.attention import gradients
     from monarch_compile.attention.op import attention, attention_under_transforms, attention_with_lse
 
     key_mask = key_bias if key_padding_mask is None else ~key_padding_mask
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    arguments = (q, k, v, key_mask, float(scale), *form.arguments(), grid and list(grid))
+    arguments = (q, k, v, key_mask, float(scale), *form.arguments(), grid and list(grid), causal)
     if active_transform():
         return attention_under_transforms(*arguments)
-    if gradients.are_wanted(arguments[:4], form, is_cross=q.shape[2] != k.shape[2]):
+    if gradients.are_wanted(arguments[:4], form, is_cross=q.shape[2] != k.shape[2], is_causal=causal):
         found: tuple[Tensor, Tensor] = attention_with_lse(*arguments)
         return found[0]
     output: Tensor = attention(*arguments)
@@ -113,6 +123,20 @@ def _check_grid(q: Tensor, k: Tensor, form: Form, grid: Sequence[int] | None) ->
             f"prefix and grid must make up the queries and the keys: {form.prefix} + {' * '.join(map(str, grid))} = "
             f"{form.prefix + math.prod(grid)} tokens; found {q.shape[2]} queries and {k.shape[2]} keys"
         )
+
+
+def _check_order(q: Tensor, k: Tensor, form: Form, causal: bool) -> None:
+    if not causal and not form.chosen:
+        return
+    name = "causal" if causal else "chosen"
+    if q.shape[2] != k.shape[2]:
+        raise InputError(f"{name!r} needs as many queries as keys; found {q.shape[2]} and {k.shape[2]}")
+    if causal and not form.weighs_own_block_exactly:
+        raise InputError(f"'causal' needs num_iters=1 and init='identity'; found {form}")
+    if causal and form.prefix_at_end:
+        raise InputError("'causal' needs its prefix at the start; found prefix_at_end=True")
+    if causal and form.tile is not None:
+        raise InputError(f"'causal' needs pieces of the sequence; found tile {form.tile}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from monarch_compile.attention.ir import differentiated_by_kernels, is_exact
 from monarch_compile.attention.reference import reference
 from monarch_compile.calls import is_trained
 
-OPTIONS = ("scale", *FORM_OPTIONS, "grid")
+OPTIONS = ("scale", *FORM_OPTIONS, "grid", "causal")
 """The operators' parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
 
 
@@ -27,7 +27,7 @@ def named(options: Sequence[Any]) -> dict[str, Any]:
     """The options by name, as plain numbers: under dynamic shapes a caller's may come as symbols, which are part of
     what is computed. The grid's sizes may stay symbols."""
     found = dict(zip(OPTIONS, options, strict=True))
-    for name in ("block_size", "num_iters", "prefix"):
+    for name in ("block_size", "num_iters", "prefix", "chosen"):
         found[name] = int(found[name])
     window, tile, grid = (found[name] for name in ("window", "tile", "grid"))
     found["scale"] = float(found["scale"])
@@ -50,10 +50,11 @@ def run_on_kernels(q: Tensor, k: Tensor, options: Sequence[Any]) -> bool:
     """
     if not place_has_kernels(q):
         return False
-    form = _form(*(named(options)[name] for name in FORM_OPTIONS))
+    own = named(options)
+    form = _form(*(own[name] for name in FORM_OPTIONS))
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return False
-    return differentiated_by_kernels(form, is_cross=bool(q.shape[2] != k.shape[2]))
+    return differentiated_by_kernels(form, is_cross=bool(q.shape[2] != k.shape[2]), is_causal=own["causal"])
 
 
 def by_reference(
@@ -77,9 +78,9 @@ def by_reference(
     return tuple(grads.get(place) for place in range(len(tensors)))
 
 
-def are_wanted(tensors: Sequence[Tensor | None], form: Form, *, is_cross: bool) -> bool:
+def are_wanted(tensors: Sequence[Tensor | None], form: Form, *, is_cross: bool, is_causal: bool) -> bool:
     """Whether a call with these tensors will be differentiated, in a form whose gradients have kernels."""
-    return is_trained(tensors) and differentiated_by_kernels(form, is_cross=is_cross)
+    return is_trained(tensors) and differentiated_by_kernels(form, is_cross=is_cross, is_causal=is_causal)
 
 
 @contextlib.contextmanager

@@ -52,12 +52,14 @@ def is_exact(seq_len_q: Any, seq_len_k: Any, block_size: int, prefix: int) -> bo
     return in_one_block or bool(prefix and guard_or_false(seq_len_q <= prefix))
 
 
-def differentiated_by_kernels(form: Form, *, is_cross: bool) -> bool:
+def differentiated_by_kernels(form: Form, *, is_cross: bool, is_causal: bool = False) -> bool:
     """Whether gradients of a form have kernels on CUDA; those of the others are the vjp of the reference.
 
-    One iteration from the identity start, between sequences of one length, with a prefix that the blocks' kernels hold.
+    One iteration from the identity start, between sequences of one length, with a prefix that the blocks' kernels hold;
+    neither causal nor with chosen blocks.
     """
-    return form.weighs_own_block_exactly and not is_cross and form.prefix <= SHARED_PREFIX
+    listed = is_causal or form.chosen > 0
+    return form.weighs_own_block_exactly and not is_cross and form.prefix <= SHARED_PREFIX and not listed
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class MonarchAttention:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `reference.reference` after its tensors."""
-        return {"scale": self.scale, **asdict(self.form), "grid": None if self.form.tile is None else self.grid}
+        grid = None if self.form.tile is None else self.grid
+        return {"scale": self.scale, **asdict(self.form), "grid": grid, "causal": self.is_causal}
 
     @property
     def group(self) -> int:
@@ -106,6 +109,21 @@ class MonarchAttention:
             return self.num_heads // self.num_kv_heads
         times, _, name = str(self.num_heads).rpartition("*")
         return int(times) if times and name == str(self.num_kv_heads) else 1
+
+    @property
+    def simplest(self) -> Form:
+        """The form that gives the same with the least work."""
+        return self.form.simplest(is_causal=self.is_causal)
+
+    @property
+    def has_exact_keys(self) -> bool:
+        """Whether some keys are attended to exactly; those of a row's own block always are in causal attention."""
+        return self.is_causal or self.form.has_exact_keys
+
+    @property
+    def lists_exact_keys(self) -> bool:
+        """Whether exact keys, those of a row's own block among them, are listed apart from the blocks' summaries."""
+        return self.is_causal or self.form.chosen > 0
 
     @property
     def is_cross(self) -> bool:
@@ -146,6 +164,8 @@ class MonarchAttention:
         ]
         if form.tile is not None and self.grid is not None:
             parts.append(f"grid={_by(self.grid)} tile={_by(form.tile)} shape={form.window_shape}")
+        if form.chosen:
+            parts.append(f"chosen={form.chosen}")
         return " ".join(parts)
 
 
@@ -195,6 +215,9 @@ RULES: tuple[Rule, ...] = (
         "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
     ),
     Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
+    Rule(lambda ir: not ir.is_causal or ir.form.tile is None, "causal attention needs pieces of the sequence, no tile"),
+    Rule(lambda ir: not ir.is_causal or not ir.form.prefix_at_end, "causal attention needs its prefix at the start"),
+    Rule(lambda ir: not ir.form.chosen or not ir.is_cross, "chosen blocks need seq_len_q == seq_len_k"),
     Rule(_fits_grid, "a tile needs a grid of as many axes"),
     Rule(lambda ir: ir.form.tile is None or not ir.is_cross, "a tile needs seq_len_q == seq_len_k"),
     Rule(_covers_sequence, "with a tile, prefix and the product of the grid must be seq_len_k"),

@@ -33,14 +33,30 @@ def attention(
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     prefix_at_end: bool = False,
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Monarch attention: `reference` is its meaning; on CUDA the emitted kernels run, elsewhere the reference itself.
 
     Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
     on CUDA.
     """
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, prefix_at_end, grid)
+    values = (
+        scale,
+        block_size,
+        num_iters,
+        init,
+        pad,
+        window,
+        prefix,
+        tile,
+        window_shape,
+        prefix_at_end,
+        chosen,
+        grid,
+        causal,
+    )
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
         if q.device.type != "cuda" or q.dtype == torch.float64:
@@ -66,14 +82,30 @@ def attention_with_lse(
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     prefix_at_end: bool = False,
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and what its backward kernels need beside it: `reference_with_lse` is the meaning.
 
     A site that is differentiated calls it in place of `attention`, whose arguments it has. The second result has no
     gradient.
     """
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, prefix_at_end, grid)
+    values = (
+        scale,
+        block_size,
+        num_iters,
+        init,
+        pad,
+        window,
+        prefix,
+        tile,
+        window_shape,
+        prefix_at_end,
+        chosen,
+        grid,
+        causal,
+    )
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):
         if not gradients.run_on_kernels(q, k, values):
@@ -102,7 +134,9 @@ def attention_backward(
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     prefix_at_end: bool = False,
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of a floating key_mask, by kernels; that of any other mask is empty.
 
@@ -113,7 +147,21 @@ def attention_backward(
     """
     from monarch_compile.codegen.attention.gradients import launch_backward
 
-    values = (scale, block_size, num_iters, init, pad, window, prefix, tile, window_shape, prefix_at_end, grid)
+    values = (
+        scale,
+        block_size,
+        num_iters,
+        init,
+        pad,
+        window,
+        prefix,
+        tile,
+        window_shape,
+        prefix_at_end,
+        chosen,
+        grid,
+        causal,
+    )
     options = gradients.named(values)
     with autocasting.switched_off(q.device.type):
         grad_q, grad_k, grad_v, grad_bias = launch_backward(grad, q, k, v, key_mask, output, lse, **options)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of, plain_window
-from monarch_compile.attention.form import weighs_own_block_exactly
+from monarch_compile.attention.chosen import attend_exactly_where_chosen
+from monarch_compile.attention.form import Form, weighs_own_block_exactly
 from monarch_compile.attention.groups import (
     biased,
     centred,
@@ -44,7 +45,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *
 
     options: `scale`, those of `Form` and `grid`. `window`, `prefix`, `tile`, `window_shape` and `prefix_at_end` are
     those of `Form`: blocks are of what lies outside of the prefix, whose own rows attend to every key exactly. `grid`
-    is what the tokens outside of the prefix lie on, flattened row by row: blocks are its tiles.
+    is what the tokens outside of the prefix lie on, flattened row by row: blocks are its tiles. For `chosen` and
+    `causal` see the module `chosen`.
     """
     return _attend(q, k, v, key_mask, **options)[0]
 
@@ -76,12 +78,14 @@ def _attend(
     tile: Sequence[int] | None = None,
     window_shape: str = "box",
     prefix_at_end: bool = False,
+    chosen: int = 0,
     grid: Sequence[int] | None = None,
+    causal: bool = False,
     wants_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The result of `reference`, and the second of `reference_with_lse` where it is wanted."""
     window = plain_window(window)
-    if window == 0 and weighs_own_block_exactly(num_iters, init):
+    if window == 0 and not chosen and weighs_own_block_exactly(num_iters, init):
         window = None  # as in `Form.simplest`
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -90,6 +94,12 @@ def _attend(
     if key_mask is not None:
         key_mask = centred(key_mask) if key_mask.is_floating_point() else key_mask
         key_mask, bias = split_mask(key_mask, q.dtype)
+    if chosen or causal:
+        tiles = tuple(tile) if tile else None
+        shape = (window_shape, prefix_at_end, chosen)
+        form = Form(block_size, num_iters, init, pad, window, prefix, tiles, *shape)
+        output, lse = attend_exactly_where_chosen(q, k, v, key_mask, bias, form, scale=scale, grid=grid, causal=causal)
+        return output.to(dtype), lse if wants_lse else None
     if is_exact(q.shape[2], k.shape[2], block_size, prefix):
         rows, rows_lse = exact_rows(q, k, v, key_mask, scale, bias)
         return rows.transpose(1, 2).contiguous().transpose(1, 2).to(dtype), rows_lse if wants_lse else None

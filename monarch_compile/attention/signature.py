@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from monarch_compile.attention.form import weighs_own_block_exactly
 from monarch_compile.attention.ir import MAX_HEAD_DIM
 from monarch_compile.config import MonarchConfig
 from monarch_compile.refusal import Refusal
@@ -29,6 +30,8 @@ Shape = tuple[Any, ...]
 class Signature:
     """Shapes (batch, num_heads, seq_len, dim), dtypes and kinds of devices of query, key and value; the options.
 
+    trains: whether a backward pass follows.
+
     Sizes are ints or, in graphs, symbolic. Dtypes are those that products are computed in: autocast has cast them.
     """
 
@@ -38,6 +41,7 @@ class Signature:
     scale: float
     is_causal: bool = False
     dropout_p: float = 0.0
+    trains: bool = False
 
     @property
     def lengths(self) -> tuple[Any, Any]:
@@ -142,7 +146,20 @@ def _dropout(site: Signature, config: MonarchConfig) -> str | None:
 
 
 def _causal(site: Signature, config: MonarchConfig) -> str | None:
-    return "causal attention is not lowered yet" if site.is_causal else None
+    if not site.is_causal:
+        return None
+    if not config.causal:
+        return "causal attention, and option causal is False"
+    if site.trains:
+        return "causal attention in training"
+    n_q, n_k = site.lengths
+    if site.is_cross:
+        return f"causal attention of {n_q} queries to {n_k} keys"
+    if config.prefix_at_end is True:
+        return "causal attention needs its prefix at the start; found prefix_at_end=True"
+    if config.plan is None and not weighs_own_block_exactly(config.num_iters, config.init):
+        return "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs"
+    return None
 
 
 def _min_seq_len(site: Signature, config: MonarchConfig) -> str | None:

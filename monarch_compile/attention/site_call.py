@@ -53,15 +53,18 @@ class AttentionCall:
 
     def exact(self) -> Tensor:
         """Softmax attention in bounded memory; a row that sees no key gives 0."""
-        mask = visible = None
+        causal, mask, visible = self.options["causal"], None, None
         if self.key_mask is not None:
             visible, bias = split_mask(self.key_mask[:, None, None, :], self.q.dtype)
+            if causal:
+                visible = visible & torch.ones(self.q.shape[2], self.k.shape[2], device=self.q.device).tril().bool()
             mask = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
         output = F.scaled_dot_product_attention(
             self.q,
             self.k,
             self.v,
             attn_mask=mask,
+            is_causal=causal and mask is None,
             scale=self.options["scale"],
             enable_gqa=self.q.shape[1] != self.k.shape[1],
         )

@@ -27,8 +27,9 @@ LEAST_FEATURES = 32
 E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = sympy.symbols(
     "E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True
 )
-X, G, P = sympy.symbols("X G P", nonnegative=True, integer=True)
-SYMBOLS = (E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, X, G, P, TILE)
+C, X, G, P = sympy.symbols("C X G P", nonnegative=True, integer=True)
+SYMBOLS = (E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, C, X, G, P, TILE)
+# C: 1 where blocks are chosen, else 0.
 # X: exact keys of a row beyond those that stage 1 scores anyway. G: 1 where there are exact groups, else 0.
 # P: rows that are exact throughout.
 
@@ -37,8 +38,8 @@ class Stage(NamedTuple):
     """One group of equal matrix products of an iteration.
 
     kernel: stages with one name share a kernel, so what passes between them stays on chip.
-    when: "every" iteration, the "last" one only, every one "before" the last, "once" beside the iterations, or in the
-        "back"ward pass of a single iteration from the identity start.
+    when: "every" iteration, the "last" one only, every one "before" the last, "once" beside the iterations, to make a
+        "choice" of blocks, or in the "back"ward pass of a single iteration from the identity start.
     count, matmul: how many products there are per head, and their (rows, contraction, columns).
     moves: tensors (keys of `TENSORS`) that the stage reads from or writes to memory.
     softmax: whether the product's elements pass through a softmax.
@@ -62,6 +63,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("z", "offsets", "last", B_Q, (M, M, D_V), ("y", "z", "near")),
     Stage("near scores", "blocks", "last", M, (B_Q, D, X), (), softmax=True),
     Stage("near values", "blocks", "last", M, (B_Q, X, D_V), ("near",)),
+    Stage("totals of far fields", "totals", "choice", B_Q, (M, D, M), ("q", "a", "c", "lse"), softmax=True),
+    Stage("masses of blocks", "masses", "choice", B_Q, (M, D, M), ("q", "a", "c", "lse", "masses"), softmax=True),
     Stage("exact rows", "rows", "once", 1, (P, D, N_K), ("k",), softmax=True),
     Stage("exact rows' values", "rows", "once", 1, (P, N_K, D_V), ("v",)),
     Stage("delta", "rows of dz", "back", 1, (N_Q, D_V, 1), ("dz", "z", "delta")),
@@ -103,6 +106,7 @@ TENSORS: dict[str, Quantity] = {
     "c": H * M * B_Q * 4,
     "near": G * H * N_Q * (D_V * ITEM + 4),
     "lse": H * N_Q * 4,
+    "masses": H * M * M * 6,
     "delta": H * N_Q * 4,
     "dz": H * N_Q * D_V * ITEM,
     "near dz": G * H * N_Q * (D_V * ITEM + 8),
@@ -114,7 +118,8 @@ TENSORS: dict[str, Quantity] = {
     "dk": H_KV * N_K * D * ITEM,
     "dv": H_KV * N_K * D_V * ITEM,
 }
-"""Bytes of each tensor for one batch element; `c`, `dc`, `delta` and logsumexps are kept in float32. `near dz` is read
+"""Bytes of each tensor for one batch element; `c`, `dc`, `delta` and logsumexps are kept in float32, and so are
+masses, which become a byte each that is read once more. `near dz` is read
 with its logsumexps and `delta`."""
 
 
@@ -132,8 +137,8 @@ def monarch_formula(tiled: bool = False) -> Cost:
 
     With `tiled`, blocks, offsets, exact keys and features of the products are what tiles cover of them, nearly.
     """
-    flops, exps = _work({"every": T, "last": 1, "before": T - 1}, _whole_tiles if tiled else tuple)
-    moved = _moved("every", "last") + (T - 1) * _moved("every", "before")
+    flops, exps = _work({"every": T, "last": 1, "before": T - 1, "choice": C}, _whole_tiles if tiled else tuple)
+    moved = _moved("every", "last") + (T - 1) * _moved("every", "before") + C * _moved("choice")
     return Cost(*(E * total for total in (flops, moved, exps)))
 
 

@@ -40,6 +40,10 @@ from monarch_compile.cost.prediction import Cost, Prediction, Quantity
 from monarch_compile.errors import InputError
 from monarch_compile.ir import Dim
 
+LISTED_ON_CPU = 1.6
+"""How much longer than counted attention with listed keys takes on a CPU, which gathers them: 1.58 times at 4096 keys
+(8 heads of 64, blocks of 64, 4 chosen, float32; one thread of a busy machine with AVX-512)."""
+
 
 def exact_cost(ir: MonarchAttention) -> Cost:
     """Cost of exact attention at the site of `ir`, as one fused kernel: each tensor crosses memory once."""
@@ -81,9 +85,11 @@ def predict(
     sizes = _numbers(ir, hints or {})
     counts = _Counts(*compiled()(*sizes, device.tile))
     exact_s, monarch_s = _forward(counts, sizes, device, ir)
+    if device.kind == "cpu" and ir.lists_exact_keys:
+        monarch_s *= LISTED_ON_CPU
     host = device.host(calls.launcher)
     if host is not None:
-        monarch_s *= host.near_work if ir.form.has_exact_keys else host.work
+        monarch_s *= host.near_work if ir.has_exact_keys else host.work
     if calls.trains:
         exact_back_s, monarch_back_s = _backward(counts, device, ir)
         exact_s += exact_back_s
@@ -103,21 +109,25 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
     blocks = ceil_div(after, ir.form.block_size) if ir.form.tile is None or ir.num_blocks is None else ir.num_blocks
     block_rows = ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
-    fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters)
-    groups = _group_sizes(ir.form.simplest().one_axis(), rows, keys)
+    fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters, int(ir.form.chosen > 0))
+    groups = _group_sizes(ir.simplest.one_axis(), rows, keys, ir.is_causal)
     return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 
-def _group_sizes(form: Form, rows: Quantity, keys: Quantity) -> tuple[Quantity, Quantity, Quantity]:
-    """X, G and P. One iteration from the identity start scores a row's own block anyway."""
+def _group_sizes(form: Form, rows: Quantity, keys: Quantity, is_causal: bool) -> tuple[Quantity, Quantity, Quantity]:
+    """X, G and P. One iteration from the identity start scores a row's own block anyway, unless exact keys are listed.
+
+    In causal attention, windows have one side, and the rows of a prefix see no key beyond it.
+    """
     near: Quantity = 0
     if isinstance(form.window, int):  # of pieces
-        after = _after(form.prefix, keys)
-        near = _least((2 * form.window + 1) * form.block_size, after)
-        if form.weighs_own_block_exactly:
+        after, listed = _after(form.prefix, keys), is_causal or form.chosen > 0
+        blocks = (1 if is_causal else 2) * form.window + 1 + form.chosen
+        near = _least(blocks * form.block_size, after)
+        if form.weighs_own_block_exactly and not listed:
             near = near - _least(form.block_size, after)
     prefix = _least(form.prefix, keys)
-    return near + prefix, int(form.has_exact_keys), _least(form.prefix, rows)
+    return near + prefix, int(form.has_exact_keys), 0 if is_causal else _least(form.prefix, rows)
 
 
 def _after(prefix: int, size: Quantity) -> Quantity:
@@ -136,10 +146,18 @@ def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
     sizes = _sizes(ir, _symbolic)
     if all(isinstance(size, int) for size in sizes):
         counts = compiled()(*sizes, 1)
-        return Cost(*counts[:3]), _sum(Cost(*counts[3:6]), Cost(*counts[6:9]))
+        return _triangle(ir, Cost(*counts[:3])), _sum(Cost(*counts[3:6]), Cost(*counts[6:9]))
     formulas = exact_formula(), _sum(monarch_formula(), rows_formula())
     exact, monarch = (_evaluated(formula, SYMBOLS, sizes) for formula in formulas)
-    return exact, monarch
+    return _triangle(ir, exact), monarch
+
+
+def _triangle(ir: MonarchAttention, exact: Cost) -> Cost:
+    """The cost of exact attention; half of the work where it is causal."""
+    if not ir.is_causal:
+        return exact
+    flops, exps = (x // 2 if isinstance(x, int) else x / 2 for x in (exact.flops, exact.exps))
+    return Cost(flops, exact.bytes, exps)
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
@@ -190,14 +208,15 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
     keys, blocks, block_keys, exact_rows = sizes[4], sizes[5], sizes[7], sizes[-1]
     gain = device.wide_gain if sizes[8] >= WIDE and ir.dtype.itemsize == 2 else 1.0
 
-    def exactly(flops: int, moved: int) -> float:
+    def exactly(flops: float, moved: int) -> float:
         return device.exact.launch_s + device.seconds(device.exact, flops / gain, moved, 0, ir.dtype)
 
     padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
     work_s = device.seconds(device.monarch, counts.tiled_flops, counts.bytes, counts.exps, ir.dtype) * padding
     rows_s = exactly(counts.rows_flops, counts.rows_bytes) if exact_rows else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)
-    return exactly(counts.exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
+    exact_flops = counts.exact_flops / 2 if ir.is_causal else counts.exact_flops
+    return exactly(exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
 
 
 def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
@@ -211,14 +230,18 @@ def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
 
 
 def _kernels(device: Device, ir: MonarchAttention) -> int:
-    """Monarch kernels of a site; the mean queries are one of their own."""
-    return device.kernels_per_iter * ir.form.num_iters + (ir.form.init == "mean")
+    """Monarch kernels of a site; the mean queries are one of their own, and so are listed exact keys.
+
+    Blocks are chosen by three: of the far fields' totals, of the masses and of the largest.
+    """
+    listed = ir.lists_exact_keys
+    return device.kernels_per_iter * ir.form.num_iters + (ir.form.init == "mean") + listed + 3 * (ir.form.chosen > 0)
 
 
 def _has_backward_kernels(device: Device, ir: MonarchAttention) -> bool:
     """Whether the Monarch form's backward pass runs on kernels; else it is the vjp of the reference."""
     has_them = device.gradients is not None and ir.dtype != torch.float64
-    return has_them and differentiated_by_kernels(ir.form, is_cross=ir.is_cross)
+    return has_them and differentiated_by_kernels(ir.form, is_cross=ir.is_cross, is_causal=ir.is_causal)
 
 
 def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[float, float]:
@@ -230,7 +253,7 @@ def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[fl
         monarch_s = device.gradients.launch_s * BACKWARD_KERNELS + device.seconds(device.gradients, *work, ir.dtype)
     else:
         monarch_s = device.monarch_back.seconds(
-            counts.tiled_flops, counts.bytes / ir.dtype.itemsize, counts.exps, ir.dtype, ir.form.has_exact_keys
+            counts.tiled_flops, counts.bytes / ir.dtype.itemsize, counts.exps, ir.dtype, ir.has_exact_keys
         )
     return device.exact_back.seconds(counts.exact_flops / gain, 0, 0, ir.dtype), rows_s + monarch_s
 
@@ -253,5 +276,5 @@ def _launching(host: Host, device: Device, ir: MonarchAttention, trains: bool) -
         if _has_backward_kernels(device, ir):
             monarch_s += host.exact_back_s + host.kernel_s * BACKWARD_KERNELS
         else:
-            monarch_s += host.monarch_back_s * (host.near if ir.form.has_exact_keys else 1.0)
+            monarch_s += host.monarch_back_s * (host.near if ir.has_exact_keys else 1.0)
     return exact_s, monarch_s

@@ -153,7 +153,7 @@ class Plan:
 
 
 def _written(form: Form | None) -> dict[str, Any] | None:
-    return None if form is None else {"family": form.family, **asdict(form)}
+    return None if form is None else {"family": form.family, **form.stored()}
 
 
 def _read(form: Mapping[str, Any] | None) -> Form | None:
@@ -189,7 +189,7 @@ def _parsed(content: dict[str, Any], path: str | Path) -> Plan:
 
 def _table(sites: Iterable[SitePlan]) -> list[str]:
     sites = list(sites)
-    options = list(dict.fromkeys(name for site in sites if site.form is not None for name in asdict(site.form)))
+    options = list(dict.fromkeys(name for site in sites if site.form is not None for name in site.form.stored()))
     rows = [("site", "form", *options, "error", "predicted"), *(_cells(site, options) for site in sites)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -200,5 +200,5 @@ def _cells(site: SitePlan, options: Sequence[str]) -> tuple[str, ...]:
     if site.form is None:
         return (site.name, "exact", *("-" for _ in options), "-", site.reason)
     gain = f"{site.exact_s / site.monarch_s:.2f}x" if site.exact_s and site.monarch_s else "-"
-    values = asdict(site.form)
+    values = site.form.stored()
     return (site.name, "monarch", *(str(values.get(name, "-")) for name in options), f"{site.error:.3f}", gain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,22 +50,37 @@ class Check(NamedTuple):
 
 def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
     """The first check that refuses the region."""
-    site = signature_of(region)
+    site = replace(signature_of(region), trains=context.trains)
     for check in CHECKS:
         found = check.refuse(site, context.config) if isinstance(check, Rule) else check.refuse(region, context)
         if found is not None:
             reason, node = found if isinstance(found, tuple) else (found, region.output)
             return Refusal(check.code, reason, node)
     for fact in context.facts:
-        if fact.kind not in LOWERED_KINDS and region.length is None:
-            return Refusal(f"mask_{fact.kind}", fact.reason, fact.node)
-    effects = [fact.kind for fact in context.facts if fact.kind != "none"]
+        if fact.kind not in LOWERED_KINDS and region.length is None and not (region.is_causal and fact.is_triangle):
+            return Refusal(f"mask_{fact.kind}", _reason(fact, context.config), fact.node)
+    effects = [fact.kind for fact in context.facts if fact.kind != "none" and (not fact.is_triangle or fact.hides_keys)]
     if "key_bias" in effects and len(effects) > 1:
         return Refusal("mask_key_bias", "a bias of the keys is added beside another mask", region.output)
     if any(str(frame_of(m.lead)) != str(region.lead) for m in region.masks):
         why = "masks are applied both before and after the heads are merged into the batch"
         return Refusal("mask_frame", why, region.output)
     return None
+
+
+def _reason(fact: MaskFact, config: MonarchConfig) -> str:
+    if fact.kind != "causal":
+        return fact.reason
+    return (
+        f"{fact.reason} with another edge than the diagonal"
+        if config.causal
+        else "a causal mask, and option causal is False"
+    )
+
+
+def under_triangle(region: AttentionRegion, facts: Sequence[MaskFact]) -> bool:
+    """Whether a query sees no later key, by the operator's own flag or by a mask that hides all of them."""
+    return region.is_causal or any(fact.is_triangle for fact in facts)
 
 
 def packed_length(region: AttentionRegion, facts: Sequence[MaskFact]) -> int | None:

@@ -15,7 +15,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import PlanError
-from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length
+from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length, under_triangle
 from monarch_compile.passes.attention.grids import site_grid
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
@@ -45,11 +45,13 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, undecided(FAMILY, name, site.anchor, site.output), ",".join(kinds) or "none")
     site = replace(site, length=packed_length(site, context.facts))
+    plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
+    if plan is not None and plan.form is not None:  # a plan may lower any site
+        context = replace(context, config=replace(config, cross_attention=True, causal=True))
+    if context.config.causal:
+        site = replace(site, is_causal=under_triangle(site, context.facts))
     grid, blocking = site_grid(site, config, layouts)
     site, base = replace(site, grid=grid), replace(base, blocking=blocking)
-    plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
-    if plan is not None and plan.form is not None:
-        context = replace(context, config=replace(config, cross_attention=True))  # a plan may lower any site
     refusal = first_refusal(site, context)
     if refusal is not None:
         stage = "mask" if refusal.code.startswith("mask_") else "legality"

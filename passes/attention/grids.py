@@ -16,7 +16,7 @@ def site_grid(site: AttentionRegion, config: MonarchConfig, layouts: Layouts) ->
     Raises:
         ConfigError: the grid that the options give does not make up the sequence.
     """
-    if site.is_cross or site.length is not None or config.grid is None or config.tile is None:
+    if site.is_cross or site.is_causal or site.length is not None or config.grid is None or config.tile is None:
         return None, ""
     grid = grid_by_hand(config, site.k_shape[2])
     if grid is not None:

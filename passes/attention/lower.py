@@ -22,7 +22,8 @@ from monarch_compile.passes.replacing import current, nodes_between, replace_by,
 
 def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> MonarchAttention:
     """The IR of a legal region. Raises IRError when the options break one of its rules."""
-    kinds = {fact.kind for fact in facts}
+    facts = tuple(facts)
+    kinds = {"key_padding" if fact.hides_keys else fact.kind for fact in facts}
     return MonarchAttention(
         batch=dim_of(region.q_shape[0]),
         num_heads=dim_of(region.q_shape[1]),
@@ -35,6 +36,7 @@ def to_ir(region: AttentionRegion, facts: Iterable[MaskFact], form: Form) -> Mon
         form=form,
         grid=None if region.grid is None else tuple(dim_of(size) for size in region.grid.sizes),
         scale=region.scale,
+        is_causal=region.is_causal,
         mask=next((kind for kind in (MaskKind.KEY_BIAS, MaskKind.KEY_PADDING) if kind.value in kinds), MaskKind.NONE),
     )
 
@@ -55,9 +57,10 @@ def lower(region: AttentionRegion, facts: Iterable[MaskFact], ir: MonarchAttenti
         q = _scaled(graph, q, region.factors)
         shapes = (region.q_shape, region.k_shape, region.v_shape)
         q, k, v = (_split_packed(graph, x, region, shape) for x, shape in zip((q, k, v), shapes, strict=True))
-        masks = [m for m, fact in zip(region.masks, facts, strict=True) if fact.kind in ("key_padding", "key_bias")]
+        pairs = zip(region.masks, facts, strict=True)
+        masks = [(m, fact) for m, fact in pairs if fact.kind in ("key_padding", "key_bias") or fact.hides_keys]
         key_mask = _key_mask(graph, masks, region, ir.mask is MaskKind.KEY_BIAS)
-        keeps_lse = trains and differentiated_by_kernels(ir.form, is_cross=ir.is_cross)
+        keeps_lse = trains and differentiated_by_kernels(ir.form, is_cross=ir.is_cross, is_causal=ir.is_causal)
         target = ATTENTION_WITH_LSE_OP if keeps_lse else ATTENTION_OP
         op: Node = graph.call_function(target, (q, k, v, key_mask, *_options(graph, ir, region)))
         result = graph.call_function(operator.getitem, (op, 0)) if keeps_lse else op
@@ -80,7 +83,7 @@ def _options(graph: Graph, ir: MonarchAttention, region: AttentionRegion) -> tup
     """The operator's arguments after the tensors, in its order."""
     tiled = ir.form.tile is not None and region.grid is not None
     grid = sizes_in(graph, region.grid.sizes) if tiled and region.grid is not None else None
-    return (ir.scale, *ir.form.arguments(), grid)
+    return (ir.scale, *ir.form.arguments(), grid, ir.is_causal)
 
 
 def as_op_gives(like: torch.Tensor, shape: Iterable[Any]) -> torch.Tensor:
@@ -155,11 +158,13 @@ def _scaled(graph: Graph, q: Node, factors: Iterable[Factor]) -> Node:
     return q
 
 
-def _key_mask(graph: Graph, masks: list[MaskTerm], region: AttentionRegion, biased: bool) -> Node | None:
+def _key_mask(
+    graph: Graph, masks: list[tuple[MaskTerm, MaskFact]], region: AttentionRegion, biased: bool
+) -> Node | None:
     """(batch, seq_len_k): the one bias's first row; or each mask's, joined, bool and True where a key is visible."""
     joined: Node | None = None
-    for mask in masks:
-        row = _first_row(graph, mask, region, biased)
+    for mask, fact in masks:
+        row = _row(graph, mask, region, biased, query=-1 if fact.is_triangle else 0)
         joined = row if joined is None else graph.call_function(aten.bitwise_and.Tensor, (joined, row))
     return joined
 
@@ -171,12 +176,13 @@ def _as_bias(graph: Graph, row: Node, mask: MaskTerm) -> Node:
     return row if mask.gain == 1 else graph.call_function(aten.mul.Scalar, (row, mask.gain))
 
 
-def _first_row(graph: Graph, mask: MaskTerm, region: AttentionRegion, biased: bool) -> Node:
-    """The mask read at query 0 and head 0, which the mask pass has proved to stand for all."""
+def _row(graph: Graph, mask: MaskTerm, region: AttentionRegion, biased: bool, query: int) -> Node:
+    """The mask read at one query and head 0, which the mask pass has proved to stand for all: under a triangle the
+    last query, which sees every key."""
     row, rank = current(mask.node), len(shape_of(mask.node))
     queries = rank - (1 if mask.swapped else 2)
     if rank and queries >= 0:
-        row = graph.call_function(aten.select.int, (row, queries, 0))
+        row = graph.call_function(aten.select.int, (row, queries, query))
     if rank >= 3 and mask.score_rank >= 4:
         row = graph.call_function(aten.select.int, (row, rank - 3, 0))
     if mask.role == "drop":

@@ -41,19 +41,22 @@ def index_of(rank: int, swapped: bool = False) -> Index:
 class MaskFact:
     """What was proved of a mask: its kind, a key of KINDS, with why and where.
 
-    length: that of every packed sequence, where it is one constant.
+    length: that of every packed sequence, where it is one constant. is_triangle: whether a causal mask hides all later
+    keys, and no others but by what depends on the key alone; hides_keys: whether it hides such keys, too.
     """
 
     kind: str
     reason: str
     node: Node
     length: int | None = None
+    is_triangle: bool = False
+    hides_keys: bool = False
 
 
 KINDS = {
     "none": "the mask hides nothing",
     "key_padding": "the mask depends on the key alone",
-    "causal": "a causal mask, which is not lowered yet",
+    "causal": "a causal mask",
     "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
     "prefix_causal": "a causal mask with a prefix that every query sees, which is not lowered yet",
     "packed": "a query sees the keys of its own group alone (packed sequences), and not in sequences of one constant "
@@ -114,7 +117,18 @@ def _read(term: MaskTerm) -> Reading:
 
 def _fact(term: MaskTerm, reading: Reading, visible: Any) -> MaskFact:
     kind = REPEATS[term.role](reading.element, visible) if term.role in REPEATS else _kind(reading)
+    if kind == "causal":
+        return MaskFact(kind, KINDS[kind], term.node, **_triangle(reading.keep))
     return MaskFact(kind, KINDS[kind], term.node, _length(reading.keep) if kind == "packed" else None)
+
+
+def _triangle(keep: Any) -> dict[str, bool]:
+    """`is_triangle` and `hides_keys` of a causal mask that keeps a key on a condition."""
+    conditions = sympy.And.make_args(keep)
+    of_keys = [part for part in conditions if _condition_kind(part) == "key_padding"]
+    edges = [part for part in conditions if part not in of_keys]
+    is_triangle = all(isinstance(part, Relational) and _lag(part) == 0 for part in edges)
+    return {"is_triangle": is_triangle, "hides_keys": bool(of_keys)}
 
 
 def _length(keep: Any) -> int | None:
@@ -169,7 +183,7 @@ def _condition_kind(part: Any) -> str:
 
 def _edge_kind(part: Any) -> str:
     """k - q at most (or at least) a constant."""
-    part = part.reversed if isinstance(part, (sympy.Gt, sympy.Ge)) else part
+    part = _as_less(part)
     if not isinstance(part, (sympy.Lt, sympy.Le)) or part.has(AppliedUndef):
         return "general"
     distance = part.lhs - part.rhs
@@ -179,9 +193,18 @@ def _edge_kind(part: Any) -> str:
     if distance.has(sympy.Abs):
         return "general"
     if _slopes(distance) == (-1, 1):  # k is at most q - lag
-        lag = sympy.expand(distance - (K - Q)) + (0 if isinstance(part, sympy.Le) else 1)
-        return "sliding_window" if lag.is_negative else "causal"
+        return "sliding_window" if _lag(part).is_negative else "causal"
     return "sliding_window" if _slopes(distance) == (1, -1) else "general"
+
+
+def _as_less(part: Any) -> Any:
+    return part.reversed if isinstance(part, (sympy.Gt, sympy.Ge)) else part
+
+
+def _lag(part: Any) -> Any:
+    """n, where a comparison of places says that k is at most q - n."""
+    part = _as_less(part)
+    return sympy.expand(part.lhs - part.rhs - (K - Q)) + (0 if isinstance(part, sympy.Le) else 1)
 
 
 def _slopes(distance: Any) -> tuple[Any, Any]:

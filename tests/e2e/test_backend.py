@@ -173,7 +173,9 @@ def test_strict_raises_where_a_site_stays_exact_for_lack_of_support() -> None:
         return F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
     q = torch.randn(1, 2, 8, 4)
-    with pytest.raises(BackendCompilerFailed, match=r"(?s)1 attention site cannot.*mask_causal.*not lowered yet"):
+    with pytest.raises(
+        BackendCompilerFailed, match=r"(?s)1 attention site cannot.*mask_causal.*option causal is False"
+    ):
         torch.compile(causal, backend="monarch", options={"strict": True})(q)
     torch._dynamo.reset()
     model, x = Block().eval(), torch.randn(1, 16, 24)

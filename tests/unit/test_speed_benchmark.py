@@ -31,7 +31,7 @@ TINY = Preset("cpu", (SMALL, replace(SMALL, seq_len=32)), (AutoForm(1, None), Au
 def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor has nothing to add to what is tested here."""
     attend = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr("benchmarks.speed.subjects.compiled_attention", lambda options: attend)
+    monkeypatch.setattr("benchmarks.speed.subjects.compiled_attention", lambda options, causal=False: attend)
 
 
 def ticking() -> Iterator[Timing]:
@@ -306,3 +306,21 @@ def test_tiles_are_timed_as_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ir = AutoForm(1, 1, tile=(4, 4), window_shape="plus").ir(problem, DEVICES["cpu"])
     expected = reference(given.q, given.k, given.v, **asdict(ir.form), grid=ir.grid, scale=ir.scale)
     torch.testing.assert_close(monarch(ir, given)(), expected)
+
+
+def test_prefill_is_timed_as_causal_attention_of_shared_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.speed.subjects.compiled_attention", compiled_attention)
+    problem = Problem(1, 48, 4, 8, "float32", num_kv_heads=2, causal=True)
+    form = AutoForm(1, 1, prefix=4, chosen=100, block_size=4)
+    device = DEVICES["cpu"]
+    ir = form.ir(problem, device)
+    assert (ir.is_causal, ir.group, ir.form.chosen, ir.form.block_size) == (True, 2, 100, 4)
+    assert "on 2, float32, causal" in str(problem)
+    x = inputs(problem, "cpu")
+    assert (x.q.shape, x.k.shape, x.v.shape) == ((1, 4, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
+    exact = torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, enable_gqa=True)
+    with torch.no_grad():
+        for call in (monarch(ir, x), *(subject.prepare(x) for subject in EXACT["cpu"])):
+            torch.testing.assert_close(call(), exact, rtol=1e-5, atol=1e-5)
+    assert {p.causal for p in PRESETS["causal"].problems} == {True}
+    assert {p.seq_len for p in PRESETS["causal"].problems} == {8192, 16384, 32768, 65536, 131072}

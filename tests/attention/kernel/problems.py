@@ -43,6 +43,8 @@ class Case:
     tile: tuple[int, ...] | None = None
     window_shape: str = "box"
     prefix_at_end: bool = False
+    chosen: int = 0
+    causal: bool = False
 
     @staticmethod
     def tiled(grid: tuple[int, ...], tile: tuple[int, ...], head_dim: int, value_dim: int, **more: Any) -> Case:
@@ -58,11 +60,14 @@ class Case:
             "" if self.window is None and not self.prefix else f"-w{window}p{self.prefix}{'end' * self.prefix_at_end}"
         )
         shared = "" if self.group == 1 else f"-g{self.group}"
+        listed = f"{'-causal' if self.causal else ''}{f'-k{self.chosen}' if self.chosen else ''}"
         tiles = ""
         if self.grid is not None and self.tile is not None:
             grid, tile = ("x".join(map(str, sizes)) for sizes in (self.grid, self.tile))
             tiles = f"-{grid}by{tile}{self.window_shape}"
-        return f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}{tiles}"
+        return (
+            f"{size}-t{self.num_iters}-{self.init}-{self.pad}-{self.mask}-{self.layout}{groups}{shared}{tiles}{listed}"
+        )
 
     @property
     def options(self) -> dict[str, object]:
@@ -78,7 +83,9 @@ class Case:
             "tile": self.tile,
             "window_shape": self.window_shape,
             "prefix_at_end": self.prefix_at_end,
+            "chosen": self.chosen,
             "grid": self.grid,
+            "causal": self.causal,
         }
 
 

@@ -249,6 +249,7 @@ REFUSED = {
     "identity start": (Form(4, init="mean"), False, 20),
     "different lengths": (Form(4), True, 20),
     "prefix of at most": (Form(4, prefix=17), False, 40),
+    "chosen=2": (Form(4, chosen=2), False, 40),
     "exact attention": (Form(20), False, 20),
 }
 

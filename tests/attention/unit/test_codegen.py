@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from monarch_compile.attention.form import INITS, PADS, Form
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
-from monarch_compile.codegen.attention.kernels import canonical, roles
+from monarch_compile.codegen.attention.kernels import canonical
+from monarch_compile.codegen.attention.roles import roles
 from monarch_compile.codegen.attention.schedule import Schedule, check_schedule, choose_schedule, shared_bytes
 from monarch_compile.codegen.attention.specialization import Specialization, expected
 from monarch_compile.codegen.source import KernelSource, cache_dir
@@ -75,6 +76,13 @@ GOLDENS = {
         seq_len_q=8 * 16 * 18, seq_len_k=8 * 16 * 18, grid=(8, 16, 18), block_size=64, tile=(4, 4, 4), window=(0, 1, 1)
     ),
     "prefix_at_end": BASE.changed(pad="pre", prefix=70, prefix_at_end=True, window=1),
+    "causal": BASE.changed(window=2, prefix=4, is_causal=True, mask=MaskKind.KEY_PADDING),
+    "causal_chosen": BASE.changed(
+        seq_len_q=8192, seq_len_k=8192, block_size=64, num_kv_heads=2, window=2, chosen=8, is_causal=True
+    ),
+    "chosen_tiles": BASE.changed(
+        seq_len_q=8 * 16 * 16, seq_len_k=8 * 16 * 16, grid=(8, 16, 16), block_size=64, tile=(4, 4, 4), chosen=4
+    ),
     "cross": BASE.changed(seq_len_q=700, init="mean"),
     "t2_cross_pre_masked": BASE.changed(
         seq_len_q=9000, block_size=200, num_iters=2, pad="pre", mask=MaskKind.KEY_PADDING
@@ -178,7 +186,6 @@ def test_tiles_are_no_larger_than_what_they_cover(ir: MonarchAttention) -> None:
         ({"head_dim": 257}, "head_dim=257"),
         ({"value_dim": 512}, "value_dim=512"),
         ({"seq_len_k": 900, "window": 1}, "window or a prefix where seq_len_q != seq_len_k"),
-        ({"is_causal": True}, "causal"),
     ],
 )
 def test_what_has_no_kernel_is_refused_clearly(change: dict[str, Any], message: str) -> None:

@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
 ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}
-PAPER = {cost.X: 0, cost.G: 0, cost.P: 0}
+PAPER = {cost.C: 0, cost.X: 0, cost.G: 0, cost.P: 0}
 SQUARE = {**ONE_HEAD, **PAPER, cost.N_Q: N, cost.N_K: N, cost.ITEM: E}
 
 # (batch, seq_len) -> milliseconds on one H200, float16, 12 heads of 64: exact (cuDNN), Monarch (two streaming kernels).
@@ -66,6 +66,16 @@ def is_equal(found, expected):
 def test_flops_of_one_iteration_are_6NBD_plus_4NMD():
     found = cost.monarch_formula().flops.subs({**SQUARE, cost.T: 1}).subs(N, M * B)
     assert is_equal(found, (6 * N * B * D + 4 * N * M * D).subs(N, M * B))
+
+
+def test_causal_attention_is_half_of_the_work_and_listed_keys_are_priced():
+    form = {"window": 2, "prefix": 64, "is_causal": True}
+    whole, causal = attention(window=2, prefix=64), attention(**form)
+    assert exact_cost(causal).flops * 2 == exact_cost(whole).flops
+    listed = monarch_cost(attention(**form, chosen=8)).flops - monarch_cost(causal).flops
+    blocks = (4096 - 64) // 64
+    choice = 2 * 2 * 12 * 64 * blocks**2 * 64
+    assert listed == 12 * blocks * 2 * 2 * 64 * 8 * 64 * 64 + choice
 
 
 def test_each_further_iteration_adds_4NBD_plus_4NMD():

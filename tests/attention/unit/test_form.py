@@ -79,7 +79,7 @@ def test_the_operator_and_the_config_have_the_options_of_the_form() -> None:
         [(argument.name, str(argument.type)) for argument in op._schema.arguments]
         for op in (ATTENTION_OP, ATTENTION_WITH_LSE_OP, ATTENTION_BACKWARD_OP)
     )
-    assert tuple(name for name, _ in plain)[4:] == OPTIONS == ("scale", *FORM_OPTIONS, "grid")
+    assert tuple(name for name, _ in plain)[4:] == OPTIONS == ("scale", *FORM_OPTIONS, "grid", "causal")
     assert with_lse == plain
     assert backward[:1] + backward[5:7] == [(name, "Tensor") for name in ("grad", "output", "lse")]
     assert backward[1:5] + backward[7:] == plain
@@ -109,6 +109,7 @@ BAD = {
     "tile": (4, 0),
     "window_shape": "star",
     "prefix_at_end": 1,
+    "chosen": -1,
 }
 
 
@@ -132,7 +133,13 @@ def test_without_a_prefix_it_lies_nowhere() -> None:
 
 @pytest.mark.parametrize(
     ("form", "exact"),
-    [(Form(4), False), (Form(4, window=0), True), (Form(4, prefix=1), True), (Form(4, window=1).across(), False)],
+    [
+        (Form(4), False),
+        (Form(4, window=0), True),
+        (Form(4, prefix=1), True),
+        (Form(4, chosen=1), True),
+        (Form(4, window=1).across(), False),
+    ],
 )
 def test_which_forms_have_exact_keys(form: Form, exact: bool) -> None:
     assert form.has_exact_keys is exact

@@ -19,10 +19,12 @@ from monarch_compile.attention.reference import reference, reference_with_lse
 from tests.support.backward_kernels import backward_kernels  # noqa: F401
 
 SEQ_LEN = 19
-ARGUMENTS = (0.5, 4, 1, "identity", "post", [1], 2, None, "box", False, None)
+ARGUMENTS = (0.5, 4, 1, "identity", "post", [1], 2, None, "box", False, 0, None, False)
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "window": {"window": 1},
+    "chosen": {"chosen": 1, "window": 0, "prefix": 2},
+    "causal": {"chosen": 1, "causal": True},
     "prefix, padded before": {"prefix": 3, "pad": "pre"},
     "window and prefix": {"window": 1, "prefix": 1},
     "two iterations": {"num_iters": 2, "window": 0},
@@ -189,3 +191,19 @@ def test_on_cuda_the_operators_have_the_shapes_and_strides_of_the_others() -> No
     assert (lse.shape, lse.dtype) == (plain.shape[:3], torch.float32)
     assert [(x.shape, x.dtype) for x in found[:3]] == [(x.shape, x.dtype) for x in given]
     assert found[3].shape == (0,)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_on_cuda_chosen_blocks_have_the_shape_and_strides_of_the_reference(causal: bool, prefix: int) -> None:
+    pytest.importorskip("triton")
+    arguments = (*ARGUMENTS[:6], prefix, *ARGUMENTS[7:10], 2, None, causal)
+    given = tensors()
+    expected = attention(*given, None, *arguments)
+    with FakeTensorMode():
+        fake = [torch.empty(x.shape, dtype=torch.bfloat16, device="cuda") for x in given]
+        assert not gradients.run_on_kernels(fake[0], fake[1], arguments)
+        if prefix and not causal:  # rows of a prefix would ask for a device
+            return
+        found = attention(*fake, None, *arguments)
+    assert (found.shape, found.stride()) == (expected.shape, expected.stride())

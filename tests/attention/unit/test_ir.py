@@ -96,6 +96,7 @@ BAD_OPTIONS = {
     "tile": (4, 0),
     "window_shape": "star",
     "prefix_at_end": 1,
+    "chosen": -1,
 }
 
 
@@ -120,3 +121,4 @@ def test_later_forms_are_representable() -> None:
     grouped = BASE.changed(num_kv_heads=2, window=1, prefix=4, is_causal=True)
     assert "causal=true window=1 prefix=4" in str(grouped)
     assert BASE.changed(seq_len_q=7).block_size_q == 1
+    assert str(BASE.changed(chosen=8)).endswith(f"{BASE} chosen=8")
