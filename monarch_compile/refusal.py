@@ -156,6 +156,10 @@ CODES: dict[str, Code] = {
         "transforms of the input, of the filter and back along one dim, with the same number of points n"
     ),
     "transformed": Code("a call outside of torch.func's transforms and of forward-mode differentiation"),
+    "unmeasured_kernels": Code(
+        "policy='always', where a comparison with exact attention on your GPU shows that it is right and faster",
+        is_choice=True,
+    ),
     "values_layout": Code("the product with the values as probabilities @ values"),
     "wide_heads": Code("heads of at most 256 features, or a CPU"),
 }

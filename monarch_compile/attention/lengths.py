@@ -156,6 +156,8 @@ def cost_refusal(
 
     sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
     """
+    if device.kind == "cuda" and ir.lists_exact_keys:
+        return Refusal("unmeasured_kernels", "no GPU has run the kernels of causal attention and of chosen blocks yet")
     reason = exact_wins(ir, device, calls=calls, **sizes)
     if reason is None:
         return None

@@ -15,7 +15,10 @@ import monarch_compile
 from monarch_compile.attention.candidates import forms_that_pay
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import cost_refusal
 from monarch_compile.calibration.plan import Plan, SitePlan
+from monarch_compile.calls import DEVICE_ALONE
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import DEVICES
 from monarch_compile.errors import ConfigError
@@ -349,3 +352,16 @@ def test_one_compilation_serves_several_lengths(chosen: int) -> None:
         expected = monarch_attention(q, k, v, causal=True, **{**FORM, "chosen": chosen})
         with torch.no_grad():
             torch.testing.assert_close(compiled(q, k, v, q), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_policy_auto_waits_for_kernels_that_were_measured() -> None:
+    """No GPU has run the kernels of causal attention: only policy "always" asks for them there."""
+    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 8, "seq_len_q": 65536, "seq_len_k": 65536}
+    ir = MonarchAttention(
+        **sizes, head_dim=64, value_dim=64, dtype=torch.bfloat16, form=Form(64), scale=0.125, is_causal=True
+    )
+    sizes_now = {"auto": False, "batch": 1, "seq_len": 65536, "queries": None}
+    refused = cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **sizes_now)
+    assert refused is not None and refused.code == "unmeasured_kernels"
+    exact_twin = replace(ir, is_causal=False)
+    assert cost_refusal(exact_twin, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **sizes_now) is None
