@@ -266,3 +266,13 @@ def test_transformers_gradient_checkpointing_is_lowered() -> None:
     found = gradient(_compile(model, block_size=1))
     assert counters["monarch"] == {"lowered": 2, "exact": 0}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_can_raise_that_a_loop_does_not_split() -> None:
+    """Inductor of torch 2.11 raises it without its two arguments, which no site of ours is to turn into a TypeError."""
+    from torch._inductor.codegen.simd import CantSplit
+
+    x = torch.randn(1, 2, 64, 16)
+    torch.compile(F.scaled_dot_product_attention, backend=monarch, options={"policy": "always"})(x, x, x)
+    with pytest.raises(CantSplit):
+        raise CantSplit  # as it does

@@ -362,6 +362,7 @@ def test_policy_auto_waits_for_kernels_that_were_measured() -> None:
     )
     sizes_now = {"auto": False, "batch": 1, "seq_len": 65536, "queries": None}
     refused = cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **sizes_now)
-    assert refused is not None and refused.code == "unmeasured_kernels"
+    assert refused is not None
+    assert refused.code == "unmeasured_kernels"
     exact_twin = replace(ir, is_causal=False)
     assert cost_refusal(exact_twin, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **sizes_now) is None
