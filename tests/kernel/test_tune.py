@@ -375,8 +375,8 @@ def test_nothing_is_tuned_for_sites_on_the_cpu_or_without_a_device(
 
 
 def test_what_has_no_kernel_is_not_tuned() -> None:
-    causal, double = IR.changed(is_causal=True), IR.changed(dtype=torch.float64)
-    assert list(autotune.tunable([None, causal, IR, double])) == [IR]
+    wide, double = IR.changed(head_dim=512), IR.changed(dtype=torch.float64)
+    assert list(autotune.tunable([None, wide, IR, double])) == [IR]
 
 
 def test_the_command_tunes_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def bench(**changes) -> Bench:
 def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The baseline runs as it is, the Monarch forms through the passes alone."""
     attend = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr("benchmarks.speed.subjects.compiled_attention", lambda options: attend)
+    monkeypatch.setattr("benchmarks.speed.subjects.compiled_attention", lambda options, causal: attend)
 
     def compiled(model: Prepared, subject: Subject) -> measure.Call:
         torch._dynamo.reset()

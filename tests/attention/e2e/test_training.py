@@ -28,7 +28,7 @@ from tests.support.poison import Poisoned, between_margins
 
 FORM = {"block_size": 8, "window": 1}
 OPTIONS = {"policy": "always", "strict": True, **FORM}
-ARGUMENTS = (0.5, *Form(8, window=1).arguments(), None)
+ARGUMENTS = (0.5, *Form(8, window=1).arguments(), None, False)
 
 
 @pytest.fixture(autouse=True)

@@ -265,7 +265,7 @@ def test_unequal_lengths_get_a_schedule_that_their_kernels_have(block_size: int,
     """Also where the bucket of queries in a block is as large as the block of keys."""
     for rows_key, blocks_key, iters in itertools.product((16, 64, 128), (1, 64, 128, 256, 1024), (1, 2)):
         form = Form(block_size, iters, "mean")
-        ir = launch._bucket_ir(64, 64, torch.float16, form, 0.125, MaskKind.NONE, 1, blocks_key, rows_key)
+        ir = launch._bucket_ir(64, 64, torch.float16, form, 0.125, MaskKind.NONE, 1, blocks_key, rows_key, False)
         assert ir.is_cross
         assert -(-ir.seq_len_q // blocks_key) in (rows_key, rows_key - (blocks_key == 1))
         assert emit(ir, choose_schedule(ir, capability))
