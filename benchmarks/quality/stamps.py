@@ -19,9 +19,8 @@ from benchmarks.quality.metrics import relative_error
 from benchmarks.quality.task import Model, Task, TaskUnavailable, package_file
 from examples.images.dinov2 import LAYERS, PATCH, TRAINED_GRID, WEIGHTS, Features, normalized, read_dinov2
 from examples.images.picture import read_on_white
+from examples.stamps.pictures import DEBIAN_PACKAGE, STAMPS
 
-STAMPS = Path("/usr/share/tuxpaint/stamps")
-DEBIAN_PACKAGE = "tuxpaint-stamps-default"
 KINDS = (
     "animals/birds",
     "animals/fish",

@@ -18,14 +18,13 @@ from monarch_compile.codegen.attention.kernels import (
     SIZES,
     buffers_of,
     constants_of,
-    header_of,
     kernel_of,
     strides_of,
 )
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours
 from monarch_compile.codegen.attention.roles import ONLY
 from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch, staged
-from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles
+from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles, header_of
 from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, padded
 
 LEAD_TILE = SHARED_PREFIX

@@ -24,15 +24,17 @@ class GradientsOf:
 def gradients_of(ir: MonarchAttention) -> GradientsOf | None:
     """The gradients of `ir`; None where they have no kernels, whatever the dtype and the head size."""
     seq_len = ir.seq_len_k if isinstance(ir.seq_len_k, int) else None
-    refused = ir.is_causal or backward_refusal(ir.form, ir.is_cross, seq_len) is not None
-    return None if refused else GradientsOf(ir)
+    refused = backward_refusal(ir.form, ir.is_cross, seq_len, is_causal=ir.is_causal)
+    return GradientsOf(ir) if refused is None else None
 
 
-def backward_refusal(form: Form, is_cross: bool, seq_len: Any = None) -> str | None:
+def backward_refusal(form: Form, is_cross: bool, seq_len: Any = None, *, is_causal: bool = False) -> str | None:
     """Why there are no kernels for the gradients of a form; None where there are.
 
     is_cross: whether queries and keys are sequences of different lengths. seq_len: that of the keys, where it is known.
     """
+    if is_causal:
+        return "there are no backward kernels for causal attention"
     form = form.simplest()
     if form.chosen:
         return f"there are no backward kernels for chosen blocks; found chosen={form.chosen}"

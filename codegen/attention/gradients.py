@@ -24,8 +24,6 @@ from monarch_compile.errors import CodegenError
 WITH_LSE = replace(EMITTER, program=program_with_lse)
 """The forward pass that also gives the logsumexp of each row."""
 
-CAUSAL = "there are no backward kernels for causal attention"
-
 
 def launch_with_lse(
     q: Tensor,
@@ -74,8 +72,8 @@ def launch_backward(
 
     Returns dq, dk, dv, of the shapes and dtypes of q, k, v and laid out (batch, seq, heads, dim), and dbias (E, N),
     float32: that of a floating key_mask, 0 for the keys that it hides; None for no mask and for one of bools.
-    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read
-    through their strides, but for those that `launch.with_adjacent_features` copies.
+    Formulas: `backward`. Deterministic: every sum has one order. All tensors but lse are read through their strides,
+    but for those that `launch.with_adjacent_features` copies.
 
     Raises:
         CodegenError: as for `launch_with_lse`.
@@ -123,9 +121,9 @@ def run(
 
 
 def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
-    is_causal = bool(options.pop("causal", False))
+    is_causal = bool(options.get("causal", False))
     form = form_of(**options)
-    refusal = CAUSAL if is_causal else backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2])
+    refusal = backward_refusal(form, q.shape[2] != k.shape[2], k.shape[2], is_causal=is_causal)
     if refusal is not None:
         raise CodegenError(refusal)
     return form

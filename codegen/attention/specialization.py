@@ -139,13 +139,12 @@ def specialize(
 
 def _loads_ahead(rows: Tensor) -> bool:
     """Whether every row begins where `ASYNC_BYTES` begin."""
-    number = max(1, ASYNC_BYTES // rows.element_size())
-    strides = [
-        stride
-        for size, stride in zip(rows.shape[:-1], rows.stride()[:-1], strict=True)
-        if size.__class__ is not int or size > 1
-    ]
-    return number == 1 or all(_divides(number, x) for x in (rows.storage_offset(), *strides))
+    number = ASYNC_BYTES // rows.element_size()
+    if number <= 1:
+        return True
+    dims = zip(rows.shape[:-1], rows.stride()[:-1], strict=True)
+    strides = [stride for size, stride in dims if not is_known_to_be(size, 1)]
+    return all(_divides(number, x) for x in (rows.storage_offset(), *strides))
 
 
 def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int:

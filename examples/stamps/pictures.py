@@ -13,8 +13,9 @@ from torch import Tensor
 
 from examples.packages import PackagesMissing
 
+DEBIAN_PACKAGE = "tuxpaint-stamps-default"
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-"""Where Debian's package tuxpaint-stamps-default puts them."""
+"""Where Debian's package puts them."""
 SIZE = 320
 """Pixels along a side of a stamp as it is kept; a model's input is resized from it."""
 LEAST, MOST = 12, 64
@@ -55,7 +56,7 @@ def read_stamps(folder: Path = STAMPS) -> list[Stamp]:
     found = {top.name: sorted(top.rglob("*.png")) for top in sorted(folder.glob("*")) if top.is_dir()}
     classes = {name: _spread(paths) for name, paths in found.items() if len(paths) >= LEAST}
     if not classes:
-        raise PackagesMissing(f"no stamps in {folder}: apt-get install tuxpaint-stamps-default, or name a pack")
+        raise PackagesMissing(f"no stamps in {folder}: apt-get install {DEBIAN_PACKAGE}, or name a pack")
     return [Stamp(_jpeg(path), name) for name, paths in classes.items() for path in paths]
 
 

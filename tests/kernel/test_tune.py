@@ -6,7 +6,7 @@ import argparse
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -44,15 +44,6 @@ CPU = torch.device("cpu")
 HERE = Machine(CPU, "Some GPU", None, "3.6.0")
 IR = MonarchAttention(1, 1, 1, 75, 75, 16, 16, torch.float32, Form(40), 0.25)
 BUCKET = bucketed(IR)
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache of this test's own, and no schedule left in use after it."""
-    monkeypatch.setenv("MONARCH_CACHE_DIR", str(tmp_path))
-    yield
-    launching._CHOSEN.clear()
-    build.cache_clear()
 
 
 @pytest.fixture

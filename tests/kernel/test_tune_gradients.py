@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -42,15 +42,6 @@ HERE = Machine(CPU, "Some GPU", None, "3.6.0")
 FORWARD = MonarchAttention(1, 1, 1, 75, 75, 16, 16, torch.float32, Form(20, window=1), 0.25)
 IR = GradientsOf(FORWARD)
 BUCKET = GRADIENTS.bucketed(IR)
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache of this test's own, and no schedule left in use after it."""
-    monkeypatch.setenv("MONARCH_CACHE_DIR", str(tmp_path))
-    yield
-    launching._CHOSEN.clear()
-    build.cache_clear()
 
 
 @pytest.fixture

@@ -47,6 +47,16 @@ class Factors(nn.Module):
         return self.program(self, x)
 
 
+def assert_same_gradients(model: Factors, x: Tensor, output: Tensor, expected: Tensor, **bounds: float) -> None:
+    """Of x and of every parameter: none where `expected` has none, else close within `bounds`, rtol and atol."""
+    leaves = [x, *model.parameters()]
+    own, wanted = (torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) for y in (output, expected))
+    for one, other in zip(own, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if other is not None:
+            torch.testing.assert_close(one, other, **bounds)
+
+
 def blocked(m: Factors, x: Tensor) -> Tensor:
     """(tokens, K, P) -> (K, tokens, P)."""
     return x.reshape(-1, m.blocks, WIDTH).transpose(0, 1)

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_linears import Factors, blast, bmm_interleaved, einsum_dots, given, with_gelu, with_relu
+from support.block_linears import (
+    Factors,
+    assert_same_gradients,
+    blast,
+    bmm_interleaved,
+    einsum_dots,
+    given,
+    with_gelu,
+    with_relu,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -32,12 +41,7 @@ def test_numbers_and_gradients(program: Any) -> None:
     assert counters["monarch"]["lowered"] == 1
     assert counters["monarch"]["exact"] == 0
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-    leaves = [x, *model.parameters()]
-    own, wanted = (torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) for y in (output, expected))
-    for one, other in zip(own, wanted, strict=True):
-        assert (one is None) == (other is None)
-        if other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+    assert_same_gradients(model, x, output, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_one_compilation_serves_many_tokens() -> None:

@@ -12,6 +12,7 @@ from support.block_linears import (
     RANK,
     WIDTH,
     Factors,
+    assert_same_gradients,
     blast_einsum,
     blocked,
     bmm_blocked,
@@ -94,12 +95,7 @@ def test_gradients_go_where_they_went(program: Program) -> None:
     assert [d.code for d in result.decisions] == GRADIENTS[program]
     expected = model(x)
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
-    leaves = [x, *model.parameters()]
-    own, wanted = (torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) for y in (output, expected))
-    for one, other in zip(own, wanted, strict=True):
-        assert (one is None) == (other is None)
-        if other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert_same_gradients(model, x, output, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_result_that_is_detached_asks_for_no_gradient() -> None:
