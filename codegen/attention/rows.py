@@ -8,6 +8,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from monarch_compile.attention.groups import split_mask
+from monarch_compile.codegen.attention.specialization import is_known_to_be
 
 FEW_HEADS, FEW_ROWS = 64, 64
 """Up to so many heads of all batch entries, and rows of each, leave most of a GPU idle, unless the keys of a head are
@@ -15,6 +16,10 @@ shared out."""
 
 WHOLE_VECTORS = 8
 """FlashAttention copies tensors whose heads are no multiple of this."""
+
+VECTOR_BYTES = 16
+"""torch's kernels of exact attention load so many bytes at once, and not all of them look where a tensor begins: on an
+H100 a float32 tensor that begins 4 bytes into its memory ends the process (torch 2.11, misaligned address)."""
 
 
 def exact_rows(
@@ -25,6 +30,7 @@ def exact_rows(
     k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k), bool or added to the scores. Where it is `causal`,
     the rows are the first of the sequence, and see no key after their own.
     """
+    q, k, v = _aligned(q, k, v)
     if causal:
         return _causal_rows(q, k, v, key_mask, scale)
     if scale <= 0:  # some kernels take the largest score before they scale
@@ -40,6 +46,16 @@ def exact_rows(
     mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
     found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(seen.any(-1, keepdim=True), found, 0.0)
+
+
+def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors that begin where a GPU's vectors do; others are copied. A CPU does not mind."""
+    return tuple(
+        x
+        if x.device.type != "cuda" or is_known_to_be(x.storage_offset() * x.element_size() % VECTOR_BYTES, 0)
+        else x.clone(memory_format=torch.contiguous_format)
+        for x in tensors
+    )
 
 
 def _causal_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:

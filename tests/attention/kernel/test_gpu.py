@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -270,6 +271,23 @@ def test_few_rows_of_few_heads_share_out_the_keys(
     assert any("flash_fwd_splitkv" in event.key for event in profile.key_averages()) is shares
     expected = scaled_dot_product_attention(q[:, :, :rows].double(), k.double(), v.double(), scale=0.125)
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("mask", ["none", "some", "bias"])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_exact_rows_of_tensors_that_begin_anywhere(dtype: torch.dtype, rows: int, mask: str, head_dim: int) -> None:
+    case = Case(500, 64, head_dim, head_dim, num_heads=2, mask=mask, layout="unaligned")
+    q, k, v, key_mask = tensors(case, dtype, "cuda")
+    found = exact_rows(q[:, :, :rows], k, v, key_mask, 0.125)
+    attn_mask = None if key_mask is None else key_mask[:, None, None, :]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.double()
+    expected = scaled_dot_product_attention(
+        q[:, :, :rows].double(), k.double(), v.double(), attn_mask=attn_mask, scale=0.125
+    )
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("window", [None, 1])
