@@ -39,11 +39,15 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A kernel that faults leaves its process without a GPU: such a worker ends, and a new one takes the next tests."""
+    """Workers share a GPU: each gives back the memory of its last test.
+
+    A kernel that faults leaves its process without a GPU: such a worker ends, and a new one takes the next tests.
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     except RuntimeError:
         os._exit(1)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from monarch_compile.attention.op import attention
 from tests.attention.kernel.chosen import check_with_choice, with_choice
-from tests.attention.kernel.problems import DTYPES, Case, check, tensors
+from tests.attention.kernel.problems import DTYPES, Case, check, tensors, through_operator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,13 +44,13 @@ def test_chosen(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", [CAUSAL[1], CHOSEN[0], CHOSEN[1]], ids=str)
 def test_no_output_depends_on_a_later_token_and_calls_repeat(case: Case) -> None:
     q, k, v, mask = tensors(case, torch.bfloat16, "cuda")
-    found = attention(q, k, v, mask, **case.options)
-    assert torch.equal(attention(q, k, v, mask, **case.options), found)
+    found = through_operator(case, q, k, v, mask)
+    assert torch.equal(through_operator(case, q, k, v, mask), found)
     for last in (case.seq_len // 3, case.seq_len // 2 + 5, case.seq_len - 2):
         others = [x.clone() for x in (q, k, v)]
         for x in others:
             x[:, :, last + 1 :] = 5 * torch.randn_like(x[:, :, last + 1 :])
-        assert torch.equal(attention(*others, mask, **case.options)[:, :, : last + 1], found[:, :, : last + 1])
+        assert torch.equal(through_operator(case, *others, mask)[:, :, : last + 1], found[:, :, : last + 1])
 
 
 def test_a_cuda_graph_replays_the_choice() -> None:
@@ -61,13 +60,13 @@ def test_a_cuda_graph_replays_the_choice() -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        attention(q, k, v, mask, **case.options)
+        through_operator(case, q, k, v, mask)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention(q, k, v, mask, **case.options)
+        captured = through_operator(case, q, k, v, mask)
     k.copy_(k.flip(2))
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, attention(q, k, v, mask, **case.options))
+    assert torch.equal(captured, through_operator(case, q, k, v, mask))
     assert torch.equal(with_choice(case, q, k, v, mask)[0], captured)
