@@ -15,6 +15,10 @@ SHARED_LIMITS = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, 
 """Shared memory that one program may use, in KiB, by compute capability."""
 DEFAULT_SHARED_LIMIT = 99
 
+WIDE_BYTES = 128
+"""From this size on, rows of a tile in shared memory are all laid out alike for Hopper's products (swizzled by 128
+bytes); narrower ones are laid out in other ways."""
+
 TUNED_ON = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 """The GPUs that shipped schedules were tuned on: made on the first; on the second, a search found nothing faster
 (benchmarks/results/h100_tuned.json)."""
@@ -60,3 +64,17 @@ def shared_limit(capability: Capability | None) -> int:
 def padded(size: int) -> int:
     """`size` as a tile of tl.dot sees it: the next power of two, at least 16."""
     return max(MIN_TILE, 1 << (size - 1).bit_length())
+
+
+def feature_tiles(head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The features of a key and of a value as tiles of tl.dot see them: `padded`, and both of `WIDE_BYTES` if one is.
+
+    A kernel that multiplies tiles of both kinds is compiled wrongly by ptxas 12.8, which Triton 3.6 brings: it takes
+    what no instruction has set for a part of the address (the descriptor) of a narrow tile in shared memory, and the
+    product reads elsewhere. ptxas 12.9 does not. tests/attention/kernel/test_backward_gpu.py has cases.
+    """
+    head, value = padded(head_dim), padded(value_dim)
+    wide = WIDE_BYTES // dtype.itemsize
+    if dtype.itemsize != 2 or max(head, value) < wide:
+        return head, value
+    return max(head, wide), max(value, wide)

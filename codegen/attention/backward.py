@@ -23,9 +23,9 @@ from monarch_compile.codegen.attention.kernels import (
 )
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours
 from monarch_compile.codegen.attention.roles import ONLY
-from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch, staged
+from monarch_compile.codegen.attention.specialization import STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles, header_of
-from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, padded
+from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling, feature_tiles
 
 LEAD_TILE = SHARED_PREFIX
 """Places for the keys, or the queries, of a prefix: one tile of a product."""
@@ -145,7 +145,7 @@ def _kernel(
         constants=tuple(_constants(role, ir, tiling, specialization).items()),
         variables=tuple(variables.items()),
         grid=_grid(role, ir, schedule, tiling),
-        tiling=staged(tiling, specialization),
+        tiling=tiling,
         header=header_of(f"monarch_{role.name}", ir, schedule, specialization),
     )
 
@@ -208,6 +208,7 @@ def _constants(
 def _masks(role: BackwardRole, ir: MonarchAttention, tiling: Tiling, specialization: Specialization) -> dict[str, Any]:
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value, block = ir.head_dim, ir.value_dim, ir.form.block_size
+    head_tile, value_tile = feature_tiles(head, value, ir.dtype)
     partial_block, partial_tile = specialization.partial_block, specialization.partial_tile
     rows, step = (tiling.step, tiling.rows) if role.gives_keys else (tiling.rows, tiling.step)
     ragged_j, ragged_i = block % rows != 0, block % step != 0
@@ -229,8 +230,8 @@ def _masks(role: BackwardRole, ir: MonarchAttention, tiling: Tiling, specializat
         "near_masked": partial_block or block % tiling.step != 0 or ir.form.tile is not None,
         "near_tile": "TILE_J" if role.gives_keys else "TILE_I",
         "block_mask": "is_block" if partial_tile else "",
-        "head_mask": "is_head" if padded(head) != head else "",
-        "head_stored_mask": "is_head_stored" if padded(head) != pitch(head) else "",
-        "value_mask": "is_value" if padded(value) != value else "",
-        "value_stored_mask": "is_value_stored" if padded(value) != pitch(value) else "",
+        "head_mask": "is_head" if head_tile != head else "",
+        "head_stored_mask": "is_head_stored" if head_tile != pitch(head) else "",
+        "value_mask": "is_value" if value_tile != value else "",
+        "value_stored_mask": "is_value_stored" if value_tile != pitch(value) else "",
     }

@@ -21,7 +21,15 @@ from monarch_compile.codegen.attention.schedule import (
 )
 from monarch_compile.codegen.attention.schedule import is_made_for as can_run
 from monarch_compile.codegen.attention.schedule import shared_bytes as shared_bytes_of_summaries
-from monarch_compile.codegen.tiling import DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
+from monarch_compile.codegen.tiling import (
+    DTYPE_BYTES,
+    MIN_TILE,
+    Capability,
+    Tiling,
+    feature_tiles,
+    padded,
+    shared_limit,
+)
 from monarch_compile.errors import CodegenError
 
 
@@ -201,7 +209,7 @@ def shared_bytes(tiling: Tiling, name: str, ir: MonarchAttention) -> int:
     if name not in WIDTHS:
         return shared_bytes_of_summaries(tiling, without_exact_keys(ir))
     rows, step = WIDTHS[name]
-    features = padded(ir.head_dim) + padded(ir.value_dim)
+    features = sum(feature_tiles(ir.head_dim, ir.value_dim, ir.dtype))
     held = features * (rows * tiling.rows + tiling.num_stages * step * tiling.step)
     return DTYPE_BYTES[ir.dtype] * (held + 2 * tiling.rows * tiling.step) + 1024
 
@@ -220,7 +228,9 @@ def _chosen(rows: tuple[Row, ...], name: str, most: float, ir: MonarchAttention,
 def _fit(tiling: Tiling, most: float, ir: MonarchAttention) -> Tiling:
     """Tiles no larger than the `most` places that they cover, and warps that still have work."""
     rows, step = (int(min(size, padded(int(min(most, size))))) for size in (tiling.rows, tiling.step))
-    accumulators = 2 * rows * (padded(ir.head_dim) + padded(ir.value_dim))  # sums, and tiles of weights as large
+    accumulators = (
+        2 * rows * (sum(feature_tiles(ir.head_dim, ir.value_dim, ir.dtype)))
+    )  # sums, and tiles of weights as large
     useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 

@@ -22,9 +22,9 @@ from monarch_compile.codegen.attention.roles import (
     shares_prefix,
 )
 from monarch_compile.codegen.attention.schedule import WORD, Schedule
-from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch, staged
+from monarch_compile.codegen.attention.specialization import MAX_POSITION, STRIDED_ROWS, Specialization, pitch
 from monarch_compile.codegen.program import Buffer, Kernel, Program, Size, Tiles, header_of
-from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, padded
+from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, Tiling, feature_tiles, padded
 
 COPIED_ROWS = SHARED_PREFIX
 """Rows of the prefix that a program has at once: enough that each thread loads several numbers side by side."""
@@ -162,7 +162,7 @@ def kernel_of(
         constants=tuple(_constants(role, ir, schedule, tiling, specialization).items()),
         variables=tuple(variables.items()),
         grid=("heads", *_grid(role, tiling, rows_of(ir))),
-        tiling=staged(tiling, specialization),
+        tiling=tiling,
         header=header_of(role.name, ir, schedule, specialization),
     )
 
@@ -260,8 +260,9 @@ def constants_of(
     """What may stand as a literal at the top of a kernel, whose tiles and `keys_of_neighbours` these are."""
     block = ir.form.block_size
     dims: dict[str, Any] = {"BLOCK": block, "GROUP": ir.group, "STRIDE_MULTIPLE": specialization.stride_multiple}
-    for name, size in (("HEAD", ir.head_dim), ("VALUE", ir.value_dim)):
-        dims |= {f"{name}_DIM": size, f"{name}_TILE": padded(size), f"{name}_PITCH": pitch(size)}
+    head_tile, value_tile = feature_tiles(ir.head_dim, ir.value_dim, ir.dtype)
+    for name, size, tile in (("HEAD", ir.head_dim, head_tile), ("VALUE", ir.value_dim, value_tile)):
+        dims |= {f"{name}_DIM": size, f"{name}_TILE": tile, f"{name}_PITCH": pitch(size)}
     dims |= {f"EXTENT_{axis}": extent for axis, extent in enumerate(ir.form.tile or ())}
     dims |= {"NEIGHBOURS": keys_near // block, "CHOSEN": ir.form.chosen, "WORD": WORD}
     dims |= {**windows_of(ir), "PREFIX": min(ir.form.prefix, MAX_POSITION)}
@@ -279,6 +280,7 @@ def constants_of(
 def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, specialization: Specialization) -> dict[str, Any]:
     """Where masks are needed at all: the names of those that are, "" for those that are not."""
     head, value, partial_block = ir.head_dim, ir.value_dim, specialization.partial_block
+    head_tile, value_tile = feature_tiles(head, value, ir.dtype)
     masked, stores = ir.mask is not MaskKind.NONE, role.template != "exact"
     ragged_j = ir.is_cross or ir.form.block_size % tiling.rows != 0
     ragged_i = ir.form.block_size % tiling.step != 0
@@ -295,8 +297,8 @@ def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, specialization: Spe
         "inside_mask": inside,
         "hides": bool(masked or inside),
         "block_mask": "is_block" if specialization.partial_tile else "",
-        "head_mask": "is_head" if padded(head) != head else "",
-        "head_stored_mask": "is_head_stored" if stores and padded(head) != pitch(head) else "",
-        "value_mask": "is_value" if padded(value) != value else "",
-        "value_stored_mask": "is_value_stored" if stores and padded(value) != pitch(value) else "",
+        "head_mask": "is_head" if head_tile != head else "",
+        "head_stored_mask": "is_head_stored" if stores and head_tile != pitch(head) else "",
+        "value_mask": "is_value" if value_tile != value else "",
+        "value_stored_mask": "is_value_stored" if stores and value_tile != pitch(value) else "",
     }

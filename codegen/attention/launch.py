@@ -121,8 +121,9 @@ def outputs(
 def with_adjacent_features(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors whose features, the last dim, are side by side in memory; those of another layout are copied.
 
-    Triton 3.6 compiles a product of 32 keys that were loaded along the sequence, as these would be, to wrong numbers on
-    an H100; 64 keys at a time are right. tests/attention/kernel/test_gpu.py has the cases.
+    A product of 32 keys that were loaded along the sequence, as these would be, gave wrong numbers on an H100 with
+    Triton 3.6; 64 keys at a time were right. `tiling.feature_tiles` has what is known of the cause.
+    tests/attention/kernel/test_gpu.py has the cases.
     """
     return tuple(x if is_known_to_be(x.stride(-1), 1) else x.contiguous() for x in tensors)
 

@@ -12,7 +12,16 @@ from typing import Any, ClassVar, NamedTuple
 
 from monarch_compile.attention.blocking import along_axes
 from monarch_compile.attention.ir import MAX_HEAD_DIM, MonarchAttention
-from monarch_compile.codegen.tiling import ALL, DTYPE_BYTES, MIN_TILE, Capability, Tiling, padded, shared_limit
+from monarch_compile.codegen.tiling import (
+    ALL,
+    DTYPE_BYTES,
+    MIN_TILE,
+    Capability,
+    Tiling,
+    feature_tiles,
+    padded,
+    shared_limit,
+)
 from monarch_compile.errors import CodegenError
 
 DOT_PRECISIONS = ("ieee", "tf32x3")
@@ -247,7 +256,8 @@ def can_fuse(ir: MonarchAttention) -> bool:
 
 def shared_bytes(tiling: Tiling, ir: MonarchAttention) -> int:
     """An upper estimate of the shared memory of one program: its rows, its weights, and every stage of its stream."""
-    head, value, size = padded(ir.head_dim), padded(ir.value_dim), DTYPE_BYTES[ir.dtype]
+    size = DTYPE_BYTES[ir.dtype]
+    head, value = feature_tiles(ir.head_dim, ir.value_dim, ir.dtype)
     rows, other, weights = tiling.rows * head, tiling.step * (head + value), tiling.rows * tiling.step
     streamed = {1: other, ALL: rows}.get(tiling.turns, rows + other)
     return size * (rows + other - streamed + weights + tiling.num_stages * streamed) + 1024
@@ -274,7 +284,7 @@ def _fit(tiling: Tiling, ir: MonarchAttention, num_rows: int | None, num_steps: 
         sizes = [size for size in (step, step // 2) if size >= MIN_TILE]
         least_waste = min(sizes, key=lambda size: (-(-num_steps // size) * size, -size))
         step = min(least_waste, padded(num_steps))
-    accumulators = rows * (padded(ir.head_dim) + padded(ir.value_dim))
+    accumulators = rows * sum(feature_tiles(ir.head_dim, ir.value_dim, ir.dtype))
     useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.codegen.tiling import DTYPE_BYTES, Tiling
+from monarch_compile.codegen.tiling import DTYPE_BYTES
 
 MAX_POSITION = 2**31 - 1
 """Sizes and positions in a sequence are 32-bit numbers in the kernels, unless `wide_offsets` says otherwise."""
@@ -31,14 +31,12 @@ class Specialization:
     wide_offsets: whether offsets within one sequence, or one head's summaries, may need 64 bits.
     stride_multiple: a number of elements that divides the strides of `STRIDED_ROWS`: a power of two, at most a vector
         of 16 bytes. 1 where it need not be said, because Triton sees multiples of `SEEN_MULTIPLE` by itself.
-    narrow_rows: whether rows of `STRIDED_ROWS` may begin where no `ASYNC_BYTES` begin; see `staged`.
     """
 
     partial_block: bool = True
     partial_tile: bool = True
     wide_offsets: bool = True
     stride_multiple: int = 1
-    narrow_rows: bool = False
 
     def __str__(self) -> str:
         said = {True: "yes", False: "no"}
@@ -63,19 +61,6 @@ SEEN_MULTIPLE = 16
 """Triton sees by itself whether a stride is a multiple of this, and of nothing less."""
 
 
-ASYNC_BYTES = 4
-"""The least that one thread loads ahead of its use into shared memory."""
-
-
-def staged(tiling: Tiling, specialization: Specialization) -> Tiling:
-    """`tiling`, without loads ahead of their use where some rows are too narrow for them.
-
-    On an H100 (Triton 3.6) products were wrong in a loop that loaded values of 80 features ahead and keys of 25 when
-    they were used; without loads ahead they are right. tests/attention/kernel/test_backward_gpu.py has the case.
-    """
-    return replace(tiling, num_stages=1) if specialization.narrow_rows else tiling
-
-
 def pitch(size: int) -> int:
     """Elements from one row of an intermediate to the next."""
     return -(-size // PITCH_MULTIPLE) * PITCH_MULTIPLE
@@ -92,7 +77,6 @@ def specialization_of(
     schedule: CoversBlocks,
     reaches: Sequence[Any],
     stride_multiple: int = 1,
-    narrow_rows: bool = False,
 ) -> Specialization:
     """The specialization of a launch; symbolic numbers leave the worst case.
 
@@ -104,7 +88,7 @@ def specialization_of(
     partial_tile = not _known(num_blocks) or not num_blocks
     partial_tile = partial_tile or any(num_blocks % size for size in schedule.sizes_over_blocks)
     wide_offsets = not _known(*reaches) or max(reaches) > MAX_POSITION
-    return Specialization(partial_block, partial_tile, wide_offsets, stride_multiple, narrow_rows)
+    return Specialization(partial_block, partial_tile, wide_offsets, stride_multiple)
 
 
 def stride_multiple_of(head_dim: int, value_dim: int, dtype: torch.dtype, strides: Sequence[Any]) -> int:
@@ -133,18 +117,7 @@ def specialize(
     else:
         tiled = enumerate(ir.form.tile)
         sides = [(sizes[f"grid_{axis}"], sizes[f"counts_{axis}"] * extent) for axis, extent in tiled]
-    narrow = not all(_loads_ahead(tensors[name]) for name in STRIDED_ROWS if name in tensors)
-    return specialization_of(num_blocks, sides, schedule, reaches, _stride_multiple(ir, tensors), narrow)
-
-
-def _loads_ahead(rows: Tensor) -> bool:
-    """Whether every row begins where `ASYNC_BYTES` begin."""
-    number = ASYNC_BYTES // rows.element_size()
-    if number <= 1:
-        return True
-    dims = zip(rows.shape[:-1], rows.stride()[:-1], strict=True)
-    strides = [stride for size, stride in dims if not is_known_to_be(size, 1)]
-    return all(_divides(number, x) for x in (rows.storage_offset(), *strides))
+    return specialization_of(num_blocks, sides, schedule, reaches, _stride_multiple(ir, tensors))
 
 
 def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int:
@@ -169,8 +142,7 @@ def expected(ir: MonarchAttention, schedule: CoversBlocks) -> Specialization:
     if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
         reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
     multiple = stride_multiple_of(ir.head_dim, ir.value_dim, ir.dtype, (ir.head_dim, ir.value_dim))
-    narrow = ir.dtype.itemsize < ASYNC_BYTES and bool(ir.head_dim % 2 or ir.value_dim % 2)
-    return specialization_of(ir.num_blocks, sides, schedule, (reach,), multiple, narrow)
+    return specialization_of(ir.num_blocks, sides, schedule, (reach,), multiple)
 
 
 def _divides(number: int, stride: Any) -> bool:

@@ -1,32 +1,22 @@
-"""How rows lie in memory decides how kernels load them: what is copied before, and what is not loaded ahead."""
+"""How kernels read rows: which tensors are copied before, and how wide the tiles of their features are."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from monarch_compile.attention.form import Form
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import site, sizes_of, with_adjacent_features
-from monarch_compile.codegen.attention.specialization import Specialization, specialize
+from monarch_compile.codegen.attention.specialization import specialize
+from monarch_compile.codegen.tiling import feature_tiles
 
 BATCH, HEADS, SEQ_LEN = 2, 3, 130
 
 
 def layout_of(x: Tensor) -> str:
     return f"{x.shape[-1]} at {x.stride()}+{x.storage_offset()}"
-
-
-def specialization_of_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Specialization, set[int]]:
-    """What a launch on these tensors may expect, and the numbers of stages of its kernels."""
-    ir, _ = site(q, k, v, None, Form(32, window=1), 0.1, None)
-    schedule = EMITTER.choose_schedule(ir, (9, 0))
-    tensors = {"q": q, "k": k, "v": v}
-    found = specialize(ir, schedule, tensors, sizes_of(ir, schedule.most_blocks, q, k, None))
-    return found, {kernel.tiling.num_stages for kernel in EMITTER.program_of(ir, schedule, found).kernels}
 
 
 def rows(dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -58,36 +48,25 @@ def test_rows_of_features_apart_are_copied(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [rows(64), packed(64), rows(26), rows(66)[..., 2:66], rows(25, torch.float32)], ids=layout_of
+    ("head_dim", "value_dim", "dtype", "tiles"),
+    [
+        (25, 80, torch.float16, (64, 128)),
+        (80, 16, torch.bfloat16, (128, 64)),
+        (25, 32, torch.float16, (32, 32)),
+        (64, 128, torch.float16, (64, 128)),
+        (25, 80, torch.float32, (32, 128)),
+    ],
 )
-def test_rows_at_multiples_of_four_bytes_are_loaded_ahead(x: Tensor) -> None:
-    assert not specialization_of_rows(x, x, x)[0].narrow_rows
+def test_features_beside_wide_ones_have_wide_tiles(
+    head_dim: int, value_dim: int, dtype: torch.dtype, tiles: tuple[int, int]
+) -> None:
+    assert feature_tiles(head_dim, value_dim, dtype) == tiles
 
 
-@pytest.mark.parametrize("x", [rows(25), packed(25), rows(65)[..., :64], rows(66)[..., 1:65]], ids=layout_of)
-@pytest.mark.parametrize("place", range(3))
-def test_narrow_rows_of_one_tensor_are_enough(x: Tensor, place: int) -> None:
-    tensors = [rows(x.shape[-1])] * 3
-    tensors[place] = x
-    found, stages = specialization_of_rows(*tensors)
-    assert found.narrow_rows
-    assert stages == {1}
-
-
-def test_strides_of_dims_of_one_do_not_count() -> None:
-    x = torch.zeros(1, 1, 1, SEQ_LEN * 64 + 1, dtype=torch.bfloat16)[..., :-1].view(1, 1, SEQ_LEN, 64)
-    assert not specialization_of_rows(x, x, x)[0].narrow_rows
-
-
-@pytest.mark.parametrize(("dim", "narrow"), [(64, False), (25, True)])
-def test_lengths_that_are_symbols(dim: int, narrow: bool) -> None:
-    """Nothing is guarded on: an even number of features times any number is even."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    sizes = [DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
-    x = torch.zeros(BATCH, SEQ_LEN, HEADS, dim, dtype=torch.bfloat16)
-    with mode:
-        q = mode.from_tensor(x, symbolic_context=context).transpose(1, 2)
-        found, _ = specialization_of_rows(q, q, q)
-    assert found.narrow_rows == narrow
-    assert not mode.shape_env.guards
+def test_kernels_of_narrow_values_have_wide_tiles() -> None:
+    q, v = rows(80), rows(25)
+    ir, _ = site(q, q, v, None, Form(32, window=1), 0.1, None)
+    schedule = EMITTER.choose_schedule(ir, (9, 0))
+    specialization = specialize(ir, schedule, {"q": q, "k": q, "v": v}, sizes_of(ir, schedule.most_blocks, q, q, None))
+    constants = [dict(kernel.constants) for kernel in EMITTER.program_of(ir, schedule, specialization).kernels]
+    assert {tiles["VALUE_TILE"] for tiles in constants} == {64}
