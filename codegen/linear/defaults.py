@@ -36,7 +36,7 @@ def chosen(ir: BlockLinear, form: str) -> Chosen:
 def _fused(ir: BlockLinear, tokens: int, is_half: bool) -> Chosen:
     p, q, rank = padded(ir.in_features // ir.in_blocks), padded(ir.out_features // ir.out_blocks), padded(ir.rank)
     if not is_half:
-        return Tiling(min(padded(tokens), 32), min(p, 32), 4, 2), min(q, 32)
+        return Tiling(min(padded(tokens), 32), min(p, 32), 8, 2), min(q, 32)
     rows, columns = min(padded(tokens), 128), min(q, 256 if rank <= 64 else 128)
     warps = 8 if rows * columns >= 64 * 256 else 4
     whole = 2 * 2 * (rows * p + rank * p + columns * rank)  # two stages of an input block

@@ -81,7 +81,7 @@ def _split(ir: FormedLinear, schedule: Schedule, partial_tokens: Specialization)
         (x_buffer(of), first_buffer(of), second_buffer(of)),
         sums,
         constants,
-        {},
+        {"partial_tokens": partial_tokens},
         (Tiles("tokens", main.rows), of.out_blocks, -(-out_width(of) // schedule.columns), parts),
         main,
     )
@@ -93,7 +93,7 @@ def _split(ir: FormedLinear, schedule: Schedule, partial_tokens: Specialization)
         (sums, *_bias(of)),
         _result(of),
         constants,
-        _ending(of),
+        {"partial_tokens": partial_tokens, **_ending(of)},
         ("tokens", -(-of.out_features // span)),
         Tiling(16, 16, 4, 1),
     )
@@ -148,5 +148,5 @@ def _kernel(
         variables=tuple(variables.items()),
         grid=grid,
         tiling=tiling,
-        header=header_of(name, ir, schedule, variables.get("partial_tokens", "")),
+        header=header_of(name, ir, schedule, variables["partial_tokens"]),
     )

@@ -13,7 +13,7 @@ from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.linear import forms
 from monarch_compile.linear.forms import KERNELS
-from monarch_compile.linear.ir import BLAST, BLOCKED, FUSED, MONARCH, BlockLinear, FormedLinear, LinearGradients
+from monarch_compile.linear.ir import BLAST, BLOCKED, FUSED, MONARCH, STAGED, BlockLinear, FormedLinear, LinearGradients
 
 MOST_TOKENS = 8192
 """Schedules look no further than this number of tokens."""
@@ -70,7 +70,9 @@ def launch_gradients(
     ir = _gradients_ir(_shape(x, first, second, None), x.dtype, output_order, wanted)
     launcher = build(ir, capability_of(x.device), is_interpreted())
     with on_device(x):
-        found = iter(run_gradients(launcher, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), first, second))
+        found = iter(
+            run_gradients(launcher, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), first, second)
+        )
     made = [next(found) if is_wanted else x.new_empty(0) for is_wanted in wanted]
     return (made[0].reshape(x.shape) if wanted[0] else made[0], made[1], made[2])
 
@@ -92,9 +94,7 @@ def run(
     return launcher(tensors, {"tokens": x.shape[0]})[0]
 
 
-def run_gradients(
-    launcher: Launcher, grad: Tensor, x: Tensor, first: Tensor, second: Tensor
-) -> tuple[Tensor, ...]:
+def run_gradients(launcher: Launcher, grad: Tensor, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
     """Launch on grad (tokens, out_features), x (tokens, in_features) and the factors; what is wanted, in order."""
     tensors = {"x": x, "first": first, "second": second, "grad": grad}
     return launcher(tensors, {"tokens": x.shape[0]})
@@ -108,6 +108,13 @@ def formed(ir: IR) -> FormedLinear | LinearGradients:
 
     found = forms.ranges(replace(ir, tokens="M"), DEVICES[TUNED_FOR], True, KERNELS)
     return FormedLinear(ir, forms.form_of(found, ir.tokens if isinstance(ir.tokens, int) else forms.USUAL_TOKENS))
+
+
+def gradients_of(ir: IR) -> LinearGradients | None:
+    """What stands for the gradients of a block linear, where they have kernels."""
+    if not isinstance(ir, BlockLinear) or ir.kind != MONARCH or forms.why_not(ir, STAGED):
+        return None
+    return LinearGradients(replace(ir, bias=False, activation="none"))
 
 
 def bucketed(ir: IR) -> FormedLinear | LinearGradients:
@@ -139,9 +146,7 @@ def _shape(x: Tensor, first: Tensor, second: Tensor, coupling: Tensor | None) ->
 
 
 @functools.lru_cache(maxsize=1024)
-def _ir(
-    shape: Shape, dtype: torch.dtype, bias: bool, output_order: str, activation: str, form: str
-) -> FormedLinear:
+def _ir(shape: Shape, dtype: torch.dtype, bias: bool, output_order: str, activation: str, form: str) -> FormedLinear:
     of = BlockLinear(*shape, dtype, bias=bias, output_order=output_order, activation=activation)
     return FormedLinear(of, form)
 

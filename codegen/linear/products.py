@@ -6,8 +6,9 @@ row and column of the result, i is what is summed over; in the place of a result
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from monarch_compile.codegen.linear.schedule import (
     Schedule,
@@ -62,7 +63,9 @@ def second_buffer(ir: BlockLinear) -> Buffer:
     if ir.kind == MONARCH:
         names = ("second_out", "second_row", "second_in", "second_rank")
         return Buffer("second", ir.dtype, (ir.out_blocks, q, ir.in_blocks, ir.rank), _strides(names))
-    return Buffer("second", ir.dtype, (ir.out_blocks, q, ir.rank), _strides(("second_out", "second_row", "second_rank")))
+    return Buffer(
+        "second", ir.dtype, (ir.out_blocks, q, ir.rank), _strides(("second_out", "second_row", "second_rank"))
+    )
 
 
 def coupling_buffer(ir: BlockLinear) -> Buffer:
@@ -231,7 +234,7 @@ class Maker:
         reads: tuple[Buffer, ...],
         writes: Buffer,
         constants: dict[str, int],
-        variables: dict[str, object],
+        variables: Mapping[str, Any],
         grid: tuple[Size | Tiles, ...],
         tiling: Tiling,
     ) -> Kernel:

@@ -155,4 +155,3 @@ def describe(ir: IR) -> str:
     form = {FormedLinear: getattr(ir, "form", ""), LinearGradients: "gradients"}.get(type(ir), "")
     shape = f"{of.in_features}->{of.out_features} blocks {of.in_blocks}x{of.out_blocks} rank {of.rank}"
     return f"linear {of.kind} {form} {DTYPE_NAMES[of.dtype]} {shape} | tokens {of.tokens}"
-

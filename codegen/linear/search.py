@@ -68,7 +68,7 @@ def _extents(of: BlockLinear, stage: str) -> tuple[int, int]:
 
 
 def inputs(ir: FormedLinear, device: torch.device) -> tuple[Tensor | None, ...]:
-    """Standard normal x, first, second, coupling and bias; the factors are scaled so that what they give is as large."""
+    """Standard normal x, first, second, coupling and bias; scaled so that results are as large."""
     of = ir.of
     generator = torch.Generator(device).manual_seed(0)
     p, q = in_width(of), out_width(of)

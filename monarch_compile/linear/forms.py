@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +32,8 @@ FEW = 16
 """Up to so many tokens, time is that of reading the weight."""
 USUAL_TOKENS = 1024
 """What an unknown number of tokens is taken for."""
+SWITCH = 1.05
+"""Another form, which is another compilation where tokens are symbolic, has to be so many times as fast."""
 MOST_PROBED = 1 << 17
 """Beyond so many tokens, the fastest form is that of so many."""
 MOST_RANK = 256
@@ -65,8 +66,8 @@ GPU: dict[str, Rates] = {
     PRODUCTS: Rates(flops=0.9, launches=3, blast=5),
     DENSE: Rates(flops=0.9, launches=4, blast=5),
 }
-"""Those of `PRODUCTS` and `DENSE` are fitted to CUDA-graph replays on an H100 of 80 GB HBM3, in float16; those of kernels
-are guesses, to be fitted to `monarch-compile bench linear`."""
+"""Those of `PRODUCTS` and `DENSE` are fitted to CUDA-graph replays on an H100 of 80 GB HBM3, in float16; those of
+kernels are guesses, to be fitted to `monarch-compile bench linear`."""
 GRADIENTS = Rates(flops=0.6, launches=5, blast=8, bytes=0.9)
 """Of the kernels of gradients; a guess, too."""
 SINGLE = 0.6
@@ -101,9 +102,9 @@ def has_kernels(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
-def available(ir: BlockLinear, kernels: bool) -> tuple[str, ...]:
-    """The forms that can compute `ir`. kernels: whether the device has them."""
-    return tuple(form for form in FORMS if form not in KERNEL_FORMS or (kernels and not why_not(ir, form)))
+def kernel_forms(ir: BlockLinear) -> tuple[str, ...]:
+    """The forms that have kernels for `ir`, whatever the device."""
+    return tuple(form for form in KERNEL_FORMS if not why_not(ir, form))
 
 
 def seconds(ir: BlockLinear, form: str, device: Device) -> float:
@@ -198,24 +199,20 @@ def ranges(ir: BlockLinear, device: Device, kernels: bool, request: str = AUTO) 
     """
     if request in FORMS:
         return ((math.inf, request),)
-    found = available(ir, kernels)
-    own = [form for form in found if form in KERNEL_FORMS]
-    choices = own if request == KERNELS and own else list(found)
+    own = kernel_forms(ir) if kernels else ()
+    choices = own if request == KERNELS else (*own, PRODUCTS, DENSE)
     if not own:
-        choices = [PRODUCTS]
+        choices = (PRODUCTS,)
     made: list[tuple[float, str]] = []
     tokens = 1
     while tokens <= MOST_PROBED:
-        best = _fastest(replace(ir, tokens=tokens), choices, device)
-        if made and made[-1][1] == best:
-            made.pop()
+        sized = replace(ir, tokens=tokens)
+        best = min(choices, key=lambda form: seconds(sized, form, device))
+        if made and seconds(sized, made[-1][1], device) <= SWITCH * seconds(sized, best, device):
+            _, best = made.pop()
         made.append((tokens, best))
         tokens *= 2
     return (*made[:-1], (math.inf, made[-1][1]))
-
-
-def _fastest(ir: BlockLinear, choices: Iterable[str], device: Device) -> str:
-    return min(choices, key=lambda form: seconds(ir, form, device))
 
 
 def form_of(found: Ranges, tokens: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile import autocast as autocasting
-from monarch_compile.linear import forms, selection
+from monarch_compile.linear import ir, selection
 from monarch_compile.linear import reference as meaning
 
 aten = torch.ops.aten
@@ -43,13 +43,13 @@ def block_linear(
     meaning.require_fit(x, first, second, coupling, bias, output_order, activation)
     chosen = selection.form_for(x, first, second, coupling, form)
     with autocasting.switched_off(x.device.type):
-        if chosen in forms.KERNEL_FORMS:
+        if chosen in ir.KERNEL_FORMS:
             from monarch_compile.codegen.linear.launch import launch
 
             return launch(
                 x, first, second, coupling, bias, output_order=output_order, activation=activation, form=chosen
             )
-        by = meaning.dense if chosen == forms.DENSE else meaning.reference
+        by = meaning.dense if chosen == ir.DENSE else meaning.reference
         return by(x, first, second, coupling, bias, output_order=output_order, activation=activation)
 
 
@@ -88,10 +88,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     recorded, by products."""
     needed = ctx.needs_input_grad[:5]
     with autocasting.switched_off(grad.device.type):
-        if selection.has_gradient_kernels(*ctx.saved_tensors[:4], ctx.form) and not torch.is_grad_enabled():
-            grads = gradients_on_kernels(grad, *ctx.saved_tensors, needed=needed, form=ctx.form, **ctx.options)
+        x, first, second, coupling, bias = ctx.saved_tensors
+        on_kernels = selection.has_gradient_kernels(x, first, second, coupling, ctx.form)
+        if on_kernels and not torch.is_grad_enabled():
+            tensors = (grad, x, first, second, coupling, bias)
+            grads = gradients_on_kernels(*tensors, needed=needed, form=ctx.form, **ctx.options)
         else:
-            grads = gradients(grad, *ctx.saved_tensors, needed=needed, **ctx.options)
+            grads = gradients(grad, x, first, second, coupling, bias, needed=needed, **ctx.options)
     return (*grads, *[None] * (1 + len(OPTIONS)))
 
 

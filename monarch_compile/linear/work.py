@@ -18,7 +18,7 @@ HOST_LAUNCHES = 2
 
 @dataclass(frozen=True)
 class Times:
-    """Predicted seconds of one forward pass: dense layer, and the operator in its fastest form, whose name is `form`."""
+    """Predicted seconds of one forward pass: dense layer, and the operator in its fastest form, called `form`."""
 
     dense_s: float
     factors_s: float
@@ -76,4 +76,3 @@ def predict(
 def _launches(ir: BlockLinear, form: str) -> int:
     rates = forms.GPU[form]
     return rates.launches if ir.kind == MONARCH else rates.blast
-
