@@ -24,14 +24,19 @@ def formed(form: str, **changes: Any) -> FormedLinear:
     return FormedLinear(replace(BlockLinear(MONARCH, 23, 36, 60, 2, 3, 5, HALF, bias=True), **changes), form)
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """The Frobenius error; not a number where there is one, and then below no bound."""
-    size = wanted.norm()
-    return float((found.double() - wanted).norm() / (size if size else 1))
+def relative(found: Tensor, wanted: Tensor, size: Tensor | None = None) -> float:
+    """The Frobenius error, relative to that of `size`; not a number where there is one, and then below no bound."""
+    norm = (wanted if size is None else size).norm()
+    return float((found.double() - wanted).norm() / (norm if norm else 1))
 
 
-def error_of(ir: FormedLinear, schedule: Schedule | None = None, device: torch.device = CPU) -> float:
-    """That of the forward pass, under a schedule or the shipped one."""
+def error_of(
+    ir: FormedLinear, schedule: Schedule | None = None, device: torch.device = CPU, few_terms: bool = False
+) -> float:
+    """That of the forward pass, under a schedule or the shipped one.
+
+    few_terms: relative to the sums of the terms' absolute values: few terms may cancel, which leaves their roundings.
+    """
     tensors: Any = inputs(ir, device)
     if schedule is None:
         options = {"output_order": ir.of.output_order, "activation": ir.of.activation, "form": ir.form}
@@ -39,11 +44,12 @@ def error_of(ir: FormedLinear, schedule: Schedule | None = None, device: torch.d
     else:
         found = untraced(lambda: run(Launcher(bucketed(ir), schedule), *tensors))()
     assert found.dtype is ir.of.dtype
-    return relative(found, expected(ir, tensors))
+    size = expected(ir, tuple(None if t is None else t.abs() for t in tensors)) if few_terms else None
+    return relative(found, expected(ir, tensors), size)
 
 
-def gradient_errors(ir: LinearGradients, device: torch.device) -> list[float]:
-    """Those of the gradients that are wanted."""
+def gradient_errors(ir: LinearGradients, device: torch.device, few_terms: bool = False) -> list[float]:
+    """Those of the gradients that are wanted; few_terms: as for `error_of`."""
     of = ir.of
     x, first, second, _, _ = inputs(FormedLinear(of, STAGED), device)
     assert x is not None
@@ -55,8 +61,12 @@ def gradient_errors(ir: LinearGradients, device: torch.device) -> list[float]:
     found = untraced(lambda: launch_gradients(grad, x, first, second, **options))()
     again = untraced(lambda: launch_gradients(grad, x, first, second, **options))()
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    leaves = [t.double().requires_grad_() for t in (x, first, second)]
-    y = reference(*leaves, output_order=of.output_order)
-    exact = torch.autograd.grad(y, leaves, grad.double())
-    pairs = zip(found, exact, wanted, strict=True)
-    return [relative(own, other) for own, other, is_wanted in pairs if is_wanted]
+
+    def exact(*given: Tensor) -> tuple[Tensor, ...]:
+        *leaves, of_y = (t.double().requires_grad_() for t in given)
+        return torch.autograd.grad(reference(*leaves, output_order=of.output_order), leaves, of_y)
+
+    tensors = (x, first, second, grad)
+    sizes = exact(*(t.abs() for t in tensors)) if few_terms else (None,) * 3
+    each = zip(found, exact(*tensors), sizes, wanted, strict=True)
+    return [relative(own, other, size) for own, other, size, is_wanted in each if is_wanted]

@@ -54,7 +54,7 @@ def test_layers_at_every_number_of_tokens(kind: str, form: str, tokens: int) -> 
 def test_odd_sizes(kind: str, form: str, dtype: torch.dtype, output_order: str) -> None:
     for changes in ({}, {"in_features": 100, "out_features": 300, "in_blocks": 5, "out_blocks": 4, "rank": 37}):
         of = replace(formed(form, kind=kind, dtype=dtype, output_order=output_order).of, **changes)
-        assert error_of(FormedLinear(of, form), device=CUDA) < bound(dtype)
+        assert error_of(FormedLinear(of, form), device=CUDA, few_terms=True) < bound(dtype)
 
 
 @pytest.mark.parametrize(("in_features", "out_features", "blocks", "rank"), [
@@ -74,7 +74,7 @@ SIZES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 70), st.i
 def test_any_sizes(way: tuple[str, str], tokens: int, sizes: tuple[int, ...], bias: bool) -> None:
     (kind, form), (ins, outs, p, q, rank) = way, sizes
     of = BlockLinear(kind, tokens, ins * p, outs * q, ins, outs, rank, HALF, bias=bias)
-    assert error_of(FormedLinear(of, form), device=CUDA) < bound(HALF)
+    assert error_of(FormedLinear(of, form), device=CUDA, few_terms=True) < bound(HALF)
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 1000, 4096])

@@ -65,7 +65,7 @@ SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.i
 def test_any_sizes(way: tuple[str, str], tokens: int, sizes: tuple[int, ...], bias: bool) -> None:
     (kind, form), (ins, outs, p, q, rank) = way, sizes
     ir = FormedLinear(BlockLinear(kind, tokens, ins * p, outs * q, ins, outs, rank, HALF, bias=bias), form)
-    assert error_of(ir) < bound(ir)
+    assert error_of(ir, few_terms=True) < bound(ir)
 
 
 @settings(deadline=None, max_examples=20)
@@ -73,7 +73,7 @@ def test_any_sizes(way: tuple[str, str], tokens: int, sizes: tuple[int, ...], bi
 def test_gradients_of_any_sizes(tokens: int, sizes: tuple[int, ...], output_order: str) -> None:
     ins, outs, p, q, rank = sizes
     ir = BlockLinear(MONARCH, tokens, ins * p, outs * q, ins, outs, rank, HALF, output_order=output_order)
-    assert max(gradient_errors(LinearGradients(ir), CPU)) < 2.0**-10
+    assert max(gradient_errors(LinearGradients(ir), CPU, few_terms=True)) < 2.0**-10
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
