@@ -12,13 +12,10 @@ from torch import Tensor
 from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.linear import forms
-from monarch_compile.linear.forms import KERNELS
 from monarch_compile.linear.ir import BLAST, BLOCKED, FUSED, MONARCH, STAGED, BlockLinear, FormedLinear, LinearGradients
 
 MOST_TOKENS = 8192
 """Schedules look no further than this number of tokens."""
-TUNED_FOR = "h100"
-"""The description of the device by which a form is chosen where none is asked for."""
 
 IR = BlockLinear | FormedLinear | LinearGradients
 
@@ -104,10 +101,7 @@ def formed(ir: IR) -> FormedLinear | LinearGradients:
     """A block linear in the kernels' form that is predicted to be the fastest; others as they are."""
     if not isinstance(ir, BlockLinear):
         return ir
-    from monarch_compile.cost.devices import DEVICES
-
-    found = forms.ranges(replace(ir, tokens="M"), DEVICES[TUNED_FOR], True, KERNELS)
-    return FormedLinear(ir, forms.form_of(found, ir.tokens if isinstance(ir.tokens, int) else forms.USUAL_TOKENS))
+    return FormedLinear(ir, forms.usual(ir))
 
 
 def gradients_of(ir: IR) -> LinearGradients | None:

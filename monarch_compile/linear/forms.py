@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from monarch_compile.cost.devices import Device, installed
+from monarch_compile.cost.devices import DEVICES, Device, installed
 from monarch_compile.cost.prediction import Cost
 from monarch_compile.linear.costs import between_bytes, cost, dense_cost, expansion_cost, spelled_cost, split_bytes
 from monarch_compile.linear.ir import (
@@ -213,6 +213,13 @@ def ranges(ir: BlockLinear, device: Device, kernels: bool, request: str = AUTO) 
         made.append((tokens, best))
         tokens *= 2
     return (*made[:-1], (math.inf, made[-1][1]))
+
+
+def usual(ir: BlockLinear) -> str:
+    """The form with kernels that is predicted to be the fastest on an H100; a symbolic number of tokens is taken for
+    `USUAL_TOKENS`."""
+    tokens = ir.tokens if isinstance(ir.tokens, int) else USUAL_TOKENS
+    return form_of(ranges(replace(ir, tokens="M"), DEVICES["h100"], True, KERNELS), tokens)
 
 
 def form_of(found: Ranges, tokens: Any) -> str:
