@@ -237,9 +237,9 @@ def in_words(found: Ranges) -> str:
 
 def resolved(ir: BlockLinear, tokens: Any, device: torch.device, request: str) -> str:
     """The form that the operator runs for `ir`, whose own number of tokens does not matter."""
-    return form_of(ranges(ir, _described(device), has_kernels(device), request), tokens)
+    return form_of(_ranges_on(ir, device, request), tokens)
 
 
-@functools.cache
-def _described(device: torch.device) -> Device:
-    return installed(device)
+@functools.lru_cache(maxsize=1024)
+def _ranges_on(ir: BlockLinear, device: torch.device, request: str) -> Ranges:
+    return ranges(ir, installed(device), has_kernels(device), request)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from monarch_compile.cost.devices import DEVICES
 from monarch_compile.errors import CodegenError, InputError
@@ -133,3 +135,25 @@ def test_what_is_asked_for_and_does_not_exist_is_refused() -> None:
         LINEAR_OP(*tensors(MONARCH), "blocked", "none", "quick")
     with pytest.raises(CodegenError):
         LINEAR_OP(*tensors(MONARCH), "blocked", "none", FUSED)  # float64, on a CPU
+
+
+def test_of_symbolic_tokens_only_the_range_is_guarded_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator and its gradients on fake tensors of a CUDA device, from 300 tokens."""
+    monkeypatch.setattr(
+        forms, "_ranges_on", lambda ir, device, request: ((16, SPLIT), (1024, FUSED), (math.inf, STAGED))
+    )
+    monkeypatch.setattr(forms, "has_kernels", lambda device: True)
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    dims = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    tokens = mode.from_tensor(torch.zeros(300, 64), symbolic_context=dims).shape[0]
+    options = {"dtype": torch.float16, "device": "cuda"}
+    with mode:
+        x, first, second = (torch.empty(s, **options) for s in ((tokens, 64), (4, 4, 5, 16), (4, 16, 4, 5)))
+        y = LINEAR_OP(x, first, second, None, None, "blocked", "none", "auto")
+        dx, _, unwanted = torch.ops.monarch_compile.block_linear_gradients(
+            y, x, first, second, "blocked", True, True, False
+        )
+    assert (str(dx.shape), unwanted.numel()) == (str(x.shape), 0)
+    symbol = tokens.node.expr
+    assert {guard.expr for guard in env.guards} == {symbol > 16, symbol <= 1024}
