@@ -210,6 +210,7 @@ class Maker:
             "all_rows": result.rows,
             "all_inner": result.inner,
             "over_tokens": over_tokens,
+            "reads_between": left.buffer.name in ("z", "dz"),
             "partial_rows": self._is_partial(result.rows, rows),
             "partial_columns": result.columns % columns != 0,
             "partial_inner": self._is_partial(result.inner, step),
@@ -220,6 +221,7 @@ class Maker:
             "activation": ir.activation,
         }
         constants = {"ROWS": rows, "COLUMNS": columns, "STEP": step, "ALL_COLUMNS": result.columns}
+        constants["GROUPS"] = result.groups
         grid = (Tiles(result.rows, rows), -(-result.columns // columns), result.groups)
         reads = (left.buffer, right.buffer, *biased)
         return self._kernel(part, "product.py.jinja", reads, result.buffer, constants, variables, grid, tiling)

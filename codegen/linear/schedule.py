@@ -143,10 +143,12 @@ def read_schedule(fields: Mapping[str, Any]) -> Schedule:
 
 
 def shared_bytes(name: str, tiling: Tiling, ir: IR) -> int:
-    """Shared memory of one program, an upper estimate: the tiles of x and of the first factor, for each stage."""
+    """Shared memory of one program, at least: the tiles of the left operand and of the least columns of the right one,
+    for each stage."""
     of = linear_of(ir)
     size = DTYPE_BYTES.get(of.dtype, torch.float32.itemsize)
-    return size * tiling.num_stages * tiling.step * (tiling.rows + padded(of.rank))
+    columns = padded(of.rank) if getattr(ir, "form", STAGED) in (FUSED, SPLIT) else MIN_TILE
+    return size * tiling.num_stages * tiling.step * (tiling.rows + columns)
 
 
 def describe(ir: IR) -> str:

@@ -89,7 +89,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[:5]
     with autocasting.switched_off(grad.device.type):
         x, first, second, coupling, bias = ctx.saved_tensors
-        on_kernels = selection.has_gradient_kernels(x, first, second, coupling, ctx.form)
+        on_kernels = selection.has_gradient_kernels(grad, x, first, second, coupling, ctx.form)
         if on_kernels and not torch.is_grad_enabled():
             tensors = (grad, x, first, second, coupling, bias)
             grads = gradients_on_kernels(*tensors, needed=needed, form=ctx.form, **ctx.options)

@@ -33,9 +33,13 @@ def form_for(x: Tensor, first: Tensor, second: Tensor, coupling: Tensor | None, 
     return forms.resolved(ir_of(x, first, second, coupling), math.prod(x.shape[:-1]), x.device, request)
 
 
-def has_gradient_kernels(x: Tensor, first: Tensor, second: Tensor, coupling: Tensor | None, request: str) -> bool:
-    """Whether gradients run on the emitted kernels: of a Monarch linear whose forward pass does."""
+def has_gradient_kernels(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, coupling: Tensor | None, request: str
+) -> bool:
+    """Whether gradients run on the emitted kernels: of a Monarch linear whose forward pass does. grad: of its result."""
     if coupling is not None or form_for(x, first, second, coupling, request) not in KERNEL_FORMS:
+        return False
+    if _reaches_far(grad):
         return False
     return not forms.why_not(ir_of(x, first, second, coupling), STAGED)
 

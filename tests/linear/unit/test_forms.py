@@ -104,7 +104,7 @@ def test_on_a_cpu_and_of_no_tokens_products_run() -> None:
         assert first is not None
         assert second is not None
         assert selection.form_for(x, first, second, coupling, forms.KERNELS) == PRODUCTS
-        assert not selection.has_gradient_kernels(x, first, second, coupling, forms.AUTO)
+        assert not selection.has_gradient_kernels(x, x, first, second, coupling, forms.AUTO)
 
 
 def test_offsets_beyond_32_bits_are_left_to_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +115,10 @@ def test_offsets_beyond_32_bits_are_left_to_products(monkeypatch: pytest.MonkeyP
     assert first is not None
     assert second is not None
     assert selection.form_for(x, first, second, None, forms.AUTO) == STAGED
-    far = torch.empty(1).expand(5, 8).as_strided((1, 8), (0, 0))
-    assert selection.form_for(far, first, second, None, forms.AUTO) == STAGED
+    monkeypatch.setattr(selection, "MAX_OFFSET", 59)
+    grad = torch.empty(5, 15)
+    assert selection.has_gradient_kernels(grad, x, first, second, None, forms.AUTO)
+    assert not selection.has_gradient_kernels(grad.T.contiguous().T, x, first, second, None, forms.AUTO)
     monkeypatch.setattr(selection, "MAX_OFFSET", 6)
     assert selection.form_for(x, first, second, None, forms.AUTO) == PRODUCTS
 
