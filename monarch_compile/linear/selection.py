@@ -36,7 +36,10 @@ def form_for(x: Tensor, first: Tensor, second: Tensor, coupling: Tensor | None, 
 def has_gradient_kernels(
     grad: Tensor, x: Tensor, first: Tensor, second: Tensor, coupling: Tensor | None, request: str
 ) -> bool:
-    """Whether gradients run on the emitted kernels: of a Monarch linear whose forward pass does. grad: of its result."""
+    """Whether gradients run on the emitted kernels: of a Monarch linear whose forward pass does.
+
+    grad: that of its result.
+    """
     if coupling is not None or form_for(x, first, second, coupling, request) not in KERNEL_FORMS:
         return False
     if _reaches_far(grad):

@@ -69,7 +69,7 @@ def test_layers_of_models(form: str, in_features: int, out_features: int, blocks
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 70), st.integers(1, 70), st.integers(1, 40))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(st.sampled_from(WAYS), st.integers(1, 300), SIZES, st.booleans())
 def test_any_sizes(way: tuple[str, str], tokens: int, sizes: tuple[int, ...], bias: bool) -> None:
     (kind, form), (ins, outs, p, q, rank) = way, sizes
@@ -81,9 +81,10 @@ def test_any_sizes(way: tuple[str, str], tokens: int, sizes: tuple[int, ...], bi
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("output_order", ORDERS)
 def test_gradients(output_order: str, dtype: torch.dtype, tokens: int) -> None:
+    limit = 2.0**-18 if dtype is torch.float32 else 2 * bound(dtype)
     for sizes in ((1024, 1536, 8, 8, 32), (36, 60, 2, 3, 5)):
         of = BlockLinear(MONARCH, tokens, *sizes, dtype, output_order=output_order)
-        assert max(gradient_errors(LinearGradients(of), CUDA)) < 2 * bound(dtype)
+        assert max(gradient_errors(LinearGradients(of), CUDA, few_terms=sizes[0] == 36)) < limit
 
 
 def test_strides() -> None:
@@ -119,7 +120,7 @@ def test_compiled_with_gradients(policy: str, dynamic: bool) -> None:
     torch.manual_seed(0)
     model = Layer()
     compiled = torch.compile(model, backend=monarch, options={"policy": policy}, dynamic=dynamic, fullgraph=True)
-    for tokens in (3, 300, 2048):
+    for tokens in (3, 2048):
         x = torch.randn(tokens, 1024, device=CUDA, dtype=HALF, requires_grad=True)
         found, wanted = _step(compiled, model, x), _step(_double(model), model, x.double())
         for own, other in zip(found, wanted, strict=True):
