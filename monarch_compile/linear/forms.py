@@ -111,8 +111,8 @@ def seconds(ir: BlockLinear, form: str, device: Device) -> float:
     """Predicted seconds of a forward pass in a form, of a known number of tokens."""
     rates = GPU[form]
     found = _combined(_work(ir, form), rates, ir, device, _read_again(ir, form))
-    if form == FUSED:
-        found *= max(1.0, MULTIPROCESSORS / _programs(ir)) ** IDLE
+    if form in (FUSED, SPLIT):
+        found *= max(1.0, MULTIPROCESSORS / _programs(ir, form)) ** IDLE
     launches = rates.launches if ir.kind == MONARCH else rates.blast
     return found if device.kind == "cpu" else found + (launches - 1) * device.monarch.launch_s
 
@@ -180,10 +180,11 @@ def _read_again(ir: BlockLinear, form: str) -> float:
     return 0.0
 
 
-def _programs(ir: BlockLinear) -> int:
-    """Programs of the fused kernel."""
+def _programs(ir: BlockLinear, form: str) -> int:
+    """Programs of the kernel that multiplies; of the split form, as many as input blocks share an output block."""
     width = ir.out_features // ir.out_blocks
-    return -(-int(ir.tokens) // TILE) * ir.out_blocks * -(-width // (2 * TILE))
+    rows, parts = (TILE, 1) if form == FUSED else (FEW, ir.in_blocks)
+    return -(-int(ir.tokens) // rows) * ir.out_blocks * parts * -(-width // (2 * TILE))
 
 
 Ranges = tuple[tuple[float, str], ...]

@@ -61,6 +61,11 @@ def test_what_is_chosen_is_predicted_to_be_nearly_the_fastest(power: int, kind: 
     assert forms.seconds(sized, chosen, DEVICES[device]) <= forms.SWITCH * least
 
 
+def test_few_blocks_leave_the_split_form_too_few_programs() -> None:
+    gpt2 = replace(LAYER, in_features=768, out_features=3072, in_blocks=4, out_blocks=4, rank=72)
+    assert forms.form_of(forms.ranges(gpt2, H100, True), 1) == STAGED
+
+
 def test_a_weight_of_nearly_full_rank_is_formed() -> None:
     full = replace(LAYER, rank=256)
     assert forms.form_of(forms.ranges(full, H100, True), 1 << 17) == DENSE
