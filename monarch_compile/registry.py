@@ -45,6 +45,7 @@ FAMILIES: dict[str, Modules] = {
         family="monarch_compile.linear.family",
         frontend="monarch_compile.passes.linear.frontend",
         emitter="monarch_compile.codegen.linear.emitter",
+        benchmark="benchmarks.linear",
         occurs_with=("bmm", "matmul", "einsum", "block_linear"),
     ),
 }

@@ -7,8 +7,10 @@ from typing import Any
 from monarch_compile.cost.prediction import Cost
 from monarch_compile.decision import Decision
 from monarch_compile.family import Family
-from monarch_compile.linear.ir import BlockLinear
-from monarch_compile.linear.work import cost, predict, spelled_cost
+from monarch_compile.linear import forms
+from monarch_compile.linear.costs import cost, spelled_cost
+from monarch_compile.linear.ir import STAGED, BlockLinear
+from monarch_compile.linear.work import predict
 
 
 def _exact_cost(decision: Decision) -> Cost | None:
@@ -19,6 +21,11 @@ def _shape(decision: Decision) -> str:
     """Tokens and features; a site that is refused has no IR."""
     ir: BlockLinear | None = decision.ir
     return "" if ir is None else f"{ir.tokens}x{ir.in_features}->{ir.out_features}, {ir.kind} rank {ir.rank}"
+
+
+def _no_kernels(ir: BlockLinear) -> str:
+    """Batched products run where no form has kernels, or a graph is not worth them."""
+    return "" if forms.kernel_forms(ir) else f"batched products compute it: {forms.why_not(ir, STAGED)}"
 
 
 def _no_size(ir: Any) -> None:
@@ -34,5 +41,5 @@ FAMILY = Family(
     shape=_shape,
     blocks=lambda ir: f"{ir.in_blocks}x{ir.out_blocks}",
     block_size=_no_size,
-    no_kernels=lambda ir: "there are no kernels of block linears yet: batched products compute it",
+    no_kernels=_no_kernels,
 )

@@ -29,6 +29,20 @@ ORDERS = (BLOCKED, INTERLEAVED)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """What may follow the bias."""
 
+SPLIT = "split"
+"""Kernels for few tokens: programs share the blocks of the weight, and their sums are added by a second kernel."""
+FUSED = "fused"
+"""One kernel, which keeps on chip what is between the factors."""
+STAGED = "staged"
+"""A kernel for each product, which leaves its result in the order in which the next one reads it."""
+PRODUCTS = "products"
+"""PyTorch's batched products."""
+DENSE = "dense"
+"""The product with the dense weight, which is formed of the factors at each call."""
+KERNEL_FORMS = (SPLIT, FUSED, STAGED)
+FORMS = (*KERNEL_FORMS, PRODUCTS, DENSE)
+"""How a block linear may be computed; the numbers differ by rounding alone."""
+
 
 @dataclass(frozen=True)
 class BlockLinear:
@@ -82,6 +96,54 @@ def num_parameters(kind: str, in_features: int, out_features: int, in_blocks: in
     if kind == MONARCH:
         return rank * (out_blocks * in_features + in_blocks * out_features)
     return rank * (in_features + out_features + in_blocks * out_blocks)
+
+
+@dataclass(frozen=True)
+class FormedLinear:
+    """A block linear as kernels of one form compute it: what a launcher is made for."""
+
+    family: ClassVar[str] = "linear"
+
+    of: BlockLinear
+    form: str
+
+    @property
+    def tokens(self) -> Dim:
+        """Those of the block linear."""
+        return self.of.tokens
+
+    def __str__(self) -> str:
+        return f"{self.form}: {self.of}"
+
+
+@dataclass(frozen=True)
+class LinearGradients:
+    """Gradients of a Monarch linear without an activation: of x, of the first factor, of the second.
+
+    With g_l the gradient of output block l, dz_lb = g_l second[l, :, b] and z_lb = x_b first[b, l]^T:
+
+    - that of x_b: sum over l of dz_lb first[b, l];
+    - that of first[b, l]: sum over m of dz_lb[m, :]^T x_b[m, :];
+    - that of second[l, :, b]: sum over m of g_l[m, :]^T z_lb[m, :].
+
+    of: the block linear; `of.dtype` is also that of g. of_x, of_first, of_second: which are wanted, at least one.
+    """
+
+    family: ClassVar[str] = "linear"
+
+    of: BlockLinear
+    of_x: bool = True
+    of_first: bool = True
+    of_second: bool = True
+
+    @property
+    def tokens(self) -> Dim:
+        """Those of the block linear."""
+        return self.of.tokens
+
+    def __str__(self) -> str:
+        wanted = [name for name in ("x", "first", "second") if getattr(self, f"of_{name}")]
+        return f"gradients of {', '.join(wanted)} of {self.of}"
 
 
 class Rule(NamedTuple):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from monarch_compile import autocast as autocasting
+from monarch_compile.linear import ir, selection
 from monarch_compile.linear import reference as meaning
 
 aten = torch.ops.aten
 
 OPTIONS = ("output_order", "activation")
-"""The operator's parameters after the tensors, in order; keyword arguments of `reference`."""
+"""The operator's parameters after the tensors, in order; keyword arguments of `reference`. The last one is `form`."""
 
 
 @torch.library.triton_op("monarch_compile::block_linear", mutates_args={})
@@ -26,29 +27,101 @@ def block_linear(
     bias: Tensor | None,
     output_order: str,
     activation: str,
+    form: str = "auto",
 ) -> Tensor:
     """A block linear: `reference` is its meaning, on every device.
 
     x: (..., in_features) -> (..., out_features), contiguous. Factors as in `BlockLinear`; coupling: BLAST's.
+    form: how it is computed: one of `forms.REQUESTS`. "auto": as is predicted to be the fastest for the number of
+    tokens. "kernels": likewise, of the emitted kernels, where the device has any. A form by its name runs, or raises.
 
     Raises:
         InputError: shapes, dtypes or options do not fit together.
+        CodegenError: a form is asked for that has no kernels for these shapes, or on this device.
     """
     # Functions are called by way of modules: triton_op reads all sources behind other names, in search of kernels.
     meaning.require_fit(x, first, second, coupling, bias, output_order, activation)
+    chosen = selection.form_for(x, first, second, coupling, form)
     with autocasting.switched_off(x.device.type):
-        return meaning.reference(x, first, second, coupling, bias, output_order=output_order, activation=activation)
+        if chosen in ir.KERNEL_FORMS:
+            from monarch_compile.codegen.linear.launch import launch
+
+            return launch(
+                x, first, second, coupling, bias, output_order=output_order, activation=activation, form=chosen
+            )
+        by = meaning.dense if chosen == ir.DENSE else meaning.reference
+        return by(x, first, second, coupling, bias, output_order=output_order, activation=activation)
+
+
+@torch.library.triton_op("monarch_compile::block_linear_gradients", mutates_args={})
+def block_linear_gradients(
+    grad: Tensor,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    output_order: str,
+    of_x: bool,
+    of_first: bool,
+    of_second: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, first and second of a Monarch linear without an activation, by the emitted kernels.
+
+    grad: (..., out_features). What is not wanted is an empty tensor. It has no gradients of its own.
+
+    Raises:
+        CodegenError: no kernels exist for these shapes, or on this device.
+    """
+    from monarch_compile.codegen.linear.launch import launch_gradients
+
+    with autocasting.switched_off(x.device.type):
+        return launch_gradients(grad, x, first, second, output_order=output_order, wanted=(of_x, of_first, of_second))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.options = dict(zip(OPTIONS, inputs[5:], strict=True))
+    ctx.options = dict(zip(OPTIONS, inputs[5:7], strict=True))
+    ctx.form = inputs[7]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """By the kernels where the operator ran on some; gradients of gradients, which are asked for while gradients are
+    recorded, by products."""
+    needed = ctx.needs_input_grad[:5]
     with autocasting.switched_off(grad.device.type):
-        grads = gradients(grad, *ctx.saved_tensors, needed=ctx.needs_input_grad[:5], **ctx.options)
-    return (*grads, *[None] * len(OPTIONS))
+        x, first, second, coupling, bias = ctx.saved_tensors
+        on_kernels = selection.has_gradient_kernels(grad, x, first, second, coupling, ctx.form)
+        if on_kernels and not torch.is_grad_enabled():
+            tensors = (grad, x, first, second, coupling, bias)
+            grads = gradients_on_kernels(*tensors, needed=needed, form=ctx.form, **ctx.options)
+        else:
+            grads = gradients(grad, x, first, second, coupling, bias, needed=needed, **ctx.options)
+    return (*grads, *[None] * (1 + len(OPTIONS)))
+
+
+def gradients_on_kernels(
+    grad: Tensor,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    coupling: Tensor | None,
+    bias: Tensor | None,
+    *,
+    needed: tuple[bool, ...],
+    output_order: str,
+    activation: str,
+    form: str,
+) -> tuple[Tensor | None, ...]:
+    """As `gradients`, of a Monarch linear, by the emitted kernels."""
+    if activation != "none":
+        y = block_linear(x, first, second, coupling, bias, output_order, "none", form)
+        grad = DERIVATIVES[activation](grad, y)
+    grads: list[Tensor | None] = [None] * 5
+    if needed[4]:
+        grads[4] = grad.reshape(-1, grad.shape[-1]).sum(0)
+    wanted = (needed[0], needed[1], needed[2])
+    if any(wanted):
+        grads[:3] = block_linear_gradients(grad, x, first, second, output_order, *wanted)
+    return tuple(g if is_needed else None for g, is_needed in zip(grads, needed, strict=True))
 
 
 DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

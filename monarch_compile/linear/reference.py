@@ -43,6 +43,21 @@ def reference(
     return ACTIVATE[activation](y).contiguous()
 
 
+def dense(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    coupling: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    output_order: str = BLOCKED,
+    activation: str = "none",
+) -> Tensor:
+    """As `reference`, by way of the dense weight, which is rounded to the factors' dtype."""
+    y = F.linear(x, expanded(first, second, coupling, output_order), bias)
+    return ACTIVATE[activation](y).contiguous()
+
+
 def between(x: Tensor, first: Tensor, coupling: Tensor | None) -> Tensor:
     """What the second factor is multiplied by: (L, tokens, K * rank) for Monarch, (L, tokens, rank) for BLAST."""
     blocks, width = first.shape[0], first.shape[-1]

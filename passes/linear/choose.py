@@ -8,9 +8,11 @@ import torch
 
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import installed
+from monarch_compile.cost.prediction import MARGIN
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import InputError
-from monarch_compile.linear.ir import BlockLinear
+from monarch_compile.linear import forms
+from monarch_compile.linear.ir import PRODUCTS, BlockLinear
 from monarch_compile.linear.work import predict
 from monarch_compile.passes.checks import first_refusal
 from monarch_compile.passes.elements.layouts import Layouts
@@ -44,20 +46,30 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
 
 
 def _weigh(site: BlockLinearRegion, base: Decision, ir: BlockLinear, config: MonarchConfig) -> Choice:
-    """Whether a legal site pays: both forms run the same products, so that it does by a user's wish alone."""
+    """Whether a legal site pays, with its symbolic sizes as they were in the call that was captured, unguarded: the
+    operator chooses its form by the number of tokens of each call."""
     if config.policy == "never":
         return _exact(base, "cost", Refusal("policy_never", "policy is 'never'"))
-    if config.policy == "auto":
-        why = "there are no kernels of block linears yet: the operator would run the same batched products"
+    device = value_of(site.output).device
+    has_kernels = forms.has_kernels(device) and bool(forms.kernel_forms(ir))
+    if config.policy == "auto" and not has_kernels:
+        why = f"there are no kernels for it on {device.type}: the operator would run the same batched products"
         return _exact(base, "cost", Refusal("no_gain", why))
+    request = forms.KERNELS if config.policy == "always" else forms.AUTO
     hints = {str(n): int(n.node.hint) for n in site.token_sizes if isinstance(n, torch.SymInt)}
     try:
-        gain = predict(ir, installed(value_of(site.output).device), hints, base.calls).speedup
+        known = installed(device)
+        gain = predict(ir, known, hints, base.calls, request).speedup if has_kernels else 1.0
+        runs = forms.in_words(forms.ranges(replace(ir, tokens="M"), known, has_kernels, request))
     except InputError:  # a device that the cost model does not describe
-        gain = 1.0
-    reason = f"policy is 'always'; predicted {gain:.2f}x against the products as they are spelled"
+        gain, runs = 1.0, PRODUCTS
+    if config.policy == "auto" and gain < MARGIN:
+        why = f"the batched products win; predicted gain {gain:.2f}x here, where it would run as {runs}"
+        return _exact(base, "cost", Refusal("cost_exact_wins", why))
+    reason = f"it runs as {runs}; predicted {gain:.2f}x against the products as they are spelled"
     decision = replace(base, status=LOWERED, stage="lowered", code="lowered", reason=reason)
-    return Choice(decision, site, ir, frozenset({*site.inside, site.output}), gain)
+    claims = frozenset({*site.inside, site.output})
+    return Choice(decision, site, ir, claims, gain, details=request)
 
 
 def _exact(base: Decision, stage: str, refusal: Refusal) -> Choice:

@@ -13,7 +13,7 @@ from monarch_compile.passes.state import Choice
 
 
 def _lower(choice: Choice) -> Node:
-    return lower(choice.region, choice.ir)
+    return lower(choice.region, choice.ir, choice.details)
 
 
 FRONTEND = Frontend(

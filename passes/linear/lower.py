@@ -36,12 +36,12 @@ def to_ir(region: BlockLinearRegion) -> BlockLinear:
     )
 
 
-def lower(region: BlockLinearRegion, ir: BlockLinear) -> Node:
-    """Replace the region's output by the operator; returns the operator's node."""
+def lower(region: BlockLinearRegion, ir: BlockLinear, form: str) -> Node:
+    """Replace the region's output by the operator, with what is asked for its form; returns the operator's node."""
     output, graph = region.output, region.output.graph
     with graph.inserting_before(output):
         tensors = _tensors(graph, region)
-        op: Node = graph.call_function(LINEAR_OP, (*tensors, ir.output_order, ir.activation))
+        op: Node = graph.call_function(LINEAR_OP, (*tensors, ir.output_order, ir.activation, form))
         result = _in_place(graph, region, op)
         own = output.meta["val"].new_empty((*region.token_sizes, ir.out_features))
         lowered: torch.Tensor = values_from({op: own}, nodes_between(op, result)[1:])[result]
