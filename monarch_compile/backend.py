@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch._dynamo.utils import counters
@@ -172,14 +173,16 @@ def rewritten(
         foreseen = isinstance(error, LoweringError)
         logger.warning("the passes failed, the graph stays exact: %r", error, exc_info=not foreseen)
         return None
-    _record(result.decisions)
+    _record(result)
     if config.strict:
         _require_lowered(result.decisions)
     return result if result.num_lowered or result.num_protected else None
 
 
-def _record(decisions: Sequence[Decision]) -> None:
-    """Count the sites in Dynamo's counters, exact ones also by code, and put them into the structured trace."""
+def _record(result: Rewrite) -> None:
+    """Count the sites in Dynamo's counters, exact ones also by code, and put them into the structured trace, and what
+    was changed beside them."""
+    decisions = result.decisions
     codes = Counter(d.code for d in decisions if d.status != LOWERED)
     found = Counter(lowered=sum(d.status == LOWERED for d in decisions), exact=codes.total())
     found.update({f"exact: {code}": number for code, number in codes.items()})
@@ -188,7 +191,13 @@ def _record(decisions: Sequence[Decision]) -> None:
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "monarch_sites", "encoding": "json"},
-        payload_fn=lambda: json.dumps({"counts": found, "sites": [d.as_json() for d in decisions]}),
+        payload_fn=lambda: json.dumps(
+            {
+                "counts": found,
+                "sites": [d.as_json() for d in decisions],
+                "changes": [asdict(change) for change in result.changes],
+            }
+        ),
         expect_trace_id=False,
     )
 

@@ -34,6 +34,7 @@ OPTION_RULES: dict[str, OptionRule] = {
     "min_seq_len": at_least(0),
     "cross_attention": FLAG,
     "causal": FLAG,
+    "short_convolutions": FLAG,
     "autotune": FLAG,
     "strict": FLAG,
     "plan": OptionRule(lambda v: v is None or _is_plan(v), "a Plan, or the path of a saved one"),
@@ -69,6 +70,8 @@ class MonarchConfig:
     cross_attention: may attention between sequences of different lengths be lowered? Its form is settled but for
         block_size and num_iters: the mean start, no window, no prefix, no tiles. A plan needs no such permission.
     causal: may causal attention be lowered? A plan needs no such permission.
+    short_convolutions: on CUDA, in graphs where a long convolution is lowered, may depthwise convolutions of up to four
+        taps become sums of products, which Inductor fuses with their neighbours?
     plan: what `calibrate` chose for each site, or the path of its JSON; it settles block_size, num_iters, init, pad,
         window, prefix, tile, window_shape, prefix_at_end and chosen, and which sites may be lowered at all.
     autotune: on CUDA, run the schedules that tuning found on this GPU, and tune what was not tuned before (minutes);
@@ -92,6 +95,7 @@ class MonarchConfig:
     min_seq_len: int = 0
     cross_attention: bool = False
     causal: bool = False
+    short_convolutions: bool = True
     plan: Plan | None = None
     autotune: bool = False
     strict: bool = False

@@ -61,3 +61,14 @@ class Decision:
         """What logs hold of it."""
         names = ("family", "name", "status", "stage", "code", "reason", "node", "source", "remedy")
         return {name: getattr(self, name) for name in names} | {"ir": str(self.ir or "")}
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was changed beside the sites of a graph, for their sake.
+
+    name: module path and source line, as of a site. reason: what became of it and why, in a clause.
+    """
+
+    name: str
+    reason: str

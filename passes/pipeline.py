@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 import monarch_compile
 from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig
-from monarch_compile.decision import EXACT, LOWERED, Decision
+from monarch_compile.decision import EXACT, LOWERED, Change, Decision
 from monarch_compile.family import family, sites_in_words
 from monarch_compile.passes.canonical import (
     drop_inactive_dropout,
@@ -46,6 +46,7 @@ class Rewrite:
     """The graph before (pre-dispatch ATen, canonical) and after lowering, and a decision for every site found.
 
     num_protected: how many nodes were changed, in nothing that they compute, to be kept from Inductor's own rewrites.
+    changes: what was changed beside the sites.
     """
 
     before: GraphModule
@@ -53,6 +54,7 @@ class Rewrite:
     decisions: tuple[Decision, ...]
     num_protected: int = 0
     dump: Dump = field(default_factory=lambda: Dump(None), compare=False)
+    changes: tuple[Change, ...] = ()
 
     @property
     def num_lowered(self) -> int:
@@ -205,8 +207,11 @@ def _rewrite(gm: GraphModule, example_inputs: Sequence[Any], config: MonarchConf
         if decision.status != LOWERED:
             place = f"{decision.node} {decision.source}".strip()
             logger.info("  stopped at %s, by %s; would lower with: %s", decision.stage, place, decision.remedy)
+    for change in state.changes:
+        logger.info("%s: %s", change.name, change.reason)
     dump.decisions(decisions)
-    return Rewrite(state.before or state.graph, state.graph, decisions, state.num_protected, dump)
+    changes = tuple(state.changes)
+    return Rewrite(state.before or state.graph, state.graph, decisions, state.num_protected, dump, changes)
 
 
 @cache

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from monarch_compile.calls import Launcher
 from monarch_compile.config import MonarchConfig
-from monarch_compile.decision import EXACT, LOWERED, Decision
+from monarch_compile.decision import EXACT, LOWERED, Change, Decision
 from monarch_compile.passes.capture.enclosed import all_graphs, name_of
 from monarch_compile.passes.graph import dtype_of, source_of, value_of
 from monarch_compile.refusal import Refusal
@@ -96,7 +96,7 @@ class State:
     frontends: those of the families that the graph may hold sites of.
     before: a copy of the graph as it was before the first change that is no canonical spelling.
     sites, choices: of all families, in the order in which they were found. num_protected: how many nodes were changed,
-    in nothing that they compute, to be kept from Inductor's own rewrites.
+    in nothing that they compute, to be kept from Inductor's own rewrites. changes: what was changed beside the sites.
     """
 
     graph: GraphModule
@@ -108,6 +108,7 @@ class State:
     sites: list[tuple[str, Any]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     num_protected: int = 0
+    changes: list[Change] = field(default_factory=list)
 
     def on_each_graph(self, change: Callable[[GraphModule], int]) -> int:
         """Change the graph, and every body in it that may be lowered; returns how many changes there were."""

@@ -116,4 +116,5 @@ def _report(
         ]
     pair = GraphPair(nx.compose_all(before), nx.compose_all(after))
     num_graphs = len(probe.rewrites) + len(probe.failures)
-    return Report(tuple(sites), pair, num_graphs, tuple(probe.failures), output_error)
+    changes = tuple(change for result in probe.rewrites for change in result.changes)
+    return Report(tuple(sites), pair, num_graphs, tuple(probe.failures), output_error, changes)

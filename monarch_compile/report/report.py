@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from monarch_compile.cost.devices import installed
 from monarch_compile.cost.prediction import Cost
-from monarch_compile.decision import LOWERED, Decision
+from monarch_compile.decision import LOWERED, Change, Decision
 from monarch_compile.errors import InputError
 from monarch_compile.family import family, kinds_in_words, lowered_in_words
 from monarch_compile.ir import Dim
@@ -141,6 +141,7 @@ class Report:
     """What `explain` found: the sites, the graphs, and the failures of whole graphs (message per graph).
 
     output_error: measured relative error of the model's output, None where it was not measured.
+    changes: what was changed beside the sites, for their sake.
     """
 
     sites: tuple[Site, ...]
@@ -148,6 +149,7 @@ class Report:
     num_graphs: int = 1
     failures: tuple[str, ...] = ()
     output_error: float | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -162,8 +164,9 @@ class Report:
         return f"{found if self.sites else nothing} in {graphs}{failed}{error}"
 
     def __str__(self) -> str:
-        lines = [*_table(self.sites), *(f"failed: {failure}" for failure in self.failures), self.summary]
-        return "\n".join(lines)
+        changes = (f"changed: {change.name}: {change.reason}" for change in self.changes)
+        failures = (f"failed: {failure}" for failure in self.failures)
+        return "\n".join([*_table(self.sites), *changes, *failures, self.summary])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable form."""
@@ -174,6 +177,7 @@ class Report:
             "num_graphs": self.num_graphs,
             "failures": list(self.failures),
             "output_error": self.output_error,
+            "changes": [asdict(change) for change in self.changes],
             "sites": [site.to_dict() for site in self.sites],
         }
 

@@ -74,6 +74,7 @@ def test_the_digest_covers_every_option() -> None:
         "min_seq_len": 5,
         "cross_attention": True,
         "causal": True,
+        "short_convolutions": False,
         "autotune": True,
         "strict": True,
         "mode": "default",
