@@ -11,13 +11,14 @@ Index letters: l, b blocks (of queries, of keys); j, i offsets in a block (of a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_compile.attention.blocking import Blocking, blocking_of, steps_to_neighbours
+from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of, may_pad, padded, steps_to_neighbours
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import biased, cut, exact_rows, merge, prefix_group, softmax_lse, total_lse
 
@@ -69,8 +70,12 @@ def attend_exactly_where_chosen(
 
     k (E, H_kv, N, D), v (E, H_kv, N, D_v). visible (E, N) bool, bias (E, N) added to the scores: both or None.
     choice (E, H, l, n): blocks to take for the chosen ones, -1 where there is none; to be compared with kernels.
+    Fewer queries than keys are the last of a causal sequence; those before, whose keys a cache holds, count as 0.
     """
     group, prefix, at_end = q.shape[1] // k.shape[1], form.prefix, form.prefix_at_end
+    cached = 0 if str(q.shape[2]) == str(k.shape[2]) else k.shape[2] - q.shape[2]
+    if may_pad(cached):
+        q = padded(q, (0, 0, cached, 0))
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
     lead_masks: tuple[Tensor | None, Tensor | None] = (None, None)
     if prefix:
@@ -79,7 +84,7 @@ def attend_exactly_where_chosen(
         seen, added = (None if x is None else x[:, lead] for x in (visible, bias))
         rows = _rows(q_lead, k[:, :, lead], v[:, :, lead], seen, added, scale, causal=causal)
         if q.shape[2] <= prefix:
-            return _laid_out(rows[0]), rows[1]
+            return _laid_out(_after(cached, rows[0])), _after(cached, rows[1].unsqueeze(-1)).squeeze(-1)
         (seen_lead, visible), (added_lead, bias) = (
             (None, None) if x is None else cut(x, 1, prefix, at_end) for x in (visible, bias)
         )
@@ -89,11 +94,21 @@ def attend_exactly_where_chosen(
         q.shape[2], form.block_size, form.pad, form.window, tile=form.tile, window_shape=form.window_shape, grid=grid
     )
     blocks = _summarized(blocking, q, k, v, visible, bias, scale)
+    first = 0
+    if may_pad(cached):
+        start = max(cached - prefix, 0) if isinstance(cached, int) else torch.sym_max(cached - prefix, 0)
+        is_row = blocking.split((torch.arange(q.shape[2], device=q.device) >= start)[None, None, :, None])[0, 0, ..., 0]
+        blocks = replace(blocks, is_row=is_row)
+        if isinstance(start, int) and isinstance(blocking, Pieces) and isinstance(blocking.missing, int):
+            first = (start + (blocking.missing if form.pad == "pre" else 0)) // form.block_size
     far = _far(blocking, causal, q.device)
     is_near = _seen(far, causal) & ~far
     near = Choice(*_first_blocks(is_near.to(q.dtype) - 0.5, _most_near(form, blocking, causal)))
     outputs, lses = [], []
-    for own in _parts(blocks, near.block.shape[-1] + form.chosen):
+    if first:  # blocks of which no row is asked for
+        skipped = (*q.shape[:2], first, form.block_size)
+        outputs, lses = [q.new_zeros(*skipped, v.shape[3])], [q.new_zeros(skipped)]
+    for own in _parts(blocks, near.block.shape[-1] + form.chosen, first):
         taken = _taken(blocks, far[own], own, form.chosen, causal, choice)
         parts = [_far_field(blocks, far[own], own, taken)]
         parts.append(_exact_blocks(blocks, own, _joined(near, own, taken), scale, causal))
@@ -107,7 +122,15 @@ def attend_exactly_where_chosen(
     if prefix:
         order = -1 if at_end else 1
         output, lse = torch.cat([rows[0], output][::order], 2), torch.cat([rows[1], lse][::order], 2)
-    return _laid_out(output), lse
+    return _laid_out(_after(cached, output)), _after(cached, lse.unsqueeze(-1)).squeeze(-1)
+
+
+def _after(cached: Any, x: Tensor) -> Tensor:
+    """Of rows (E, H, N, D) those that a call asks for: the ones after its cache."""
+    if isinstance(cached, int):
+        return x[:, :, cached:] if cached else x
+    cropped: Tensor = F.pad(x, (0, 0, -cached, 0))  # a slice would be guarded on, for its layout
+    return cropped
 
 
 def far_masses(blocks: Blocks, far: Tensor, own: slice, causal: bool) -> Tensor:
@@ -187,19 +210,19 @@ def _most_near(form: Form, blocking: Blocking, causal: bool) -> int:
     return min(most, num_blocks) if isinstance(num_blocks, int) else most
 
 
-def _parts(blocks: Blocks, listed: int) -> Iterator[slice]:
+def _parts(blocks: Blocks, listed: int, first: int) -> Iterator[slice]:
     """As many blocks of queries at a time as memory is taken to have room for; all, where their number is symbolic.
 
-    listed: exact blocks of each.
+    listed: exact blocks of each. first: the first that is asked for.
     """
     batch, heads, num_blocks, size, dim = blocks.q.shape
     if not all(isinstance(x, int) for x in (batch, heads, num_blocks)):
-        yield slice(0, num_blocks)
+        yield slice(first, num_blocks)
         return
     keys = min(listed, num_blocks) * size
     one = batch * heads * (size * max(num_blocks, keys) + keys * (dim + blocks.v.shape[-1]))
     step = max(1, MOST_ELEMENTS // one)
-    for start in range(0, num_blocks, step):
+    for start in range(first, num_blocks, step):
         yield slice(start, min(start + step, num_blocks))
 
 

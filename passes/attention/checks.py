@@ -38,7 +38,8 @@ class Context:
 
     @staticmethod
     def of(region: AttentionRegion, config: MonarchConfig, *, trains: bool = False) -> Context:
-        return Context(config, Order.of(region.output.graph), classify_all(region.masks), trains)
+        facts = classify_all(region.masks, _keys_ahead(region))
+        return Context(config, Order.of(region.output.graph), facts, trains)
 
 
 class Check(NamedTuple):
@@ -81,6 +82,29 @@ def _reason(fact: MaskFact, config: MonarchConfig) -> str:
 def under_triangle(region: AttentionRegion, facts: Sequence[MaskFact]) -> bool:
     """Whether a query sees no later key, by the operator's own flag or by a mask that hides all of them."""
     return region.is_causal or any(fact.is_triangle for fact in facts)
+
+
+def follows_cache(region: AttentionRegion, facts: Sequence[MaskFact]) -> bool:
+    """Whether fewer queries than keys are the last of their sequence, and see no later key, by a mask that says so.
+
+    The flag of scaled_dot_product_attention puts the first query at the first key instead.
+    """
+    if not region.is_cross or region.is_causal or not any(fact.is_triangle for fact in facts):
+        return False
+    rows, keys = region.q_shape[2], region.k_shape[2]
+    if TracingContext.try_get() is None:  # an exported program takes no guards
+        return bool(statically_known_true(rows < keys))
+    return bool(rows < keys)
+
+
+def _keys_ahead(region: AttentionRegion) -> Any:
+    """How many more keys than queries there are, of equal symbols where sizes are symbolic."""
+    if not region.is_cross:
+        return 0
+    rows, keys = (
+        size.node.expr if isinstance(size, torch.SymInt) else size for size in (region.q_shape[2], region.k_shape[2])
+    )
+    return keys - rows
 
 
 def packed_length(region: AttentionRegion, facts: Sequence[MaskFact]) -> int | None:
@@ -196,7 +220,7 @@ def signature_of(region: AttentionRegion) -> Signature:
         dtypes = frozenset({region.dtype})
     devices = frozenset(node.meta["val"].device.type for node in nodes)
     shapes = (region.q_shape, region.k_shape, region.v_shape)
-    return Signature(shapes, dtypes, devices, region.scale, region.is_causal)
+    return Signature(shapes, dtypes, devices, region.scale, region.is_causal, region.follows_cache)
 
 
 def _rules(first: str, last: str) -> tuple[Rule, ...]:

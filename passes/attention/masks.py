@@ -42,7 +42,8 @@ class MaskFact:
     """What was proved of a mask: its kind, a key of KINDS, with why and where.
 
     length: that of every packed sequence, where it is one constant. is_triangle: whether a causal mask hides all later
-    keys, and no others but by what depends on the key alone; hides_keys: whether it hides such keys, too.
+    keys, and no others but by what depends on the key alone, the last query being at the last key; hides_keys: whether
+    it hides such keys, too.
     """
 
     kind: str
@@ -74,9 +75,12 @@ KINDS = {
 LOWERED_KINDS = ("none", "key_padding", "key_bias")
 
 
-def classify_all(terms: Sequence[MaskTerm]) -> tuple[MaskFact, ...]:
-    """Prove what each of a site's masks hides. A mask that only repeats what the others hide is "none"."""
-    read = [_guarded(_read, term) for term in terms]
+def classify_all(terms: Sequence[MaskTerm], ahead: Any = 0) -> tuple[MaskFact, ...]:
+    """Prove what each of a site's masks hides. A mask that only repeats what the others hide is "none".
+
+    ahead: how many more keys than queries there are, an integer or an expression of sizes: query q is at key q + ahead.
+    """
+    read = [_guarded(_read, term, ahead) for term in terms]
     visible = sympy.And(*(r.keep for r in read if isinstance(r, Reading) and r.keep is not None))
     facts = []
     for term, reading in zip(terms, read, strict=True):
@@ -106,13 +110,20 @@ def _guarded(prove: Callable[..., Any], term: MaskTerm, *rest: Any) -> Any:
         return MaskFact("opaque", f"the mask could not be proved to be anything: {error}", term.node)
 
 
-def _read(term: MaskTerm) -> Reading:
+def _read(term: MaskTerm, ahead: Any) -> Reading:
     index = index_of(term.score_rank, term.swapped)
     element = Evaluator().value(term.node, broadcast(term.node, index))
+    if ahead != 0:
+        element = _counted_from_keys(element, ahead)
     if term.role in ("keep", "drop"):
         keep = as_bool(element)
         return Reading(element, sympy.Not(keep) if term.role == "drop" else keep)
     return _read_added(as_number(element), term.gain) if term.role == "add" else Reading(element)
+
+
+def _counted_from_keys(element: Any, ahead: Any) -> Any:
+    """An element as a function of where the query is among the keys, in place of where it is among the queries."""
+    return sympy.sympify(element).xreplace({Q: Q - ahead})
 
 
 def _fact(term: MaskTerm, reading: Reading, visible: Any) -> MaskFact:

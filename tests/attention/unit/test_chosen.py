@@ -95,6 +95,44 @@ def test_no_output_depends_on_a_later_token(p: Problem, data: st.DataObject) -> 
 
 
 @settings(max_examples=40, deadline=None)
+@given(problems(causal=True), st.data())
+def test_queries_that_a_call_lacks_count_as_zeros(p: Problem, data: st.DataObject) -> None:
+    """Fewer queries than keys are the last of their sequence, and see what they see in it."""
+    q, k, v = p.tensors()
+    cached = data.draw(st.integers(1, p.seq_len)) - 1
+    q[:, :, :cached] = 0
+    padding = p.padding() if data.draw(st.booleans()) else None
+    found = p.run(q[:, :, cached:], k, v, key_padding_mask=padding)
+    assert found.transpose(1, 2).is_contiguous()
+    if not (cached and p.chosen):  # blocks are chosen by queries that the call has
+        torch.testing.assert_close(found, p.run(q, k, v, key_padding_mask=padding)[:, :, cached:], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(causal=True), st.data())
+def test_after_a_cache_no_output_depends_on_a_later_token(p: Problem, data: st.DataObject) -> None:
+    q, k, v = p.tensors(torch.float32)
+    cached = data.draw(st.integers(1, p.seq_len)) - 1
+    last = data.draw(st.integers(cached, p.seq_len - 1))
+    found = p.run(q[:, :, cached:], k, v)
+    for x in (q, k, v):
+        x[:, :, last + 1 :] = 7 * torch.randn_like(x[:, :, last + 1 :])
+    rows = last + 1 - cached
+    assert torch.equal(p.run(q[:, :, cached:], k, v)[:, :, :rows], found[:, :, :rows])
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(causal=True), st.data())
+def test_after_a_cache_all_blocks_chosen_is_exact_attention(p: Problem, data: st.DataObject) -> None:
+    p = replace(p, chosen=40)
+    q, k, v = p.tensors(torch.float32)
+    cached = data.draw(st.integers(1, p.seq_len)) - 1
+    seen = torch.ones(p.seq_len - cached, p.seq_len, dtype=torch.bool).tril(cached)
+    exact = F.scaled_dot_product_attention(q[:, :, cached:], k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(p.run(q[:, :, cached:], k, v), exact, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
 @given(problems(), st.booleans())
 def test_all_blocks_chosen_is_exact_attention(p: Problem, masked: bool) -> None:
     p = replace(p, chosen=40)
@@ -169,8 +207,8 @@ def test_one_iteration_from_the_identity_start_alone(wrong: dict[str, object]) -
 
 def test_what_causal_and_chosen_refuse() -> None:
     q, k = torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 8, 4)
-    with pytest.raises(InputError, match="'causal' needs as many queries as keys; found 6 and 8"):
-        monarch_attention(q, k, k, block_size=4, causal=True)
+    with pytest.raises(InputError, match="'causal' needs a key for each query; found 8 queries and 6 keys"):
+        monarch_attention(k, q, q, block_size=4, causal=True)
     with pytest.raises(InputError, match="'chosen' needs as many queries as keys"):
         monarch_attention(q, k, k, block_size=4, chosen=1)
     with pytest.raises(InputError, match="'causal' needs pieces of the sequence"):
