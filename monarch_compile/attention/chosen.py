@@ -1,7 +1,7 @@
 """Attention with chosen blocks, and causal attention: eager semantics, one iteration from the identity start.
 
-Each block of queries attends exactly to its own block, to those of its window, to the prefix, and, head by head, to the
-`chosen` candidates of most far-field mass. All other blocks that it may see are its far field. Candidates are blocks
+Each block of queries attends exactly to its own block, to those of its window, to the prefix, and to the `chosen`
+candidates of most far-field mass, in sum over the query heads that share a key head. All other blocks that it may see are its far field. Candidates are blocks
 outside of its window; in causal attention, those before it alone. What makes it causal: block b's summaries come from
 queries and keys of block b, and only later blocks read them; a triangle hides later keys of a row's own block; and
 blocks are chosen by queries of the block before, since a row may depend on no later query of its own block either.
@@ -31,7 +31,7 @@ class Blocks:
     """A sequence without its prefix, cut into blocks, and what each says to the queries at its own offsets.
 
     q, k, v (E, H, b, i, D). visible (E or 1, 1, b, i): keys that are tokens and not hidden. bias (E, 1, b, i) or None.
-    is_row (b, j): places that hold a query. a, y (E, H, b, j, D), c (E, H, b, j): the summaries, c = inf where a block
+    is_row (b, j): places that hold a query; lacks_rows: whether a block may hold none. a, y (E, H, b, j, D), c (E, H, b, j): the summaries, c = inf where a block
     has no visible key.
     """
 
@@ -44,6 +44,7 @@ class Blocks:
     a: Tensor
     y: Tensor
     c: Tensor
+    lacks_rows: bool = False
 
 
 class Choice(NamedTuple):
@@ -98,7 +99,7 @@ def attend_exactly_where_chosen(
     if may_pad(cached):
         start = max(cached - prefix, 0) if isinstance(cached, int) else torch.sym_max(cached - prefix, 0)
         is_row = blocking.split((torch.arange(q.shape[2], device=q.device) >= start)[None, None, :, None])[0, 0, ..., 0]
-        blocks = replace(blocks, is_row=is_row)
+        blocks = replace(blocks, is_row=is_row, lacks_rows=True)
         if isinstance(start, int) and isinstance(blocking, Pieces) and isinstance(blocking.missing, int):
             first = (start + (blocking.missing if form.pad == "pre" else 0)) // form.block_size
     far = _far(blocking, causal, q.device)
@@ -109,7 +110,7 @@ def attend_exactly_where_chosen(
         skipped = (*q.shape[:2], first, form.block_size)
         outputs, lses = [q.new_zeros(*skipped, v.shape[3])], [q.new_zeros(skipped)]
     for own in _parts(blocks, near.block.shape[-1] + form.chosen, first):
-        taken = _taken(blocks, far[own], own, form.chosen, causal, choice)
+        taken = _taken(blocks, far[own], own, form.chosen, causal, choice, group)
         parts = [_far_field(blocks, far[own], own, taken)]
         parts.append(_exact_blocks(blocks, own, _joined(near, own, taken), scale, causal))
         if prefix:
@@ -137,13 +138,22 @@ def far_masses(blocks: Blocks, far: Tensor, own: slice, causal: bool) -> Tensor:
     """How much of their far field the rows of a block give each candidate, in sum: (E, H, l, b), -1 for no candidate.
 
     far (l, b): the candidates of the blocks `own`. In causal attention the rows are those of the block before, whose
-    softmax runs over the same candidates.
+    softmax runs over the same candidates; where a call has none of them, the first row of the block itself, which sees
+    no later token of it.
     """
-    reads = torch.arange(own.start, own.stop, device=far.device)
-    reads = (reads - 1).clamp(min=0) if causal else reads
+    places = torch.arange(own.start, own.stop, device=far.device)
+    reads = (places - 1).clamp(min=0) if causal else places
+    is_row = blocks.is_row
+    if causal and blocks.lacks_rows:
+        is_alone = ~is_row[reads].any(-1)
+        reads = torch.where(is_alone, places, reads)
+        is_first = is_row & (is_row.cumsum(-1) == 1)
+        is_row = torch.where(is_alone[:, None], is_first[reads], is_row[reads])
+    else:
+        is_row = is_row[reads]
     candidates = far[:, None, :]
     shares, _ = softmax_lse(_logits(blocks, blocks.q[:, :, reads]), candidates)  # (E, H, l, j, b)
-    real = blocks.is_row[reads].to(shares.dtype)[:, :, None]
+    real = is_row.to(shares.dtype)[:, :, None]
     return (shares * real).sum(3).masked_fill(~far, -1.0)
 
 
@@ -226,12 +236,23 @@ def _parts(blocks: Blocks, listed: int, first: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_blocks))
 
 
-def _taken(blocks: Blocks, far: Tensor, own: slice, chosen: int, causal: bool, choice: Tensor | None) -> Choice | None:
-    """The chosen blocks of the blocks `own`, whose candidates are far (l, b); None where none are asked for."""
+def _taken(
+    blocks: Blocks, far: Tensor, own: slice, chosen: int, causal: bool, choice: Tensor | None, group: int
+) -> Choice | None:
+    """The chosen blocks of the blocks `own`, whose candidates are far (l, b); None where none are asked for.
+
+    group: query heads that share a key head, and its chosen blocks.
+    """
     if choice is not None:
         given = choice[:, :, own].long()
         return Choice(given.clamp(min=0), given >= 0)
-    return Choice(*_first_blocks(far_masses(blocks, far, own, causal), chosen)) if chosen else None
+    if not chosen:
+        return None
+    masses = far_masses(blocks, far, own, causal)
+    if group > 1:
+        shared = torch.unflatten(masses, 1, (-1, group)).sum(2)  # of no candidate it stays below 0
+        masses = shared.repeat_interleave(group, 1)
+    return Choice(*_first_blocks(masses, chosen))
 
 
 def _first_blocks(masses: Tensor, count: int) -> tuple[Tensor, Tensor]:

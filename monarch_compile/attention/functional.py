@@ -69,7 +69,7 @@ def monarch_attention(
         tile: tokens of a block along each axis of the grid: blocks are then tiles of it, and `pad` must be "post".
         window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis
             alone ("plus").
-        chosen: blocks outside of the window that each block of queries attends to exactly, for each query head by
+        chosen: blocks outside of the window that each block of queries attends to exactly, for each key head by
             itself: those of most far-field mass, the first of equal ones. Needs num_iters=1, init="identity" and
             seq_len_q == seq_len_k, unless it is causal. The own block is exact then, whatever the window.
         causal: whether a query sees no later key. Needs num_iters=1, init="identity" and no tile. Fewer queries than

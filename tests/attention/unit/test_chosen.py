@@ -78,7 +78,10 @@ def test_the_reference_is_the_dense_form(p: Problem, masked: bool) -> None:
         for head in range(q.shape[1]):
             own = head // p.group
             options = {n: getattr(p, n) for n in ("block_size", "window", "prefix", "chosen", "causal")}
-            matrix = dense_chosen(q[entry, head], k[entry, own], ~padding[entry], scale=0.5, **options)
+            choosers = list(q[entry, own * p.group : (own + 1) * p.group])
+            matrix = dense_chosen(
+                q[entry, head], k[entry, own], ~padding[entry], scale=0.5, choosers=choosers, **options
+            )
             torch.testing.assert_close(found[entry, head], matrix @ v[entry, own], rtol=1e-9, atol=1e-9)
 
 
