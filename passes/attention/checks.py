@@ -58,7 +58,8 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
             reason, node = found if isinstance(found, tuple) else (found, region.output)
             return Refusal(check.code, reason, node)
     for fact in context.facts:
-        if fact.kind not in LOWERED_KINDS and region.length is None and not (region.is_causal and fact.is_triangle):
+        is_edge = region.is_causal and fact.is_triangle and fact.kind == "causal"
+        if fact.kind not in LOWERED_KINDS and region.length is None and not is_edge:
             return Refusal(f"mask_{fact.kind}", _reason(fact, context.config), fact.node)
     effects = [fact.kind for fact in context.facts if fact.kind != "none" and (not fact.is_triangle or fact.hides_keys)]
     if "key_bias" in effects and len(effects) > 1:
@@ -70,6 +71,8 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
 
 
 def _reason(fact: MaskFact, config: MonarchConfig) -> str:
+    if fact.kind == "packed" and fact.is_triangle and not config.causal:
+        return f"packed causal sequences of {fact.length} tokens, and option causal is False"
     if fact.kind != "causal":
         return fact.reason
     return (
@@ -107,13 +110,21 @@ def _keys_ahead(region: AttentionRegion) -> Any:
     return keys - rows
 
 
-def packed_length(region: AttentionRegion, facts: Sequence[MaskFact]) -> int | None:
-    """The length of sequences that fill the region's one, if they are packed and no other mask is there."""
-    effects = [fact for fact in facts if fact.kind != "none"]
+def packed_length(region: AttentionRegion, facts: Sequence[MaskFact], *, causal: bool) -> int | None:
+    """The length of sequences that fill the region's one, if they are packed and no other mask is there.
+
+    causal: whether they may be under a triangle.
+    """
+    packed = [fact for fact in facts if fact.length is not None]
+    others = [fact for fact in facts if fact.kind != "none" and fact not in packed]
     rows = region.q_shape[2], region.k_shape[2], region.v_shape[2]
-    if len(effects) != 1 or effects[0].length is None or not all(map(_is_static, (*region.lead, *rows))):
+    if len(packed) != 1 or not all(map(_is_static, (*region.lead, *rows))):
         return None
-    return effects[0].length if len(set(rows)) == 1 and rows[0] % effects[0].length == 0 else None
+    if any(fact.kind != "causal" or not fact.is_triangle or fact.hides_keys for fact in others):
+        return None
+    if not causal and (others or packed[0].is_triangle):
+        return None
+    return packed[0].length if len(set(rows)) == 1 and rows[0] % packed[0].length == 0 else None
 
 
 def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:

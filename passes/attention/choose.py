@@ -50,10 +50,10 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, undecided(FAMILY, name, site.anchor, site.output), ",".join(kinds) or "none")
-    site = replace(site, length=packed_length(site, context.facts))
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:  # a plan may lower any site
         context = replace(context, config=replace(config, cross_attention=True, causal=True))
+    site = replace(site, length=packed_length(site, context.facts, causal=context.config.causal))
     if context.config.causal:
         after_cache = follows_cache(site, context.facts)
         site = replace(site, is_causal=under_triangle(site, context.facts), follows_cache=after_cache)

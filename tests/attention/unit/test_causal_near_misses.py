@@ -82,7 +82,7 @@ OTHERS: dict[str, Mask] = {
     "another edge in each head": lambda: row() >= at() - torch.arange(2)[:, None, None],
     "rolled rows": lambda: ones().tril().roll(1, 0),
     "rolled keys": lambda: ones().tril().roll(1, 1),
-    "packed": lambda: (row() >= at()) & (row() // 6 == at() // 6),
+    "packed, the last cut short": lambda: (row() >= at()) & (row() // 6 == at() // 6),
     "half a key later": lambda: row().double() + 1.5 >= at().double(),
     "distance clamped": lambda: (row() - at()).clamp(min=-1) >= -1,
     "cut one row lower": lambda: ones(40).tril()[1 : N + 1, :N],
