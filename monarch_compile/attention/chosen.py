@@ -1,10 +1,12 @@
 """Attention with chosen blocks, and causal attention: eager semantics, one iteration from the identity start.
 
 Each block of queries attends exactly to its own block, to those of its window, to the prefix, and to the `chosen`
-candidates of most far-field mass, in sum over the query heads that share a key head. All other blocks that it may see are its far field. Candidates are blocks
-outside of its window; in causal attention, those before it alone. What makes it causal: block b's summaries come from
-queries and keys of block b, and only later blocks read them; a triangle hides later keys of a row's own block; and
-blocks are chosen by queries of the block before, since a row may depend on no later query of its own block either.
+candidates of most far-field mass, in sum over the query heads that share a key head. All other blocks that it may see
+are its far field. Candidates are blocks outside of its window; in causal attention, those before it alone.
+
+What makes it causal: block b's summaries come from queries and keys of block b, and only later blocks read them; a
+triangle hides later keys of a row's own block; and blocks are chosen by queries of the block before, since a row may
+depend on no later query of its own block either. Queries whose keys a cache holds are not given, and count as 0.
 Index letters: l, b blocks (of queries, of keys); j, i offsets in a block (of a query, of a key).
 """
 
@@ -31,8 +33,8 @@ class Blocks:
     """A sequence without its prefix, cut into blocks, and what each says to the queries at its own offsets.
 
     q, k, v (E, H, b, i, D). visible (E or 1, 1, b, i): keys that are tokens and not hidden. bias (E, 1, b, i) or None.
-    is_row (b, j): places that hold a query; lacks_rows: whether a block may hold none. a, y (E, H, b, j, D), c (E, H, b, j): the summaries, c = inf where a block
-    has no visible key.
+    is_row (b, j): places that hold a query; lacks_rows: whether a block may hold none. a, y (E, H, b, j, D),
+    c (E, H, b, j): the summaries, c = inf where a block has no visible key.
     """
 
     q: Tensor

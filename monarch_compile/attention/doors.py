@@ -123,8 +123,9 @@ def replace_sdpa(**options: Any) -> ReplaceSdpa:
     It holds however the function was imported, and ends with the context. Shapes (batch, num_heads, seq_len, head_dim);
     lowered are bidirectional calls without active dropout, of equal lengths (with cross_attention=True of others too,
     with causal=True also calls with is_causal=True, or with a bool mask that hides later keys), unmasked or with a mask
-    whose values, read at run time, depend on the key alone. torch.nn's fused encoder layers do not call the function and
-    stay exact, as do calls that are traced, transformed by torch.func, or given tensors of a subclass. Where torch.utils.checkpoint computes attention anew, let the backward pass run inside the context, too.
+    whose values, read at run time, depend on the key alone. torch.nn's fused encoder layers do not call the function,
+    and stay exact, as do calls that are traced, transformed by torch.func, or given tensors of a subclass. Where
+    torch.utils.checkpoint computes attention anew, let the backward pass run inside the context, too.
 
     A call that stays exact by its sizes takes about 8 microseconds longer than without the context.
 

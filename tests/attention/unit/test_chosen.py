@@ -111,6 +111,33 @@ def test_queries_that_a_call_lacks_count_as_zeros(p: Problem, data: st.DataObjec
         torch.testing.assert_close(found, p.run(q, k, v, key_padding_mask=padding)[:, :, cached:], rtol=1e-9, atol=1e-9)
 
 
+def test_the_first_block_after_a_cache_is_chosen_for_by_its_own_first_row() -> None:
+    p = Problem(24, 4, 1, causal=True, window=0, batch=1, kv_heads=1)
+    q, k, v = p.tensors()
+    k[:, :, 4:8] += 3  # the second block is that of the first row, whatever the others want
+    q[:, :, 16] = 5 * k[:, :, 5]
+    found = p.run(q[:, :, 16:], k, v)
+    seen = torch.zeros(4, 24, dtype=torch.bool)
+    seen[:, 4:8] = True
+    seen[:, 16:20] = torch.ones(4, 4, dtype=torch.bool).tril()
+    own = torch.softmax((q[:, :, 16:20] @ k.mT / 2).masked_fill(~seen, float("-inf")), -1)
+    q[:, :, 17:20] = q[:, :, 16:17]
+    chosen = p.run(q[:, :, 16:], k, v)[:, :, 0]
+    torch.testing.assert_close(found[:, :, 0], chosen, rtol=0, atol=0)
+    assert (own[:, :, 0, 4:8].sum(-1) > 0.99).all()
+    torch.testing.assert_close(found[:, :, 0], (own @ v)[:, :, 0], rtol=1e-2, atol=1e-2)
+
+
+def test_heads_that_share_keys_share_their_chosen_blocks() -> None:
+    p = Problem(40, 4, 2, causal=True, window=0, group=2, kv_heads=1)
+    q, k, v = p.tensors()
+    both = p.run(q, k, v)
+    q[:, 1] = q[:, 0]  # the other head now wants what the first one wants
+    assert not torch.allclose(p.run(q, k, v)[:, 0], both[:, 0])
+    alone = p.run(q[:, :1], k, v)
+    torch.testing.assert_close(p.run(q, k, v)[:, :1], alone)
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems(causal=True), st.data())
 def test_after_a_cache_no_output_depends_on_a_later_token(p: Problem, data: st.DataObject) -> None:

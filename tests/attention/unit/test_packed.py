@@ -309,8 +309,10 @@ def test_causal_sequences_of_one_length_are_lowered(spelled: Callable[..., Tenso
         lambda: causal() & (torch.arange(24)[:, None] - torch.arange(24) < 3),
         lambda: same(torch.arange(24) // 6) & (torch.arange(24)[:, None] + 1 >= torch.arange(24)),
         lambda: same(torch.arange(24) // 6) & (torch.arange(24)[:, None] <= torch.arange(24)),
-        lambda: same(torch.tensor([5, 9, 10]).repeat_interleave(torch.tensor([5, 9, 10])))
-        & (torch.arange(24)[:, None] >= torch.arange(24)),
+        lambda: (
+            same(torch.tensor([5, 9, 10]).repeat_interleave(torch.tensor([5, 9, 10])))
+            & (torch.arange(24)[:, None] >= torch.arange(24))
+        ),
     ],
 )
 def test_other_causal_packings_stay_exact(mask: Callable[[], Tensor]) -> None:
