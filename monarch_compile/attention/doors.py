@@ -18,6 +18,7 @@ from monarch_compile.attention.eager_calls import (
     eager_order,
     in_order,
     key_mask,
+    keys_under_triangle,
     not_plain,
 )
 from monarch_compile.attention.functional import monarch_attention
@@ -67,6 +68,10 @@ class ReplaceSdpa(TorchFunctionMode):
         refusal = not_plain(tensors)
         if refusal is not None:
             return self._stays(refusal)
+        seen = attn_mask
+        if attn_mask is not None and self._config.causal and not is_causal:
+            of_keys = keys_under_triangle(attn_mask, query.shape[2] if query.ndim == 4 else 0)
+            seen, is_causal = (attn_mask, False) if of_keys is None else (of_keys, True)
         target = autocast.target_of(query.device.type)
         dtypes = [x.dtype if target is None else autocast.cast(x.dtype, target) for x in tensors]
         decision = self._decide(
@@ -74,7 +79,7 @@ class ReplaceSdpa(TorchFunctionMode):
             (dtypes[0], dtypes[1], dtypes[2]),
             (query.device, key.device, value.device),
             None if attn_mask is None else attn_mask.ndim,
-            (dropout_p, is_causal, scale, enable_gqa, is_trained(tensors)),
+            (dropout_p, is_causal, scale, enable_gqa, is_trained(tensors), is_causal and seen is not attn_mask),
         )
         looked_at = (
             attn_mask is not None and self._strict
@@ -84,8 +89,8 @@ class ReplaceSdpa(TorchFunctionMode):
         order = eager_order([Layout.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True)], scale, enable_gqa)
         if isinstance(order, Refusal):
             return self._stays(order)
-        q, k, v, *masks = (x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True))
-        mask = key_mask(masks[0], k.shape) if masks else {}  # its values may be others at each call
+        q, k, v = (x.to(dtype) for x, dtype in zip(tensors[:3], dtypes[:3], strict=True))
+        mask = {} if seen is None else key_mask(seen.to(dtypes[3]), k.shape)  # its values may be others at each call
         if isinstance(mask, Refusal):
             return self._stays(mask)
         if isinstance(decision, Refusal):
@@ -117,10 +122,10 @@ def replace_sdpa(**options: Any) -> ReplaceSdpa:
 
     It holds however the function was imported, and ends with the context. Shapes (batch, num_heads, seq_len, head_dim);
     lowered are bidirectional calls without active dropout, of equal lengths (with cross_attention=True of others too,
-    with causal=True also calls with is_causal=True),
-    unmasked or with a mask whose values, read at run time, depend on the key alone. torch.nn's fused encoder layers do
-    not call the function and stay exact, as do calls that are traced, transformed by torch.func, or given tensors of a
-    subclass. Where torch.utils.checkpoint computes attention anew, let the backward pass run inside the context, too.
+    with causal=True also calls with is_causal=True, or with a bool mask that hides later keys), unmasked or with a mask
+    whose values, read at run time, depend on the key alone. torch.nn's fused encoder layers do not call the function,
+    and stay exact, as do calls that are traced, transformed by torch.func, or given tensors of a subclass. Where
+    torch.utils.checkpoint computes attention anew, let the backward pass run inside the context, too.
 
     A call that stays exact by its sizes takes about 8 microseconds longer than without the context.
 

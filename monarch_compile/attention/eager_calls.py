@@ -92,6 +92,7 @@ class Facts:
     scale: float | None
     enable_gqa: bool
     trains: bool = False
+    follows_cache: bool = False
 
     @property
     def signature(self) -> Signature:
@@ -99,7 +100,16 @@ class Facts:
         shapes = (tuple(self.shapes[0]), tuple(self.shapes[1]), tuple(self.shapes[2]))
         scale = 1 / math.sqrt(shapes[0][3] or 1) if self.scale is None else self.scale
         kinds = frozenset(device.type for device in self.devices)
-        return Signature(shapes, frozenset(self.dtypes), kinds, scale, self.is_causal, self.dropout_p, self.trains)
+        return Signature(
+            shapes,
+            frozenset(self.dtypes),
+            kinds,
+            scale,
+            is_causal=self.is_causal,
+            follows_cache=self.follows_cache,
+            dropout_p=self.dropout_p,
+            trains=self.trains,
+        )
 
 
 @lru_cache(maxsize=16)
@@ -112,7 +122,7 @@ def decider(config: MonarchConfig) -> Callable[..., Form | Refusal]:
         dtypes: Triple[torch.dtype],
         devices: Triple[torch.device],
         mask_rank: int | None,
-        options: tuple[float, bool, float | None, bool, bool],
+        options: tuple[float, bool, float | None, bool, bool, bool],
     ) -> Form | Refusal:
         return judge(Facts(shapes, dtypes, devices, mask_rank, *options), config)
 
@@ -161,6 +171,8 @@ def _form(problem: MonarchAttention, place: torch.device, config: MonarchConfig,
     device, seq_len, queries = installed(place), int(problem.seq_len_k), None
     if problem.is_cross:
         config, queries = replace(config, **ACROSS), problem.seq_len_q
+    elif problem.follows_cache:
+        queries = problem.seq_len_q
     if config.policy == "never":
         return Refusal("policy_never", "policy is 'never'")
     grid = None if problem.is_cross or problem.is_causal else grid_by_hand(config, seq_len)
@@ -204,6 +216,20 @@ def key_mask(mask: Tensor, key: torch.Size) -> Masks | Refusal:
     hidden = row <= torch.finfo(mask.dtype).min
     hides_only = bool((hidden | (row == 0)).all())
     return {"key_padding_mask": hidden} if hides_only else {"key_bias": row}
+
+
+def keys_under_triangle(mask: Tensor, queries: int) -> Tensor | None:
+    """What a bool mask (.., N_q, N_k) hides of every query, (.., 1, N_k), where it hides later keys beside; else None.
+
+    Its last query is at the last key. A mask that is the same for all queries is none of these.
+    """
+    if mask.dtype != torch.bool or mask.ndim < 2 or not 1 < mask.shape[-2] == queries <= mask.shape[-1]:
+        return None
+    last = mask[..., -1:, :]
+    if _is_captured(mask) or torch.equal(mask[..., :1, :], last):
+        return None
+    triangle = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(mask.shape[-1] - queries)
+    return last if torch.equal(mask, last & triangle) else None
 
 
 def _is_captured(mask: Tensor) -> bool:

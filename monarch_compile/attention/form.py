@@ -68,7 +68,7 @@ class Form:
     prefix_at_end: whether the tokens of the prefix are the last of the sequence, as text that comes after an image;
         blocks are then of what comes before them. Without a prefix it is False.
     chosen: blocks outside of the window that each block of queries attends to exactly, those of most far-field mass
-        (`chosen.far_masses`), for each head by itself; its own block is exact then, too.
+        (`chosen.far_masses`), for each key head by itself; its own block is exact then, too.
 
     Raises:
         IRError: an option is not allowed.

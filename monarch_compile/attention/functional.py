@@ -69,11 +69,12 @@ def monarch_attention(
         tile: tokens of a block along each axis of the grid: blocks are then tiles of it, and `pad` must be "post".
         window_shape: the tiles of a window, all at most `window` away along each axis ("box") or those along one axis
             alone ("plus").
-        chosen: blocks outside of the window that each block of queries attends to exactly, for each query head by
+        chosen: blocks outside of the window that each block of queries attends to exactly, for each key head by
             itself: those of most far-field mass, the first of equal ones. Needs num_iters=1, init="identity" and
-            seq_len_q == seq_len_k. The own block is exact then, whatever the window.
-        causal: whether a query sees no later key. Needs num_iters=1, init="identity", seq_len_q == seq_len_k and no
-            tile. The window is of the blocks before a query's own, which is exact itself; a prefix is exact for every
+            seq_len_q == seq_len_k, unless it is causal. The own block is exact then, whatever the window.
+        causal: whether a query sees no later key. Needs num_iters=1, init="identity" and no tile. Fewer queries than
+            keys are the last of their sequence: a cache holds the keys of those before, which count as queries of 0.
+            The window is of the blocks before a query's own, which is exact itself; a prefix is exact for every
             later query, and causal in itself. Blocks are chosen by the queries of the block before, so that no output
             depends on a later token.
 
@@ -128,9 +129,10 @@ def _check_grid(q: Tensor, k: Tensor, form: Form, grid: Sequence[int] | None) ->
 def _check_order(q: Tensor, k: Tensor, form: Form, causal: bool) -> None:
     if not causal and not form.chosen:
         return
-    name = "causal" if causal else "chosen"
-    if q.shape[2] != k.shape[2]:
-        raise InputError(f"{name!r} needs as many queries as keys; found {q.shape[2]} and {k.shape[2]}")
+    if causal and q.shape[2] > k.shape[2]:
+        raise InputError(f"'causal' needs a key for each query; found {q.shape[2]} queries and {k.shape[2]} keys")
+    if not causal and q.shape[2] != k.shape[2]:
+        raise InputError(f"'chosen' needs as many queries as keys; found {q.shape[2]} and {k.shape[2]}")
     if causal and not form.weighs_own_block_exactly:
         raise InputError(f"'causal' needs num_iters=1 and init='identity'; found {form}")
     if causal and form.prefix_at_end:

@@ -128,7 +128,12 @@ class MonarchAttention:
     @property
     def is_cross(self) -> bool:
         """Whether queries and keys are sequences of different lengths: a query has no block of its own."""
-        return self.seq_len_q != self.seq_len_k
+        return self.seq_len_q != self.seq_len_k and not self.is_causal
+
+    @property
+    def follows_cache(self) -> bool:
+        """Whether the queries are the last of a longer causal sequence, whose first keys a cache holds."""
+        return self.is_causal and self.seq_len_q != self.seq_len_k
 
     @property
     def num_blocks(self) -> int | None:
@@ -191,6 +196,12 @@ def _heads_divide(ir: MonarchAttention) -> bool:
     return ir.num_heads == ir.num_kv_heads or ir.group > 1
 
 
+def _has_its_keys(ir: MonarchAttention) -> bool:
+    """Whether every query of a causal sequence has a key."""
+    numbers = isinstance(ir.seq_len_q, int) and isinstance(ir.seq_len_k, int)
+    return not (ir.is_causal and numbers) or int(ir.seq_len_q) <= int(ir.seq_len_k)
+
+
 def _fits_grid(ir: MonarchAttention) -> bool:
     return ir.form.tile is None or (ir.grid is not None and len(ir.grid) == len(ir.form.tile))
 
@@ -214,7 +225,7 @@ RULES: tuple[Rule, ...] = (
         lambda ir: not ir.is_causal or ir.form.weighs_own_block_exactly,
         "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs",
     ),
-    Rule(lambda ir: not ir.is_causal or ir.seq_len_q == ir.seq_len_k, "causal attention needs seq_len_q == seq_len_k"),
+    Rule(_has_its_keys, "causal attention needs seq_len_q <= seq_len_k"),
     Rule(lambda ir: not ir.is_causal or ir.form.tile is None, "causal attention needs pieces of the sequence, no tile"),
     Rule(lambda ir: not ir.is_causal or not ir.form.prefix_at_end, "causal attention needs its prefix at the start"),
     Rule(lambda ir: not ir.form.chosen or not ir.is_cross, "chosen blocks need seq_len_q == seq_len_k"),

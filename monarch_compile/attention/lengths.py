@@ -192,6 +192,8 @@ def crossover(ir: MonarchAttention, device: Device, auto: bool, calls: Calls = D
 
     def pays(length: int) -> bool:
         form, rows = ir.form, ir.seq_len_q if ir.is_cross else length
+        if ir.follows_cache and isinstance(ir.seq_len_q, int):
+            rows = min(ir.seq_len_q, length)
         block_size = auto_block_size(length, device.kind, form.window, form.prefix) if auto else form.block_size
         return predict(ir.changed(seq_len_q=rows, seq_len_k=length, block_size=block_size), device, calls=calls).pays
 

@@ -30,7 +30,8 @@ Shape = tuple[Any, ...]
 class Signature:
     """Shapes (batch, num_heads, seq_len, dim), dtypes and kinds of devices of query, key and value; the options.
 
-    trains: whether a backward pass follows.
+    trains: whether a backward pass follows. follows_cache: whether fewer queries than keys are the last of their
+    sequence: `is_causal` then counts from its end, and between other lengths from its start, as PyTorch does.
 
     Sizes are ints or, in graphs, symbolic. Dtypes are those that products are computed in: autocast has cast them.
     """
@@ -40,6 +41,7 @@ class Signature:
     devices: frozenset[str]
     scale: float
     is_causal: bool = False
+    follows_cache: bool = False
     dropout_p: float = 0.0
     trains: bool = False
 
@@ -90,7 +92,7 @@ def _values_layout(site: Signature, config: MonarchConfig) -> str | None:
 
 
 def _cross_attention(site: Signature, config: MonarchConfig) -> str | None:
-    if not site.is_cross or config.cross_attention:
+    if not site.is_cross or config.cross_attention or site.follows_cache:
         return None
     n_q, n_k = site.lengths
     return f"cross-attention (seq_len_q {n_q}, seq_len_k {n_k}), and option cross_attention is False"
@@ -153,13 +155,20 @@ def _causal(site: Signature, config: MonarchConfig) -> str | None:
     if site.trains:
         return "causal attention in training"
     n_q, n_k = site.lengths
-    if site.is_cross:
-        return f"causal attention of {n_q} queries to {n_k} keys"
+    if site.is_cross and not site.follows_cache:
+        return f"causal attention of {n_q} queries to {n_k} keys, of which the first query sees the first alone"
     if config.prefix_at_end is True:
         return "causal attention needs its prefix at the start; found prefix_at_end=True"
     if config.plan is None and not weighs_own_block_exactly(config.num_iters, config.init):
         return "causal attention needs num_iters=1 and init='identity': later queries would leak into earlier outputs"
     return None
+
+
+def _cached(site: Signature, config: MonarchConfig) -> str | None:
+    if not site.follows_cache or "cuda" not in site.devices:
+        return None
+    n_q, n_k = site.lengths
+    return f"the last {n_q} queries of {n_k} keys, which no kernel takes yet"
 
 
 def _min_seq_len(site: Signature, config: MonarchConfig) -> str | None:
@@ -181,6 +190,7 @@ RULES: tuple[Rule, ...] = (
     Rule("scale", _scale),
     Rule("dropout_active", _dropout),
     Rule("mask_causal", _causal),
+    Rule("cached_keys", _cached),
     Rule("min_seq_len", _min_seq_len),
 )
 """In the order in which they are asked: a later one may take for granted what an earlier one refuses."""

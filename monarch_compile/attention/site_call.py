@@ -54,11 +54,14 @@ class AttentionCall:
     def exact(self) -> Tensor:
         """Softmax attention in bounded memory; a row that sees no key gives 0."""
         causal, mask, visible = self.options["causal"], None, None
+        rows, keys = self.q.shape[2], self.k.shape[2]
         if self.key_mask is not None:
             visible, bias = split_mask(self.key_mask[:, None, None, :], self.q.dtype)
             if causal:
-                visible = visible & torch.ones(self.q.shape[2], self.k.shape[2], device=self.q.device).tril().bool()
+                visible = visible & torch.ones(rows, keys, device=self.q.device).tril(keys - rows).bool()
             mask = visible if bias is None else bias.masked_fill(~visible, float("-inf"))
+        elif causal and rows != keys:
+            mask = torch.ones(rows, keys, device=self.q.device).tril(keys - rows).bool()
         output = F.scaled_dot_product_attention(
             self.q,
             self.k,

@@ -153,7 +153,7 @@ def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
 
 
 def _triangle(ir: MonarchAttention, exact: Cost) -> Cost:
-    """The cost of exact attention; half of the work where it is causal."""
+    """The cost of exact attention; half of the work where it is causal, though queries after a cache see more."""
     if not ir.is_causal:
         return exact
     flops, exps = (x // 2 if isinstance(x, int) else x / 2 for x in (exact.flops, exact.exps))

@@ -38,7 +38,8 @@ class Context:
 
     @staticmethod
     def of(region: AttentionRegion, config: MonarchConfig, *, trains: bool = False) -> Context:
-        return Context(config, Order.of(region.output.graph), classify_all(region.masks), trains)
+        facts = classify_all(region.masks, _keys_ahead(region))
+        return Context(config, Order.of(region.output.graph), facts, trains)
 
 
 class Check(NamedTuple):
@@ -57,7 +58,8 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
             reason, node = found if isinstance(found, tuple) else (found, region.output)
             return Refusal(check.code, reason, node)
     for fact in context.facts:
-        if fact.kind not in LOWERED_KINDS and region.length is None and not (region.is_causal and fact.is_triangle):
+        is_edge = region.is_causal and fact.is_triangle and fact.kind == "causal"
+        if fact.kind not in LOWERED_KINDS and region.length is None and not is_edge:
             return Refusal(f"mask_{fact.kind}", _reason(fact, context.config), fact.node)
     effects = [fact.kind for fact in context.facts if fact.kind != "none" and (not fact.is_triangle or fact.hides_keys)]
     if "key_bias" in effects and len(effects) > 1:
@@ -69,6 +71,8 @@ def first_refusal(region: AttentionRegion, context: Context) -> Refusal | None:
 
 
 def _reason(fact: MaskFact, config: MonarchConfig) -> str:
+    if fact.kind == "packed" and fact.is_triangle and not config.causal:
+        return f"packed causal sequences of {fact.length} tokens, and option causal is False"
     if fact.kind != "causal":
         return fact.reason
     return (
@@ -83,13 +87,44 @@ def under_triangle(region: AttentionRegion, facts: Sequence[MaskFact]) -> bool:
     return region.is_causal or any(fact.is_triangle for fact in facts)
 
 
-def packed_length(region: AttentionRegion, facts: Sequence[MaskFact]) -> int | None:
-    """The length of sequences that fill the region's one, if they are packed and no other mask is there."""
-    effects = [fact for fact in facts if fact.kind != "none"]
+def follows_cache(region: AttentionRegion, facts: Sequence[MaskFact]) -> bool:
+    """Whether fewer queries than keys are the last of their sequence, and see no later key, by a mask that says so.
+
+    The flag of scaled_dot_product_attention puts the first query at the first key instead.
+    """
+    if not region.is_cross or region.is_causal or not any(fact.is_triangle for fact in facts):
+        return False
+    rows, keys = region.q_shape[2], region.k_shape[2]
+    if TracingContext.try_get() is None:  # an exported program takes no guards
+        return bool(statically_known_true(rows < keys))
+    return bool(rows < keys)
+
+
+def _keys_ahead(region: AttentionRegion) -> Any:
+    """How many more keys than queries there are, of equal symbols where sizes are symbolic."""
+    if not region.is_cross:
+        return 0
+    rows, keys = (
+        size.node.expr if isinstance(size, torch.SymInt) else size for size in (region.q_shape[2], region.k_shape[2])
+    )
+    return keys - rows
+
+
+def packed_length(region: AttentionRegion, facts: Sequence[MaskFact], *, causal: bool) -> int | None:
+    """The length of sequences that fill the region's one, if they are packed and no other mask is there.
+
+    causal: whether they may be under a triangle.
+    """
+    packed = [fact for fact in facts if fact.length is not None]
+    others = [fact for fact in facts if fact.kind != "none" and fact not in packed]
     rows = region.q_shape[2], region.k_shape[2], region.v_shape[2]
-    if len(effects) != 1 or effects[0].length is None or not all(map(_is_static, (*region.lead, *rows))):
+    if len(packed) != 1 or not all(map(_is_static, (*region.lead, *rows))):
         return None
-    return effects[0].length if len(set(rows)) == 1 and rows[0] % effects[0].length == 0 else None
+    if any(fact.kind != "causal" or not fact.is_triangle or fact.hides_keys for fact in others):
+        return None
+    if not causal and (others or packed[0].is_triangle):
+        return None
+    return packed[0].length if len(set(rows)) == 1 and rows[0] % packed[0].length == 0 else None
 
 
 def _operands(region: AttentionRegion) -> tuple[Operand, Operand, Operand]:
@@ -196,7 +231,7 @@ def signature_of(region: AttentionRegion) -> Signature:
         dtypes = frozenset({region.dtype})
     devices = frozenset(node.meta["val"].device.type for node in nodes)
     shapes = (region.q_shape, region.k_shape, region.v_shape)
-    return Signature(shapes, dtypes, devices, region.scale, region.is_causal)
+    return Signature(shapes, dtypes, devices, region.scale, region.is_causal, region.follows_cache)
 
 
 def _rules(first: str, last: str) -> tuple[Rule, ...]:

@@ -15,7 +15,13 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.errors import PlanError
-from monarch_compile.passes.attention.checks import Context, first_refusal, packed_length, under_triangle
+from monarch_compile.passes.attention.checks import (
+    Context,
+    first_refusal,
+    follows_cache,
+    packed_length,
+    under_triangle,
+)
 from monarch_compile.passes.attention.grids import site_grid
 from monarch_compile.passes.attention.lower import to_ir
 from monarch_compile.passes.attention.region import AttentionRegion, Site
@@ -44,12 +50,13 @@ def choose(site: Site, name: str, config: MonarchConfig, around: Surroundings, l
     context = Context.of(site, config, trains=site.output in around.trained)
     kinds = sorted({fact.kind for fact in context.facts} - {"none"})
     base = _describe(site, undecided(FAMILY, name, site.anchor, site.output), ",".join(kinds) or "none")
-    site = replace(site, length=packed_length(site, context.facts))
     plan = _planned(name, site_shape(base.q_shape, base.v_shape), config)
     if plan is not None and plan.form is not None:  # a plan may lower any site
         context = replace(context, config=replace(config, cross_attention=True, causal=True))
+    site = replace(site, length=packed_length(site, context.facts, causal=context.config.causal))
     if context.config.causal:
-        site = replace(site, is_causal=under_triangle(site, context.facts))
+        after_cache = follows_cache(site, context.facts)
+        site = replace(site, is_causal=under_triangle(site, context.facts), follows_cache=after_cache)
     grid, blocking = site_grid(site, config, layouts)
     site, base = replace(site, grid=grid), replace(base, blocking=blocking)
     refusal = first_refusal(site, context)
@@ -72,7 +79,9 @@ def _weigh(site: AttentionRegion, context: Context, planned: Form | None, base: 
     """
     config, facts, device = context.config, context.facts, installed(site.output.meta["val"].device)
     batch, seq_len, queries = site.q_shape[0], site.k_shape[2], None
-    if site.is_cross and site.q_shape[2] != seq_len:  # which is guarded on: the lengths stay different
+    if site.follows_cache:
+        queries = site.q_shape[2]
+    elif site.is_cross and site.q_shape[2] != seq_len:  # which is guarded on: the lengths stay different
         config, queries = replace(config, **ACROSS), site.q_shape[2]
         planned = planned and planned.across()
     if planned is not None and planned.tile is not None and site.grid is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -42,7 +42,8 @@ class MaskFact:
     """What was proved of a mask: its kind, a key of KINDS, with why and where.
 
     length: that of every packed sequence, where it is one constant. is_triangle: whether a causal mask hides all later
-    keys, and no others but by what depends on the key alone; hides_keys: whether it hides such keys, too.
+    keys, and no others but by what depends on the key alone, the last query being at the last key; hides_keys: whether
+    it hides such keys, too.
     """
 
     kind: str
@@ -60,7 +61,7 @@ KINDS = {
     "sliding_window": "a sliding-window mask: a block-sparse exact kernel such as FlexAttention suits it better",
     "prefix_causal": "a causal mask with a prefix that every query sees, which is not lowered yet",
     "packed": "a query sees the keys of its own group alone (packed sequences), and not in sequences of one constant "
-    "length under no other mask: FlexAttention or a varlen kernel suits it",
+    "length under no other mask than a causal one: FlexAttention or a varlen kernel suits it",
     "key_bias": "a bias that depends on the key alone is added to the scores",
     "split_bias": "a bias of the key is added to the scores that differs by head, by row or under a causal mask (as in "
     "ALiBi), which is not lowered yet",
@@ -74,9 +75,24 @@ KINDS = {
 LOWERED_KINDS = ("none", "key_padding", "key_bias")
 
 
-def classify_all(terms: Sequence[MaskTerm]) -> tuple[MaskFact, ...]:
-    """Prove what each of a site's masks hides. A mask that only repeats what the others hide is "none"."""
-    read = [_guarded(_read, term) for term in terms]
+def classify_all(terms: Sequence[MaskTerm], ahead: Any = 0) -> tuple[MaskFact, ...]:
+    """Prove what each of a site's masks hides. A mask that only repeats what the others hide is "none".
+
+    ahead: how many more keys than queries there are, an integer or an expression of sizes. Triangles are those in which
+    query q is at key q + ahead.
+    """
+    facts = _facts(terms, 0)
+    if ahead == 0:
+        return facts
+    pairs = zip(_facts(terms, ahead), facts, strict=True)
+    return tuple(
+        shifted if shifted.kind == "causal" and shifted.is_triangle else replace(fact, is_triangle=False)
+        for shifted, fact in pairs
+    )
+
+
+def _facts(terms: Sequence[MaskTerm], ahead: Any) -> tuple[MaskFact, ...]:
+    read = [_guarded(_read, term, ahead) for term in terms]
     visible = sympy.And(*(r.keep for r in read if isinstance(r, Reading) and r.keep is not None))
     facts = []
     for term, reading in zip(terms, read, strict=True):
@@ -106,20 +122,37 @@ def _guarded(prove: Callable[..., Any], term: MaskTerm, *rest: Any) -> Any:
         return MaskFact("opaque", f"the mask could not be proved to be anything: {error}", term.node)
 
 
-def _read(term: MaskTerm) -> Reading:
+def _read(term: MaskTerm, ahead: Any) -> Reading:
     index = index_of(term.score_rank, term.swapped)
     element = Evaluator().value(term.node, broadcast(term.node, index))
+    if ahead != 0:
+        element = _counted_from_keys(element, ahead)
     if term.role in ("keep", "drop"):
         keep = as_bool(element)
         return Reading(element, sympy.Not(keep) if term.role == "drop" else keep)
     return _read_added(as_number(element), term.gain) if term.role == "add" else Reading(element)
 
 
+def _counted_from_keys(element: Any, ahead: Any) -> Any:
+    """An element as a function of where the query is among the keys, in place of where it is among the queries."""
+    return sympy.sympify(element).xreplace({Q: Q - ahead})
+
+
 def _fact(term: MaskTerm, reading: Reading, visible: Any) -> MaskFact:
     kind = REPEATS[term.role](reading.element, visible) if term.role in REPEATS else _kind(reading)
     if kind == "causal":
         return MaskFact(kind, KINDS[kind], term.node, **_triangle(reading.keep))
-    return MaskFact(kind, KINDS[kind], term.node, _length(reading.keep) if kind == "packed" else None)
+    return _packed(term, reading.keep) if kind == "packed" else MaskFact(kind, KINDS[kind], term.node)
+
+
+def _packed(term: MaskTerm, keep: Any) -> MaskFact:
+    """The fact of packed sequences; each of them may be under a triangle of its own, which is that of the whole row."""
+    conditions = sympy.And.make_args(keep)
+    groups = [part for part in conditions if isinstance(part, sympy.Eq)]
+    edges = [part for part in conditions if part not in groups]
+    is_known = len(groups) == 1 and all(isinstance(part, Relational) and _lag(part) == 0 for part in edges)
+    length = _length(groups[0]) if is_known else None
+    return MaskFact("packed", KINDS["packed"], term.node, length, is_triangle=bool(length and edges))
 
 
 def _triangle(keep: Any) -> dict[str, bool]:
@@ -131,9 +164,9 @@ def _triangle(keep: Any) -> dict[str, bool]:
     return {"is_triangle": is_triangle, "hides_keys": bool(of_keys)}
 
 
-def _length(keep: Any) -> int | None:
+def _length(keep: sympy.Eq) -> int | None:
     """L, where a key is kept if q // L = k // L."""
-    if not isinstance(keep, sympy.Eq) or not isinstance(keep.lhs, sympy.floor):
+    if not isinstance(keep.lhs, sympy.floor):
         return None
     length = 1 / keep.lhs.args[0].xreplace({Q: sympy.Integer(1), K: sympy.Integer(1)})
     found = length.is_Integer and length > 0 and {*keep.args} == {sympy.floor(Q / length), sympy.floor(K / length)}

@@ -69,6 +69,7 @@ class AttentionRegion:
     heads share a key head: k and v have so many fewer heads than q. `length` is that of the sequences that are packed
     into one, each of which attends to itself alone: the lowered form has them side by side in its batch. `scores_dtype`
     is what the product of queries and keys gives. `grid` is what the tokens of queries and keys lie on, where known.
+    `follows_cache`: the queries are fewer than the keys, the last of their sequence, and under a triangle.
     """
 
     anchor: Node
@@ -90,6 +91,7 @@ class AttentionRegion:
     length: int | None = None
     scores_dtype: torch.dtype | None = None
     grid: Grid | None = None
+    follows_cache: bool = False
 
     @property
     def gives_scores_dtype(self) -> bool:

@@ -56,6 +56,8 @@ class Evaluator:
         given = given_value(node)
         if given is not None:
             return self.value(given, index)
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return node.meta["val"].node.expr  # a size, known by the symbols that shapes are made of
         rule = RULES.get(node.target) if node.op == "call_function" else None
         found = rule(self, node, index) if rule is not None else None
         return self.opaque(node, index) if found is None or found.has(sympy.nan) else found
@@ -188,7 +190,9 @@ def _rule_full(place: int) -> Rule:
 def _rule_triangle(lower: bool) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
         diagonal = arg(n, 1, "diagonal", 0)
-        if not isinstance(diagonal, int):
+        if isinstance(diagonal, Node) and isinstance(diagonal.meta.get("val"), torch.SymInt):
+            diagonal = e.value(diagonal, ())
+        elif not isinstance(diagonal, int):
             return None
         inside = sympy.Le(i[-1], i[-2] + diagonal) if lower else sympy.Ge(i[-1], i[-2] + diagonal)
         return _where(inside, e.operand(n, 0, i), 0, dtype_of(n) == torch.bool)

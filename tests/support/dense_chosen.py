@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +20,15 @@ def dense_chosen(
     prefix: int,
     chosen: int,
     causal: bool,
+    choosers: Sequence[Tensor],
 ) -> Tensor:
-    """One head: the (N, N) matrix of q (N, D), k (N, D), visible (N,) bool; float64, blocks padded after the end."""
+    """One head: the (N, N) matrix of q (N, D), k (N, D), visible (N,) bool; float64, blocks padded after the end.
+
+    choosers: queries (N, D) of all heads that share these keys, and choose blocks of them together.
+    """
     n = len(q)
     scores = (scale * q @ k.mT).masked_fill(~visible, float("-inf"))
+    voters = [(voter, (scale * voter @ k.mT).masked_fill(~visible, float("-inf"))) for voter in choosers]
     starts = list(range(prefix, n, block_size))
     blocks = [range(start, min(start + block_size, n)) for start in starts]
     matrix = torch.zeros(n, n, dtype=q.dtype)
@@ -34,8 +40,9 @@ def dense_chosen(
         far = [b for b in range(len(blocks)) if b not in near and (not causal or b < place)]
         readers = place - 1 if causal else place
         masses = dict.fromkeys(far, 0.0)
-        for offset in range(len(blocks[readers]) if far else 0):
-            logits = {b: _summary(q, k, scores, blocks, b, offset, scale)[0](q[blocks[readers][offset]]) for b in far}
+        for offset, (voter, own_scores) in itertools.product(range(len(blocks[readers]) if far else 0), voters):
+            row = voter[blocks[readers][offset]]
+            logits = {b: _summary(voter, k, own_scores, blocks, b, offset, scale)[0](row) for b in far}
             total = torch.logsumexp(torch.stack(list(logits.values())), 0)
             for b in far:
                 masses[b] += 0.0 if total == float("-inf") else float((logits[b] - total).exp())

@@ -20,7 +20,7 @@ from benchmarks.quality.variants import VARIANTS, Variant
 
 def test_requirements_pin_every_package_of_every_task():
     folder = Path(driver.__file__).parents[1]
-    files = (folder / "requirements-quality.txt", folder.parent / "examples" / "requirements-demo.txt")
+    files = (*folder.glob("requirements-*.txt"), folder.parent / "examples" / "requirements-demo.txt")
     text = "".join(path.read_text() for path in files)
     pinned = {line.split("==")[0] for line in text.splitlines() if "==" in line and not line.startswith("#")}
     assert {name for entry in TASKS.values() for name in entry.packages} <= pinned

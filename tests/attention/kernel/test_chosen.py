@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from monarch_compile.codegen.attention.launch import launch
+from monarch_compile.errors import CodegenError
 from tests.attention.kernel.chosen import check_with_choice, with_choice
 from tests.attention.kernel.problems import DTYPES, Case, check, tensors
 
@@ -102,6 +103,21 @@ def test_fewer_candidates_than_blocks_asked_for() -> None:
     _, taken = with_choice(case, q, k, v, None)
     found = [sorted(b for b in row if b >= 0) for row in taken[0, 0].tolist()]
     assert found == [[], [], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_that_share_keys_share_their_blocks(causal: bool) -> None:
+    case = Case(48, 4, 16, 16, chosen=2, window=0, causal=causal, num_heads=4, group=2)
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    _, taken = with_choice(case, q, k, v, mask)
+    assert torch.equal(taken[:, 0::2], taken[:, 1::2])
+    assert not torch.equal(taken[:, 0], taken[:, 2])
+
+
+def test_no_kernel_takes_queries_after_a_cache() -> None:
+    case = Case(48, 4, 16, 16, chosen=2, causal=True, queries=8)
+    with pytest.raises(CodegenError, match="no kernel takes the last 8 queries of 48 causal keys"):
+        launch(*tensors(case, torch.float32, "cpu"), **case.options)
 
 
 @pytest.mark.parametrize("case", [CHOSEN[3], CHOSEN[8]], ids=str)

@@ -53,6 +53,15 @@ def test_no_output_depends_on_a_later_token_and_calls_repeat(case: Case) -> None
         assert torch.equal(through_operator(case, *others, mask)[:, :, : last + 1], found[:, :, : last + 1])
 
 
+@pytest.mark.parametrize("group", [4, 8])
+def test_heads_that_share_keys_share_their_blocks(group: int) -> None:
+    case = Case(8200, 64, 128, 128, num_heads=8, group=group, causal=True, window=1, prefix=64, chosen=8, batch=1)
+    _, taken = with_choice(case, *tensors(case, torch.bfloat16, "cuda"))
+    by_key_head = taken.unflatten(1, (-1, group))
+    assert torch.equal(by_key_head, by_key_head[:, :, :1].expand_as(by_key_head))
+    check_with_choice(case, torch.bfloat16, "cuda")
+
+
 def test_a_cuda_graph_replays_the_choice() -> None:
     """Blocks are chosen on the device: a captured call follows its inputs."""
     case = CHOSEN[1]

@@ -82,7 +82,7 @@ OTHERS: dict[str, Mask] = {
     "another edge in each head": lambda: row() >= at() - torch.arange(2)[:, None, None],
     "rolled rows": lambda: ones().tril().roll(1, 0),
     "rolled keys": lambda: ones().tril().roll(1, 1),
-    "packed": lambda: (row() >= at()) & (row() // 6 == at() // 6),
+    "packed, the last cut short": lambda: (row() >= at()) & (row() // 6 == at() // 6),
     "half a key later": lambda: row().double() + 1.5 >= at().double(),
     "distance clamped": lambda: (row() - at()).clamp(min=-1) >= -1,
     "cut one row lower": lambda: ones(40).tril()[1 : N + 1, :N],
@@ -154,6 +154,43 @@ SITES: dict[str, Callable[..., Tensor]] = {
     .softmax(-1) @ v,
     "keys first, the other triangle": lambda q, k, v: (k @ q.mT).masked_fill(row() < at(), NONE).softmax(-2).mT @ v,
 }  # fmt: skip
+
+
+CACHED = 9
+AFTER_A_CACHE: dict[str, Mask] = {
+    "tril": lambda: torch.ones(N - CACHED, N, dtype=torch.bool).tril(CACHED),
+    "the last rows": lambda: ones().tril()[CACHED:],
+    "places": lambda: row()[CACHED:] >= at(),
+    "counted": lambda: torch.arange(N - CACHED)[:, None] + CACHED >= at(),
+    "with padding": lambda: (row()[CACHED:] >= at()) & (at() > 1),
+}
+OTHERS_AFTER_A_CACHE: dict[str, Mask] = {
+    "from the first key": lambda: ones().tril()[:-CACHED],
+    "one key later": lambda: torch.ones(N - CACHED, N, dtype=torch.bool).tril(CACHED + 1),
+    "one key earlier": lambda: torch.ones(N - CACHED, N, dtype=torch.bool).tril(CACHED - 1),
+    "a window": lambda: (row()[CACHED:] >= at()) & (row()[CACHED:] - at() < 5),
+    "the cache alone": lambda: at() < CACHED + 0 * row()[CACHED:],
+    "earlier keys": lambda: row()[CACHED:] <= at(),
+}
+
+
+def after_a_cache(spelling: Callable[[Mask], Callable[..., Tensor]], mask: Mask) -> Callable[..., Tensor]:
+    attend = spelling(mask)
+    return lambda q, k, v: attend(q[:, :, CACHED:], k, v)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", AFTER_A_CACHE)
+def test_triangles_after_a_cache_are_lowered(name: str, spelling: Any) -> None:
+    assert outcome(after_a_cache(spelling, AFTER_A_CACHE[name])) == ["lowered"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", OTHERS_AFTER_A_CACHE)
+def test_other_masks_after_a_cache_stay(name: str, spelling: Any) -> None:
+    codes = outcome(after_a_cache(spelling, OTHERS_AFTER_A_CACHE[name]))
+    assert codes
+    assert "lowered" not in codes
 
 
 @pytest.mark.parametrize("name", SITES)

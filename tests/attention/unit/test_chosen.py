@@ -78,7 +78,10 @@ def test_the_reference_is_the_dense_form(p: Problem, masked: bool) -> None:
         for head in range(q.shape[1]):
             own = head // p.group
             options = {n: getattr(p, n) for n in ("block_size", "window", "prefix", "chosen", "causal")}
-            matrix = dense_chosen(q[entry, head], k[entry, own], ~padding[entry], scale=0.5, **options)
+            choosers = list(q[entry, own * p.group : (own + 1) * p.group])
+            matrix = dense_chosen(
+                q[entry, head], k[entry, own], ~padding[entry], scale=0.5, choosers=choosers, **options
+            )
             torch.testing.assert_close(found[entry, head], matrix @ v[entry, own], rtol=1e-9, atol=1e-9)
 
 
@@ -92,6 +95,71 @@ def test_no_output_depends_on_a_later_token(p: Problem, data: st.DataObject) -> 
     for x in (q, k, v):
         x[:, :, last + 1 :] = 7 * torch.randn_like(x[:, :, last + 1 :])
     assert torch.equal(p.run(q, k, v)[:, :, : last + 1], found[:, :, : last + 1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(causal=True), st.data())
+def test_queries_that_a_call_lacks_count_as_zeros(p: Problem, data: st.DataObject) -> None:
+    """Fewer queries than keys are the last of their sequence, and see what they see in it."""
+    q, k, v = p.tensors()
+    cached = data.draw(st.integers(1, p.seq_len)) - 1
+    q[:, :, :cached] = 0
+    padding = p.padding() if data.draw(st.booleans()) else None
+    found = p.run(q[:, :, cached:], k, v, key_padding_mask=padding)
+    assert found.transpose(1, 2).is_contiguous()
+    if not (cached and p.chosen):  # blocks are chosen by queries that the call has
+        torch.testing.assert_close(found, p.run(q, k, v, key_padding_mask=padding)[:, :, cached:], rtol=1e-9, atol=1e-9)
+
+
+def test_the_first_block_after_a_cache_is_chosen_for_by_its_own_first_row() -> None:
+    p = Problem(24, 4, 1, causal=True, window=0, batch=1, kv_heads=1)
+    q, k, v = p.tensors()
+    k[:, :, 4:8] += 3  # the second block is that of the first row, whatever the others want
+    q[:, :, 16] = 5 * k[:, :, 5]
+    found = p.run(q[:, :, 16:], k, v)
+    seen = torch.zeros(4, 24, dtype=torch.bool)
+    seen[:, 4:8] = True
+    seen[:, 16:20] = torch.ones(4, 4, dtype=torch.bool).tril()
+    own = torch.softmax((q[:, :, 16:20] @ k.mT / 2).masked_fill(~seen, float("-inf")), -1)
+    q[:, :, 17:20] = q[:, :, 16:17]
+    chosen = p.run(q[:, :, 16:], k, v)[:, :, 0]
+    torch.testing.assert_close(found[:, :, 0], chosen, rtol=0, atol=0)
+    assert (own[:, :, 0, 4:8].sum(-1) > 0.99).all()
+    torch.testing.assert_close(found[:, :, 0], (own @ v)[:, :, 0], rtol=1e-2, atol=1e-2)
+
+
+def test_heads_that_share_keys_share_their_chosen_blocks() -> None:
+    p = Problem(40, 4, 2, causal=True, window=0, group=2, kv_heads=1)
+    q, k, v = p.tensors()
+    both = p.run(q, k, v)
+    q[:, 1] = q[:, 0]  # the other head now wants what the first one wants
+    assert not torch.allclose(p.run(q, k, v)[:, 0], both[:, 0])
+    alone = p.run(q[:, :1], k, v)
+    torch.testing.assert_close(p.run(q, k, v)[:, :1], alone)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(causal=True), st.data())
+def test_after_a_cache_no_output_depends_on_a_later_token(p: Problem, data: st.DataObject) -> None:
+    q, k, v = p.tensors(torch.float32)
+    cached = data.draw(st.integers(1, p.seq_len)) - 1
+    last = data.draw(st.integers(cached, p.seq_len - 1))
+    found = p.run(q[:, :, cached:], k, v)
+    for x in (q, k, v):
+        x[:, :, last + 1 :] = 7 * torch.randn_like(x[:, :, last + 1 :])
+    rows = last + 1 - cached
+    assert torch.equal(p.run(q[:, :, cached:], k, v)[:, :, :rows], found[:, :, :rows])
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(causal=True), st.data())
+def test_after_a_cache_all_blocks_chosen_is_exact_attention(p: Problem, data: st.DataObject) -> None:
+    p = replace(p, chosen=40)
+    q, k, v = p.tensors(torch.float32)
+    cached = data.draw(st.integers(1, p.seq_len)) - 1
+    seen = torch.ones(p.seq_len - cached, p.seq_len, dtype=torch.bool).tril(cached)
+    exact = F.scaled_dot_product_attention(q[:, :, cached:], k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(p.run(q[:, :, cached:], k, v), exact, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -169,8 +237,8 @@ def test_one_iteration_from_the_identity_start_alone(wrong: dict[str, object]) -
 
 def test_what_causal_and_chosen_refuse() -> None:
     q, k = torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 8, 4)
-    with pytest.raises(InputError, match="'causal' needs as many queries as keys; found 6 and 8"):
-        monarch_attention(q, k, k, block_size=4, causal=True)
+    with pytest.raises(InputError, match="'causal' needs a key for each query; found 8 queries and 6 keys"):
+        monarch_attention(k, q, q, block_size=4, causal=True)
     with pytest.raises(InputError, match="'chosen' needs as many queries as keys"):
         monarch_attention(q, k, k, block_size=4, chosen=1)
     with pytest.raises(InputError, match="'causal' needs pieces of the sequence"):

@@ -75,7 +75,8 @@ BROKEN = {
     "dtype must be one of": {"dtype": torch.int32},
     "scale must": {"scale": float("nan")},
     "num_iters=1 and init='identity'": {"is_causal": True, "num_iters": 2},
-    "seq_len_q == seq_len_k": {"is_causal": True, "seq_len_q": 3},
+    "causal attention needs seq_len_q <= seq_len_k": {"is_causal": True, "seq_len_k": 3},
+    "chosen blocks need seq_len_q == seq_len_k": {"chosen": 1, "seq_len_q": 3},
 }
 
 

@@ -267,3 +267,57 @@ def test_through_inductor() -> None:
     call = torch.compile(fn, backend="monarch", options={"policy": "always", "block_size": 6})
     torch.testing.assert_close(call(*tensors()), fn(*tensors()), rtol=1e-5, atol=1e-5)
     assert counters["monarch"]["lowered"] == 1
+
+
+def causal(length: int = 6) -> Tensor:
+    return same(torch.arange(24) // length) & (torch.arange(24)[:, None] >= torch.arange(24))
+
+
+def triangle_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    later = torch.arange(24)[:, None] < torch.arange(24)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~same(torch.arange(24) // 6), -INF)
+    return torch.softmax(scores.masked_fill(later, -INF), -1) @ v
+
+
+@pytest.mark.parametrize("spelled", [sdpa, by_hand, added, keys_first, triangle_apart], ids=lambda f: f.__name__)
+def test_causal_sequences_of_one_length_are_lowered(spelled: Callable[..., Tensor]) -> None:
+    given, swapped = tensors(), spelled is keys_first
+    form = {"block_size": 2, "window": 0, "chosen": 1}
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if swapped:
+            mask = same(torch.arange(24) // 6) & (torch.arange(24) >= torch.arange(24)[:, None])
+        return spelled(q, k, v, mask if swapped else causal())
+
+    output, result = _lowered(fn, given, causal=True, **form)
+    ir = result.decisions[0].ir
+    assert (ir.batch, ir.seq_len_q, ir.is_causal, ir.mask.value) == (8, 6, True, "none")
+    expected = monarch_compile.monarch_attention(*(alone(x, 6) for x in given), causal=True, **form)
+    torch.testing.assert_close(output, packed(expected, 2), rtol=1e-5, atol=1e-5)
+    output, _ = _lowered(fn, given, causal=True, **{**form, "chosen": 24})
+    torch.testing.assert_close(output, fn(*given), rtol=1e-5, atol=1e-5)
+    _, (result,) = run_passes(fn, *given, **form)
+    assert [d.code for d in result.decisions] in (["mask_packed"], ["mask_causal"])
+    assert "option causal is False" in result.decisions[0].reason or spelled is triangle_apart
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: causal(7),  # the last one is cut short
+        lambda: causal() & (torch.arange(24) != 3),
+        lambda: causal() & (torch.arange(24)[:, None] - torch.arange(24) < 3),
+        lambda: same(torch.arange(24) // 6) & (torch.arange(24)[:, None] + 1 >= torch.arange(24)),
+        lambda: same(torch.arange(24) // 6) & (torch.arange(24)[:, None] <= torch.arange(24)),
+        lambda: (
+            same(torch.tensor([5, 9, 10]).repeat_interleave(torch.tensor([5, 9, 10])))
+            & (torch.arange(24)[:, None] >= torch.arange(24))
+        ),
+    ],
+)
+def test_other_causal_packings_stay_exact(mask: Callable[[], Tensor]) -> None:
+    given = tensors()
+    options = {"causal": True, "block_size": 2, "chosen": 24}
+    output, results = run_passes(lambda q, k, v: sdpa(q, k, v, mask()), *given, **options)
+    assert [d.status for result in results for d in result.decisions] == ["exact"]
+    torch.testing.assert_close(output, sdpa(*given, mask()), rtol=1e-5, atol=1e-5)
