@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.models import __main__ as driver
 from benchmarks.models import measure
+from benchmarks.models.found import SiteGroup, in_words
 from benchmarks.models.measure import Bench, Prepared, Subject
 from benchmarks.models.present import markdown, share
 from benchmarks.models.problems import FORMS, PRESETS, TINY_DIT, TINY_VIT, Preset, Problem
@@ -256,3 +257,9 @@ def test_a_preset_for_a_device_that_is_not_there_is_refused(capsys: pytest.Captu
 def test_the_forms_are_the_default_and_the_papers() -> None:
     assert [str(form) for form in FORMS] == ["monarch window=1", "monarch window=None"]
     assert FORMS[0].options("auto") == {"policy": "auto", "num_iters": 1, "window": 1}
+
+
+@pytest.mark.parametrize(("at_end", "words"), [(True, "grid 9 x 7 before 5"), (False, "grid 9 x 7 after 5")])
+def test_tokens_beside_a_grid_are_said_to_be_on_their_side(at_end: bool, words: str) -> None:
+    group = SiteGroup("lowered", "lowered", "2x4x68x8", (9, 7), 5, at_end, 16, (4, 4), 1, "plus", "")
+    assert f", {words}, tiles 4 x 4" in in_words({"number": 2, **vars(group)})

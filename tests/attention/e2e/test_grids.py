@@ -104,7 +104,9 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("num_tokens", "at_end"), [(1, False), (5, False), (7, True)])
+@pytest.mark.parametrize(
+    ("num_tokens", "at_end"), [(1, False), pytest.param(5, False, marks=pytest.mark.nightly), (7, True)]
+)
 def test_a_grid_and_the_tokens_beside_it_are_found(num_tokens: int, at_end: bool) -> None:
     model, x = ViT(num_tokens=num_tokens, at_end=at_end).eval(), image()
     with torch.no_grad():
@@ -197,7 +199,7 @@ class Tokens(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("at_end", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_grid_by_hand(at_end: bool) -> None:
     model, x = Tokens().eval(), torch.randn(2, 2 + 5 * 8, DIM)
     given = {"grid": (5, 8), "prefix": 2, "prefix_at_end": at_end}

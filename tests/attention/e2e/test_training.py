@@ -88,7 +88,7 @@ def test_a_step(block: Any, launched: list[str] | None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("mode", [None, pytest.param("reduce-overhead", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("way", ["kernels", pytest.param("reference", marks=pytest.mark.nightly)])
 def test_a_step_through_inductor(
     block: Any, poisoned: Poisoned, request: pytest.FixtureRequest, way: str, mode: str | None

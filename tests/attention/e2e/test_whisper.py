@@ -109,7 +109,7 @@ def test_base_encoder_with_real_weights_and_speech():
     [
         ("sdpa", {"block_size": 16}),
         ("eager", {"block_size": 16}),
-        ("eager", {"block_size": 9, "num_iters": 2, "init": "mean"}),
+        pytest.param("eager", {"block_size": 9, "num_iters": 2, "init": "mean"}, marks=pytest.mark.nightly),
     ],
     ids=["sdpa", "eager", "two_iterations"],
 )

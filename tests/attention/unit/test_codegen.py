@@ -422,8 +422,11 @@ TO_COMPILE = [
 
 
 @pytest.mark.slow
-def test_kernels_compile_within_the_limits_of_the_device(tmp_path: Path) -> None:
-    for report in reports_of(COMPILED, TO_COMPILE, tmp_path):
+@pytest.mark.parametrize(
+    "problems", [TO_COMPILE[::4], pytest.param(TO_COMPILE, marks=pytest.mark.nightly)], ids=["some", "all"]
+)
+def test_kernels_compile_within_the_limits_of_the_device(problems: list[Any], tmp_path: Path) -> None:
+    for report in reports_of(COMPILED, problems, tmp_path):
         capability = tuple(report["capability"])
         assert report["shared_bytes"] <= 1024 * SHARED_LIMITS[capability], report
         assert report["registers"] <= 255, report
