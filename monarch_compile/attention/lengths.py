@@ -46,6 +46,10 @@ ROWS = (1, 64, 128, 256, 512, 1024)
 LENGTHS = (*range(16, 1024, 16), *range(1024, 4096, 64), *range(4096, 16384, 256), *range(16384, 65537, 1024))
 """Lengths at which lowering may begin to pay."""
 
+LISTED_KEYS_FROM = 32768
+"""The least length at which kernels of causal attention and of chosen blocks were timed beside exact attention's
+(benchmarks/results/causal_h100.json)."""
+
 NEVER = sys.maxsize
 """The crossover of a site that does not pay even at the last of `LENGTHS`."""
 
@@ -156,8 +160,9 @@ def cost_refusal(
 
     sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
     """
-    if device.kind == "cuda" and ir.lists_exact_keys:
-        return Refusal("unmeasured_kernels", "no GPU has run the kernels of causal attention and of chosen blocks yet")
+    if device.kind == "cuda" and ir.lists_exact_keys and sizes["seq_len"] < LISTED_KEYS_FROM:
+        reason = f"kernels of causal attention and of chosen blocks were timed from {LISTED_KEYS_FROM} tokens on"
+        return Refusal("unmeasured_kernels", reason)
     reason = exact_wins(ir, device, calls=calls, **sizes)
     if reason is None:
         return None

@@ -28,6 +28,9 @@ AUTO, KERNELS = "auto", "kernels"
 """What may be asked for beside a form: the fastest one, and the fastest one that runs on the emitted kernels."""
 REQUESTS = (AUTO, KERNELS, *FORMS)
 
+MEASURED = (STAGED,)
+"""Forms with kernels that the automatic choice looks at: `STAGED` was the fastest of those that ran on an H100
+(benchmarks/results/linear_h100.json), and `SPLIT` has not run on a GPU. The others run where they are asked for."""
 FEW = 16
 """Up to so many tokens, time is that of reading the weight."""
 USUAL_TOKENS = 1024
@@ -67,7 +70,7 @@ GPU: dict[str, Rates] = {
     DENSE: Rates(flops=0.9, launches=4, blast=5),
 }
 """Those of `PRODUCTS` and `DENSE` are fitted to CUDA-graph replays on an H100 of 80 GB HBM3, in float16; those of
-kernels are guesses, to be fitted to `monarch-compile bench linear`."""
+kernels were set before they ran, and are to be fitted to benchmarks/results/linear_h100.json."""
 GRADIENTS = Rates(flops=0.6, launches=5, blast=8, bytes=0.9)
 """Of the kernels of gradients; a guess, too."""
 SINGLE = 0.6
@@ -200,10 +203,8 @@ def ranges(ir: BlockLinear, device: Device, kernels: bool, request: str = AUTO) 
     """
     if request in FORMS:
         return ((math.inf, request),)
-    own = kernel_forms(ir) if kernels else ()
-    choices = own if request == KERNELS else (*own, PRODUCTS, DENSE)
-    if not own:
-        choices = (PRODUCTS,)
+    own = tuple(form for form in kernel_forms(ir) if form in MEASURED) if kernels else ()
+    choices = own if own and request == KERNELS else (*own, PRODUCTS)
     made: list[tuple[float, str]] = []
     tokens = 1
     while tokens <= MOST_PROBED:

@@ -284,13 +284,15 @@ def test_one_compilation_serves_several_lengths(chosen: int) -> None:
 
 
 def test_policy_auto_waits_for_kernels_that_were_measured() -> None:
-    """No GPU has run the kernels of causal attention: only policy "always" asks for them there."""
+    """At lengths where kernels of causal attention were not timed, only policy "always" asks for them."""
     sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 8, "seq_len_q": 65536, "seq_len_k": 65536}
     ir = MonarchAttention(
         **sizes, head_dim=64, value_dim=64, dtype=torch.bfloat16, form=Form(64), scale=0.125, is_causal=True
     )
     sizes_now = {"auto": False, "batch": 1, "seq_len": 65536, "queries": None}
-    refused = cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **sizes_now)
+    assert cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **sizes_now) is None
+    short = {**sizes_now, "seq_len": 32767}
+    refused = cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **short)
     assert refused is not None
     assert refused.code == "unmeasured_kernels"
     exact_twin = replace(ir, is_causal=False)
