@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile import autocast
-from monarch_compile.attention.form import Form
+from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.parallel.by_heads import attend_by_heads
@@ -47,17 +47,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, shared: Sha
     """
     _require_pieces(q, k, v, key_mask, shared.spread, ranks)
     spread, form = shared.spread, shared.form
-    masked = MaskKind.NONE if key_mask is None else MaskKind.KEY_PADDING
     sizes = (q.shape[0], q.shape[1], k.shape[1], spread.seq_len, spread.seq_len, q.shape[3], v.shape[3])
-    ir = MonarchAttention(*sizes, q.dtype, form, shared.scale, masked, shared.causal, shared.grid)
-    method = _method(ir, ranks.size, q.device.type, shared.method)
-    if method == HEADS:
+    masked = key_mask is not None
+    asked = (shared.method, ranks.size, q.device.type)
+    options = {name: getattr(form, name) for name in FORM_OPTIONS}  # Dynamo of torch 2.11: no vars(form)
+    if _method(sizes, q.dtype, tuple(options.values()), shared.grid, masked, shared.causal, *asked) == HEADS:
 
         def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             named: dict[str, Any] = {}
             if mask is not None:
                 named = {"key_padding_mask": ~mask} if mask.dtype == torch.bool else {"key_bias": mask}
-            named |= {"scale": shared.scale, "grid": shared.grid, "causal": shared.causal, **vars(form)}
+            named |= {"scale": shared.scale, "grid": shared.grid, "causal": shared.causal, **options}
             return monarch_attention(q, k, v, **named)
 
         return attend_by_heads(q, k, v, key_mask, spread, ranks, whole)
@@ -65,8 +65,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, shared: Sha
         return attend_by_offsets(q, k, v, key_mask, spread, ranks, form, shared.scale)
 
 
+def _method(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    options: tuple[Any, ...],
+    grid: tuple[int, ...] | None,
+    masked: bool,
+    causal: bool,
+    asked: str,
+    ranks: int,
+    device_type: str,
+) -> str:
+    """`costs.method_of` of plain values: Dynamo takes the answer as a constant, and does not trace how it is found."""
+    mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
+    named = {"dtype": dtype, "form": Form(*options), "scale": 1.0, "mask": mask, "is_causal": causal, "grid": grid}
+    ir = MonarchAttention(*sizes, **named)  # type: ignore[arg-type]
+    return _chosen(ir, ranks, device_type, asked)
+
+
+vars(_method)["_dynamo_marked_constant"] = True  # as in `calls`
+
+
 @lru_cache(maxsize=1024)
-def _method(ir: MonarchAttention, ranks: int, device_type: str, asked: str) -> str:
+def _chosen(ir: MonarchAttention, ranks: int, device_type: str, asked: str) -> str:
     return method_of(ir, ranks, installed(device_type), fabric_of(device_type), asked)
 
 
