@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile import autocast
-from monarch_compile.attention.form import FORM_OPTIONS, Form
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
 from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.attention.parallel.by_heads import attend_by_heads
@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, shared: Sha
     """Monarch attention of this rank's piece, equal to the rows that one process would compute of the sequence.
 
     q (E, H, n, D), k (E, H_kv, n, D), v (E, H_kv, n, D_v) -> (E, H, n, D_v). key_mask: (E, n), of the rank's own
-    tokens, as in `reference.reference`; None on all ranks or on none.
+    tokens, as in `reference.reference`; None on all ranks or on none. The output's memory order is that of `reference`.
 
     Raises:
         InputError: the tensors are not what the rank holds, or the attention cannot be shared so.
@@ -48,42 +48,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, shared: Sha
     _require_pieces(q, k, v, key_mask, shared.spread, ranks)
     spread, form = shared.spread, shared.form
     sizes = (q.shape[0], q.shape[1], k.shape[1], spread.seq_len, spread.seq_len, q.shape[3], v.shape[3])
-    masked = key_mask is not None
-    asked = (shared.method, ranks.size, q.device.type)
-    options = {name: getattr(form, name) for name in FORM_OPTIONS}  # Dynamo of torch 2.11: no vars(form)
-    if _method(sizes, q.dtype, tuple(options.values()), shared.grid, masked, shared.causal, *asked) == HEADS:
+    mask = MaskKind.NONE if key_mask is None else MaskKind.KEY_PADDING
+    ir = MonarchAttention(*sizes, q.dtype, form, shared.scale, mask, shared.causal, shared.grid)
+    if _chosen(ir, ranks.size, q.device.type, shared.method) == HEADS:
 
         def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            named: dict[str, Any] = {}
+            named: dict[str, Any] = {"scale": shared.scale, "grid": shared.grid, "causal": shared.causal, **vars(form)}
             if mask is not None:
-                named = {"key_padding_mask": ~mask} if mask.dtype == torch.bool else {"key_bias": mask}
-            named |= {"scale": shared.scale, "grid": shared.grid, "causal": shared.causal, **options}
+                named |= {"key_padding_mask": ~mask} if mask.dtype == torch.bool else {"key_bias": mask}
             return monarch_attention(q, k, v, **named)
 
-        return attend_by_heads(q, k, v, key_mask, spread, ranks, whole)
-    with autocast.switched_off(q.device.type):
-        return attend_by_offsets(q, k, v, key_mask, spread, ranks, form, shared.scale)
-
-
-def _method(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    options: tuple[Any, ...],
-    grid: tuple[int, ...] | None,
-    masked: bool,
-    causal: bool,
-    asked: str,
-    ranks: int,
-    device_type: str,
-) -> str:
-    """`costs.method_of` of plain values: Dynamo takes the answer as a constant, and does not trace how it is found."""
-    mask = MaskKind.KEY_PADDING if masked else MaskKind.NONE
-    named = {"dtype": dtype, "form": Form(*options), "scale": 1.0, "mask": mask, "is_causal": causal, "grid": grid}
-    ir = MonarchAttention(*sizes, **named)  # type: ignore[arg-type]
-    return _chosen(ir, ranks, device_type, asked)
-
-
-vars(_method)["_dynamo_marked_constant"] = True  # as in `calls`
+        output = attend_by_heads(q, k, v, key_mask, spread, ranks, whole)
+    else:
+        with autocast.switched_off(q.device.type):
+            output = attend_by_offsets(q, k, v, key_mask, spread, ranks, form, shared.scale)
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @lru_cache(maxsize=1024)

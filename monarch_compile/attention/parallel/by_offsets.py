@@ -87,7 +87,7 @@ def attend_by_offsets(
     output = output.flatten(2, 3)[:, :, : length - lead]
     if rows is not None:
         output = torch.cat([output, rows] if form.prefix_at_end else [rows, output], 2)
-    return output.transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
+    return output.to(dtype)
 
 
 def _added(key_mask: Tensor | None, k: Tensor, spread: Spread, ranks: Ranks) -> Tensor | None:

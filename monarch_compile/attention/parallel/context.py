@@ -16,9 +16,10 @@ from monarch_compile import autocast
 from monarch_compile.agreement import require_equal
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.lengths import auto_block_size
-from monarch_compile.attention.parallel.attend import Shared, attend
+from monarch_compile.attention.parallel.attend import Shared
 from monarch_compile.attention.parallel.costs import METHODS
 from monarch_compile.attention.parallel.exchange import Ranks, from_all
+from monarch_compile.attention.parallel.op import attend_in_graphs
 from monarch_compile.attention.parallel.spread import Spread, even_block_size
 from monarch_compile.errors import ConfigError, InputError, IRError
 from monarch_compile.version import __version__
@@ -99,10 +100,10 @@ class SequenceParallel(TorchFunctionMode):
         target = autocast.target_of(query.device.type)
         q, k, v = (x.to(autocast.cast(x.dtype, target)) for x in (query, key, value))
         factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-        spread = self._spread_of(q.shape[2])
+        spread = self._spread_of(int(q.shape[2]))
         form = self._form if not self._auto else Form(**{**self._options, "block_size": spread.block_size})
         shared = Shared(spread, form, factor, self._grid, is_causal, self._method)
-        return attend(q, k, v, _key_mask(attn_mask, k), shared, self._ranks)
+        return attend_in_graphs(q, k, v, _key_mask(attn_mask, k), shared, self._ranks)
 
     def _spread_of(self, tokens: int, *, whole: bool = False) -> Spread:
         """How the sequence lies on the ranks, where a rank's piece, or with `whole` all of it, is so long."""
