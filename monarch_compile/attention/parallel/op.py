@@ -37,8 +37,8 @@ def decoded(text: str) -> Shared:
 
 
 def _ranks(group_name: str) -> Ranks:
-    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
-    return Ranks.of(resolve(group_name))
+    places: Any = torch.distributed.distributed_c10d
+    return Ranks.of(places._resolve_process_group(group_name))
 
 
 @torch.library.custom_op("monarch_compile::attention_of_piece", mutates_args=())
