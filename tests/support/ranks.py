@@ -21,6 +21,9 @@ Case = Callable[..., Any]
 def _serve(rank: int, store: str, pipe: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
+    from tests.support.interpreter import prefer_interpreter
+
+    prefer_interpreter()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "own"))

@@ -9,11 +9,14 @@ Index letters as in `reference`: l, b blocks; j, i offsets in a block.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from monarch_compile.attention.form import Form
+from monarch_compile.attention.gradients import place_has_kernels
 from monarch_compile.attention.groups import (
     HIDDEN,
     biased,
@@ -24,8 +27,11 @@ from monarch_compile.attention.groups import (
     softmax_lse,
     split_mask,
 )
-from monarch_compile.attention.parallel.exchange import Ranks, exchange, from_all, from_rank, to_rank
+from monarch_compile.attention.ir import MAX_HEAD_DIM
+from monarch_compile.attention.parallel.exchange import Ranks, exchange, exchange_lists, from_all, from_rank, to_rank
+from monarch_compile.attention.parallel.on_kernels import far_field_of_offsets, merged, summaries_by_offsets
 from monarch_compile.attention.parallel.spread import Spread
+from monarch_compile.calls import is_trained
 
 
 def refusal_of(form: Form, *, causal: bool) -> str | None:
@@ -42,9 +48,12 @@ def attend_by_offsets(
 ) -> Tensor:
     """Attention of this rank's piece: q (E, H, n, D), k (E, H_kv, n, D), v (E, H_kv, n, D_v) -> (E, H, n, D_v).
 
-    key_mask: (E, n), of the rank's own tokens, as in `reference.reference`, or None on all ranks. float16 and bfloat16
-    are computed, and sent, in float32. Differentiable once.
+    key_mask: (E, n), of the rank's own tokens, as in `reference.reference`, or None on all ranks. On CUDA, kernels run
+    where no gradient is wanted, and the mask is no bias; elsewhere it is made of torch's operators, float16 and
+    bfloat16 are computed, and sent, in float32, and it is differentiable once.
     """
+    if _runs_on_kernels(q, k, v, key_mask):
+        return _attend_on_kernels(q, k, v, key_mask, spread, ranks, form, scale)
     dtype, length = q.dtype, q.shape[2]
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
@@ -175,10 +184,16 @@ def _window_group(
 
 
 def _with_neighbours(x: Tensor, window: int, beyond: float, ranks: Ranks) -> Tensor:
-    """From blocks (E, H, b, i, D) to each with those of its window, (E, H, b, keys, D); `beyond` the sequence's ends.
+    """From blocks (E, H, b, i, D) to each with those of its window, (E, H, b, keys, D); `beyond` its ends."""
+    count = x.shape[2]
+    around, before, after = _around(x, window, ranks)
+    around = F.pad(around, (0, 0, 0, 0, window - before, window - after), value=beyond)
+    return torch.cat([around.narrow(2, shift, count) for shift in range(2 * window + 1)], 3)
 
-    Neighbours on other ranks are sent by them, each rank what others need of its blocks.
-    """
+
+def _around(x: Tensor, window: int, ranks: Ranks) -> tuple[Tensor, int, int]:
+    """The rank's blocks (E, H, b, i, D) between those before and after that their windows reach, and how many these
+    are. Neighbours on other ranks are sent by them, each rank what others need of its blocks."""
     count = x.shape[2]
     spans = [(rank * count, (rank + 1) * count) for rank in range(ranks.size)]
 
@@ -193,11 +208,8 @@ def _with_neighbours(x: Tensor, window: int, beyond: float, ranks: Ranks) -> Ten
     parts = [x.narrow(2, *shared(ranks.rank, target)) for target in range(ranks.size)]
     counts = [shared(source, ranks.rank)[1] for source in range(ranks.size)]
     found = exchange(parts, [(*x.shape[:2], size, *x.shape[3:]) for size in counts], ranks)
-    start, end = spans[ranks.rank]
-    missing = (max(0, window - start), max(0, end + window - ranks.size * count))
     around = torch.cat([*found[: ranks.rank], x, *found[ranks.rank + 1 :]], 2)
-    around = F.pad(around, (0, 0, 0, 0, *missing), value=beyond)
-    return torch.cat([around.narrow(2, shift, count) for shift in range(2 * window + 1)], 3)
+    return around, sum(counts[: ranks.rank]), sum(counts[ranks.rank + 1 :])
 
 
 def _far_field(
@@ -225,3 +237,61 @@ def _far_field(
     parts = list(torch.split(both, count, 3))
     back = torch.cat(exchange(parts, [parts[0].shape] * ranks.size, ranks), 2)[:, :, :offsets].transpose(2, 3)
     return back[..., :-1], back[..., -1]
+
+
+def _runs_on_kernels(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> bool:
+    """Whether the emitted kernels run: all ranks must agree."""
+    trains = is_trained([x for x in (q, k, v, key_mask) if x is not None])
+    fits = max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM and (key_mask is None or key_mask.dtype == torch.bool)
+    return place_has_kernels(q) and fits and not trains
+
+
+def _attend_on_kernels(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, spread: Spread, ranks: Ranks, form: Form, scale: float
+) -> Tensor:
+    """The same by kernels, which exchange summaries of the inputs' dtype."""
+    length, lead = q.shape[2], spread.prefix_of(ranks.rank)
+    rows, of_prefix = None, None
+    if form.prefix:
+        added = _added(key_mask, k.float(), spread, ranks)
+        wide = [x.float() for x in (q, k, v)]
+        rows = _prefix_rows(wide[0], wide[1], wide[2], added, spread, ranks, scale).to(q.dtype)
+        k_lead, v_lead, added_lead = _prefix_keys(wide[1], wide[2], added, spread, ranks)
+        q, k, v = (cut(x, 2, lead, form.prefix_at_end)[1] for x in (q, k, v))
+        key_mask = None if key_mask is None else cut(key_mask, 1, lead, form.prefix_at_end)[1]
+        seen, bias = (None, None) if added_lead is None else split_mask(added_lead, torch.float32)
+        heads = [torch.repeat_interleave(x, q.shape[1] // k.shape[1], 1) for x in (k_lead, v_lead)]
+        of_prefix = prefix_group(_in_blocks(q, spread).float(), heads[0], heads[1], seen, bias, scale)
+    own_form = replace(form, prefix=0).simplest()
+    visible = key_mask
+    if visible is None and spread.has_empty_places:
+        visible = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    if visible is not None:
+        visible = F.pad(visible, (0, spread.places - visible.shape[1]))
+    queries = _in_blocks(q, spread).flatten(2, 3)
+    before = 0
+    keys, values = _in_blocks(k, spread), _in_blocks(v, spread)
+    if own_form.window is not None:
+        assert not isinstance(own_form.window, tuple), "pieces lie along one axis"
+        both, before, _ = _around(torch.cat([keys, values], -1), own_form.window, ranks)
+        keys, values = both[..., : k.shape[3]], both[..., k.shape[3] :]
+        if visible is not None:
+            of_blocks = torch.unflatten(visible.to(k.dtype), 1, (-1, spread.block_size))[:, None, :, :, None]
+            visible = _around(of_blocks, own_form.window, ranks)[0].flatten(1) > 0
+    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+    own, parts = summaries_by_offsets(queries, keys, values, visible, before, own_form, scale, ranks.size)
+    summaries = exchange_lists([p[:3] for p in parts], [[x.shape for x in parts[0][:3]]] * ranks.size, ranks)
+    entropies = exchange_lists([p[3:] for p in parts], [[parts[0][3].shape]] * ranks.size, ranks)
+    received = [[*some, *entropy] for some, entropy in zip(summaries, entropies, strict=True)]
+    far = far_field_of_offsets(received, own_form.window, v.shape[3], masked=visible is not None)
+    means = exchange_lists([[z] for z, _ in far], [[far[0][0].shape]] * ranks.size, ranks)
+    lses = exchange_lists([[lse] for _, lse in far], [[far[0][1].shape]] * ranks.size, ranks)
+    found, total = merged(own, [(z[0], lse[0]) for z, lse in zip(means, lses, strict=True)], own_form)
+    output = found.transpose(1, 2)
+    if of_prefix is not None:
+        near, near_lse = of_prefix[0].flatten(2, 3), of_prefix[1].flatten(2)
+        output = merge([output.float(), near], [total, near_lse]).to(q.dtype)
+    output = output[:, :, : length - lead]
+    if rows is not None:
+        output = torch.cat([output, rows] if form.prefix_at_end else [rows, output], 2)
+    return output

@@ -40,6 +40,24 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], ranks: Ra
     return [piece.reshape(tuple(shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+def exchange_lists(
+    parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Any]], ranks: Ranks
+) -> list[list[Tensor]]:
+    """Send the tensors `parts[d]`, of one dtype, to rank d; those that rank s sends have `shapes[s]`. No gradients.
+
+    Each tensor is copied once, however it lies.
+    """
+    sent_sizes = [sum(x.numel() for x in own) for own in parts]
+    received_sizes = [sum(math.prod(shape) for shape in own) for own in shapes]
+    sent, place = parts[0][0].new_empty(sum(sent_sizes)), 0
+    for x in (x for own in parts for x in own):
+        sent[place : place + x.numel()].view(x.shape).copy_(x)
+        place += x.numel()
+    received = sent if ranks.size == 1 else _all_to_all(sent, received_sizes, sent_sizes, ranks.group)
+    pieces = iter(torch.split(received, [math.prod(shape) for own in shapes for shape in own]))
+    return [[next(pieces).view(tuple(shape)) for shape in own] for own in shapes]
+
+
 def _all_to_all(sent: Tensor, received_sizes: list[int], sent_sizes: list[int], group: Any) -> Tensor:
     wait: Any = collectives.wait_tensor
     found: Tensor = wait(collectives.all_to_all_single_autograd(sent, received_sizes, sent_sizes, group))

@@ -17,12 +17,14 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 from monarch_compile.attention.form import Form
+from monarch_compile.attention.parallel import by_offsets
 from monarch_compile.attention.parallel.spread import Spread, even_block_size
 from monarch_compile.attention.reference import reference
 from monarch_compile.backend import monarch
 from monarch_compile.distributed import sequence_parallel
 from monarch_compile.errors import ConfigError, InputError
 from tests.support.block import Block
+from tests.support.interpreter import interpreted  # noqa: F401
 from tests.support.ranks import RANKS, Pool, pool_of_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
@@ -253,3 +255,38 @@ def test_a_spread_of_nonsense_raises() -> None:
         Spread(8, 0, 4)
     with pytest.raises(InputError, match="prefix must be below"):
         Spread(8, 2, 4, 8)
+
+
+def infer_on_kernels(mesh: Any, world: int, sizes: tuple[int, ...], options: dict[str, Any], masked: bool) -> None:
+    """Stages by kernels, in Triton's interpreter, and exchanges between them."""
+    import os
+    from unittest import mock
+
+    leaves, key_mask = tensors(3, sizes, "padding" if masked else None)
+    q, k, v = (x.detach() for x in leaves)
+    expected = reference(q, k, v, key_mask, scale=0.3, **options)
+    parallel = sequence_parallel(mesh_of(mesh, world), seq_len=sizes[3], method="offsets", **options)
+    mask = None if key_mask is None else parallel.shard(key_mask, 1)[:, None, None, :]
+    with (
+        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        mock.patch.object(by_offsets, "place_has_kernels", return_value=True),
+        parallel,
+    ):
+        own = [parallel.shard(x, 2) for x in (q, k, v)]
+        output = F.scaled_dot_product_attention(*own, mask, scale=0.3, enable_gqa=sizes[1] != sizes[2])
+    torch.testing.assert_close(output, parallel.shard(expected, 2), **TOLERANCE)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("world", "sizes", "options", "masked"),
+    [
+        (2, (1, 2, 2, 24, 16, 16), {"block_size": 4, "window": 1}, False),
+        (4, (2, 2, 1, 37, 16, 25), {"block_size": 3, "window": 1, "prefix": 2}, True),
+        (4, (1, 1, 1, 30, 16, 16), {"block_size": 6, "window": None}, False),
+    ],
+)
+def test_kernels_of_several_ranks_equal_one_process(
+    pool: Pool, world: int, sizes: tuple[int, ...], options: dict[str, Any], masked: bool
+) -> None:
+    pool.run(infer_on_kernels, world, sizes, options, masked)
