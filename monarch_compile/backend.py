@@ -15,11 +15,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule
 
+from monarch_compile.agreement import require_equal_compilation
 from monarch_compile.calls import Launcher, is_trained, launcher_of
 from monarch_compile.config import MonarchConfig, parse_options
 from monarch_compile.decision import EXACT, LOWERED, Decision
 from monarch_compile.errors import CodegenError, ConfigError, LoweringError, PlanError
 from monarch_compile.refusal import CODES
+from monarch_compile.version import __version__
 
 if TYPE_CHECKING:
     from monarch_compile.passes.pipeline import Rewrite
@@ -67,13 +69,15 @@ def monarch(
     Options are those of `MonarchConfig`; other keys go to Inductor's config.
 
     Raises:
-        ConfigError: an option is unknown or has a value that is not allowed, or the grid does not fit the model.
+        ConfigError: an option is unknown or has a value that is not allowed, or the grid does not fit the model, or
+            another rank of torch.distributed compiled the same graph with other options.
         PlanError: the plan cannot be read or does not fit the model.
         LoweringError: strict mode, and a site stayed exact for lack of support or a pass failed.
     """
     from torch._inductor.compile_fx import compile_fx
 
     config, patches = parse_options(options, mode)
+    require_equal_compilation(gm.code, {**vars(config), "monarch_compile": __version__})
     result = rewritten(gm, example_inputs, config, launcher_of(patches))
     lowered = gm
     if result is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.support.interpreter import prefer_interpreter
 from tests.support.poison import Poisoned
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,19 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Without a CUDA device, kernels run in Triton's interpreter.
 
-    Triton's own library (tl.max, tl.sum) takes a side when triton is first imported, so that import happens here; our
-    kernels take theirs when they are loaded. The variable itself is put back: nothing else should be interpreted.
     How fast examples are drawn says something of the machine, nothing of the code, so no test fails by it.
     """
     settings.register_profile("patient", parent=settings(), suppress_health_check=[HealthCheck.too_slow])
     settings.register_profile("nightly", parent=settings.get_profile("patient"), max_examples=2000, derandomize=False)
     settings.load_profile("patient")
-    if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or not importlib.util.find_spec("triton"):
-        return
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401
-
-    del os.environ["TRITON_INTERPRET"]
+    prefer_interpreter()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

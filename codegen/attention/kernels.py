@@ -14,6 +14,7 @@ from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttenti
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours, windows_of
 from monarch_compile.codegen.attention.roles import (
     ATTEND_WITH_LSE,
+    FAR,
     FUSED,
     MEAN,
     PREFIX_SHARES,
@@ -61,6 +62,18 @@ def program(ir: MonarchAttention, schedule: Schedule, specialization: Specializa
 def program_with_lse(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
     """The same, whose last kernel also writes `lse`, which gradients are computed from: of no row of the prefix."""
     return _program((*roles(ir, schedule)[:-1], ATTEND_WITH_LSE), ir, schedule, specialization)
+
+
+def program_of_summaries(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
+    """Stage 1 of one iteration from the identity start: summaries, and the exact groups if there are any."""
+    of_groups = ("near", "z") if ir.has_exact_keys else ()
+    found = _program(roles(ir, schedule)[:-1], ir, schedule, specialization)
+    return replace(found, outputs=("a", "y", "c", *of_groups))
+
+
+def program_of_far_field(ir: MonarchAttention, schedule: Schedule, specialization: Specialization) -> Program:
+    """Stage 2 of summaries that are given, without the exact groups: mean values of the far field, and its lse."""
+    return _program((FAR,), ir, schedule, specialization)
 
 
 def _program(

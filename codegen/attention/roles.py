@@ -22,7 +22,7 @@ class Role:
     values: whether it also carries values.
     near: whether it computes the exact groups.
     far: whether it weighs the far field against the exact groups.
-    choosing: whether it weighs the far field to choose blocks of it, apart from the exact groups.
+    choosing: whether it weighs the far field apart from the exact groups, to choose blocks of it or to be merged later.
     """
 
     name: str
@@ -64,6 +64,7 @@ ATTEND = Role("monarch_attend", "attend", "attend", ("q", "a", "y", "c"), ("z",)
 TOTALS = Role("monarch_totals", "attend", "attend", ("q", "a", "c"), ("neg_lse",), far=True, choosing=True)
 MASSES = Role("monarch_masses", "masses", "represent", ("q", "a", "c", "neg_lse"), ("masses",), choosing=True)
 CHOOSE = Role("monarch_choose", "choose", "represent", ("masses",), ("taken", "left"))
+FAR = Role("monarch_attend_far", "attend", "attend", ("q", "a", "y", "c"), ("z", "lse"), values=True, choosing=True)
 ATTEND_WITH_LSE = replace(ATTEND, writes=("z", "lse"))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 
 from monarch_compile.cost.ceilings import real_tensors
 from monarch_compile.errors import CodegenError
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 LAZY_SECONDS = 60.0
 """What `options={"autotune": True}` spends on a problem that was not tuned before."""
 TIMER_REP_MS = 10
+LOCK_SECONDS = 5 * LAZY_SECONDS
+"""How long a process waits for another that tunes the same problem, before it runs the shipped schedule."""
 IDLE_CORES = 2
 """Cores that compiling ahead leaves alone."""
 
@@ -117,19 +120,43 @@ def default_tune(seconds: float | None = None) -> Tune:
 
 
 def _schedule(ir: IR, machine: Machine, tune: Tune) -> Schedule | None:
-    from monarch_compile.codegen.tuning.store import is_legal, read
-
-    held = read().get(key(ir, machine))
-    if held is not None and is_legal(held.schedule, ir, machine.capability):
-        return held.schedule
-    logger.info("tuning %s on %s, for up to %.0f s", ir, machine.gpu, LAZY_SECONDS)
+    held = _held(ir, machine)
+    if held is not None:
+        return held
     try:
-        result, _ = tuned_now(ir, machine, tune)
+        with _tuning_alone(key(ir, machine)):
+            held = _held(ir, machine)  # another process, such as another rank, may have tuned it meanwhile
+            if held is not None:
+                return held
+            logger.info("tuning %s on %s, for up to %.0f s", ir, machine.gpu, LAZY_SECONDS)
+            result, _ = tuned_now(ir, machine, tune)
     except Exception as error:  # tuning is a nicety: the shipped schedule is always there
         logger.warning("tuning failed, %s runs the shipped schedule: %r", ir, error)
         return None
     logger.info("tuned %s: %.4f -> %.4f ms with %s", ir, result.shipped_ms, result.ms, result.schedule)
     return result.schedule
+
+
+def _held(ir: IR, machine: Machine) -> Schedule | None:
+    """The tuned schedule that the cache holds, if it can run `ir`."""
+    from monarch_compile.codegen.tuning.store import is_legal, read
+
+    held = read().get(key(ir, machine))
+    return held.schedule if held is not None and is_legal(held.schedule, ir, machine.capability) else None
+
+
+def _tuning_alone(problem: str) -> FileLock:
+    """A lock that one process of those that share the cache holds while it tunes a problem; the others wait for it.
+
+    Raises:
+        Timeout: when it is entered, another process has held it for `LOCK_SECONDS`.
+    """
+    from monarch_compile.codegen.tuning.store import tuned_path
+
+    path = tuned_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(problem.encode()).hexdigest()[:16]
+    return FileLock(path.parent / f"tuning-{name}.lock", timeout=LOCK_SECONDS)
 
 
 def tunable(irs: Iterable[IR | None]) -> Iterator[IR]:

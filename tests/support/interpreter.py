@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
 
 import numpy as np
 import pytest
 import torch
+
+
+def prefer_interpreter() -> None:
+    """Without a CUDA device, let kernels run in Triton's interpreter.
+
+    Triton's own library (tl.max, tl.sum) takes a side when triton is first imported, so that import happens here; our
+    kernels take theirs when they are loaded. The variable itself is put back: nothing else should be interpreted.
+    """
+    if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or not importlib.util.find_spec("triton"):
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)

@@ -93,6 +93,7 @@ def test_codegen_sees_no_graph() -> None:
 SPINE_KNOWS = {
     "": "exports monarch_attention",
     "config": "is the list of options that users give, attention's among them",
+    "distributed": "opens attention over several ranks",
     "integrations": "opens the doors for eager attention",
 }
 """What users say to attention: modules of the spine that know it, and why; no other may."""

@@ -1,0 +1,1 @@
+"""Attention over one sequence whose consecutive pieces lie on several ranks."""

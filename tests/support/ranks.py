@@ -1,0 +1,79 @@
+"""A pool of processes that are the ranks of one gloo group, for many cases."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+RANKS = 4
+TIMEOUT_S = 60.0
+NO_ANSWER = "no answer"
+
+Case = Callable[..., Any]
+"""A function of a module: called on each rank with the mesh (2, 2) of all ranks, and with what was given."""
+
+
+def _serve(rank: int, store: str, pipe: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tests.support.interpreter import prefer_interpreter
+
+    prefer_interpreter()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "own"))
+    pipe.send("ready")
+    while (work := pipe.recv()) is not None:
+        case, arguments = work
+        try:
+            pipe.send((True, case(mesh, *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+class Pool:
+    """The processes; `run` calls a case on each and returns their results by rank."""
+
+    def __init__(self, pipes: list[Any]) -> None:
+        self._pipes = pipes
+        self._answers = True
+
+    def run(self, case: Case, *arguments: Any) -> list[Any]:
+        assert self._answers, "a rank gave no answer to an earlier case"
+        for pipe in self._pipes:
+            pipe.send((case, arguments))
+        found = [pipe.recv() if pipe.poll(TIMEOUT_S) else (False, NO_ANSWER) for pipe in self._pipes]
+        self._answers = all(what != NO_ANSWER for _, what in found)
+        wrong = [f"rank {rank}:\n{what}" for rank, (done, what) in enumerate(found) if not done]
+        if wrong:
+            raise AssertionError("\n".join(wrong))
+        return [what for _, what in found]
+
+
+@contextmanager
+def pool_of_ranks(folder: str) -> Iterator[Pool]:
+    """The pool; its processes end with the context."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tests.support.ranks"])
+    ends = [context.Pipe() for _ in range(RANKS)]
+    processes = [context.Process(target=_serve, args=(rank, f"{folder}/store", ends[rank][1])) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    try:
+        pipes = [own for own, _ in ends]
+        assert all(pipe.poll(TIMEOUT_S) and pipe.recv() == "ready" for pipe in pipes)
+        yield Pool(pipes)
+        for pipe in pipes:
+            pipe.send(None)
+        for process in processes:
+            process.join(10)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
