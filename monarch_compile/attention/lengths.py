@@ -161,8 +161,8 @@ def cost_refusal(
     sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
     """
     if device.kind == "cuda" and ir.lists_exact_keys and sizes["seq_len"] < LISTED_KEYS_FROM:
-        reason = f"kernels of causal attention and of chosen blocks were timed from {LISTED_KEYS_FROM} tokens on"
-        return Refusal("unmeasured_kernels", reason)
+        timed = f"kernels of causal attention and of chosen blocks were timed from {LISTED_KEYS_FROM} tokens on"
+        return Refusal("unmeasured_kernels", timed)
     reason = exact_wins(ir, device, calls=calls, **sizes)
     if reason is None:
         return None
