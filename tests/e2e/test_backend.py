@@ -214,6 +214,7 @@ def test_every_pass_is_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     names = [p.name for p in sorted((tmp_path / "graph_000").glob("*.py"))]
     assert names[0] == "00_capture.py"
     passes = [f"{p.name}.py" for p in pipeline.pipeline(pipeline.frontends())]
+    passes.remove("short_convolutions_to_sums.py")  # runs where a long convolution is lowered
     assert [n.split("_", 1)[1] for n in names[1 : len(passes) + 1]] == passes
     assert "monarch_compile.attention" in (tmp_path / "graph_000" / names[len(passes)]).read_text()
     kernels = names[len(passes) + 1 :]
