@@ -165,11 +165,13 @@ def _allocate(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return like.new_empty(tuple(shape), dtype=dtype)
 
 
-@functools.cache
 def capability_of(device: torch.device) -> Capability | None:
     """Compute capability of a CUDA device; None where there is none to ask (the interpreter, fake tensors)."""
-    if device.type == "cpu" and is_interpreted():
-        return None
+    return None if device.type == "cpu" and is_interpreted() else _capability_of(device)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> Capability | None:
     if device.type != "cuda" or torch.version.hip is not None:
         raise CodegenError(f"kernels run on NVIDIA devices, or on the CPU under TRITON_INTERPRET=1; found {device}")
     if not torch.cuda.is_available():

@@ -228,9 +228,8 @@ def _chosen(rows: tuple[Row, ...], name: str, most: float, ir: MonarchAttention,
 def _fit(tiling: Tiling, most: float, ir: MonarchAttention) -> Tiling:
     """Tiles no larger than the `most` places that they cover, and warps that still have work."""
     rows, step = (int(min(size, padded(int(min(most, size))))) for size in (tiling.rows, tiling.step))
-    accumulators = (
-        2 * rows * (sum(feature_tiles(ir.head_dim, ir.value_dim, ir.dtype)))
-    )  # sums, and tiles of weights as large
+    features = sum(feature_tiles(ir.head_dim, ir.value_dim, ir.dtype))
+    accumulators = 2 * rows * features  # sums, and tiles of weights as large
     useful = max(1, rows * step // WARP_SCORES, accumulators // WARP_ACCUMULATORS[DTYPE_BYTES[ir.dtype]])
     return replace(tiling, rows=rows, step=step, num_warps=min(tiling.num_warps, 1 << (useful - 1).bit_length()))
 

@@ -1,6 +1,7 @@
 """Schedules that are used without tuning.
 
-None was timed yet: they follow from what a multiprocessor of an H100 holds, and are to be replaced by measured ones.
+They follow from what a multiprocessor of an H100 holds. Those of the staged form were timed there
+(benchmarks/results/linear_h100.json); none was searched for.
 """
 
 from __future__ import annotations

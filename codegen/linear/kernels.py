@@ -128,25 +128,5 @@ def _kernel(
     grid: tuple[Size | Tiles, ...],
     tiling: Tiling,
 ) -> Kernel:
-    of = ir.of
-    sizes = {
-        "IN_BLOCKS": of.in_blocks,
-        "OUT_BLOCKS": of.out_blocks,
-        "IN_WIDTH": in_width(of),
-        "OUT_WIDTH": out_width(of),
-        "RANK": of.rank,
-    }
-    return Kernel(
-        family="linear",
-        name=name,
-        template=template,
-        reads=reads,
-        writes=(writes,),
-        updates=(),
-        sizes=("tokens",),
-        constants=tuple((sizes | constants).items()),
-        variables=tuple(variables.items()),
-        grid=grid,
-        tiling=tiling,
-        header=header_of(name, ir, schedule, variables["partial_tokens"]),
-    )
+    header = header_of(name, ir, schedule, variables["partial_tokens"])
+    return products.kernel_of(ir.of, name, template, reads, writes, constants, variables, grid, tiling, header)

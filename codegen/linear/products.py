@@ -240,28 +240,45 @@ class Maker:
         grid: tuple[Size | Tiles, ...],
         tiling: Tiling,
     ) -> Kernel:
-        ir, name = self.ir, f"{self.ir.kind}_linear_{part}"
-        sizes = {
-            "IN_BLOCKS": ir.in_blocks,
-            "OUT_BLOCKS": ir.out_blocks,
-            "IN_WIDTH": in_width(ir),
-            "OUT_WIDTH": out_width(ir),
-            "RANK": ir.rank,
-        }
-        return Kernel(
-            family="linear",
-            name=name,
-            template=template,
-            reads=reads,
-            writes=(writes,),
-            updates=(),
-            sizes=("tokens",),
-            constants=tuple((sizes | constants).items()),
-            variables=tuple(variables.items()),
-            grid=grid,
-            tiling=tiling,
-            header=header_of(name, self.of, self.schedule, self.specialization),
-        )
+        name = f"{self.ir.kind}_linear_{part}"
+        header = header_of(name, self.of, self.schedule, self.specialization)
+        return kernel_of(self.ir, name, template, reads, writes, constants, variables, grid, tiling, header)
+
+
+def kernel_of(
+    ir: BlockLinear,
+    name: str,
+    template: str,
+    reads: tuple[Buffer, ...],
+    writes: Buffer,
+    constants: Mapping[str, int],
+    variables: Mapping[str, Any],
+    grid: tuple[Size | Tiles, ...],
+    tiling: Tiling,
+    header: str,
+) -> Kernel:
+    """A kernel of a block linear; constants: those beside the sizes of `ir`."""
+    sizes = {
+        "IN_BLOCKS": ir.in_blocks,
+        "OUT_BLOCKS": ir.out_blocks,
+        "IN_WIDTH": in_width(ir),
+        "OUT_WIDTH": out_width(ir),
+        "RANK": ir.rank,
+    }
+    return Kernel(
+        family="linear",
+        name=name,
+        template=template,
+        reads=reads,
+        writes=(writes,),
+        updates=(),
+        sizes=("tokens",),
+        constants=tuple({**sizes, **constants}.items()),
+        variables=tuple(variables.items()),
+        grid=grid,
+        tiling=tiling,
+        header=header,
+    )
 
 
 def staged(of: FormedLinear, schedule: Schedule, specialization: Specialization) -> Program:

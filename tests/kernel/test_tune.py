@@ -454,7 +454,7 @@ def test_an_unknown_gpu_is_hinted_at_once(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    launching.capability_of.cache_clear()
+    launching._capability_of.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
             assert launching.capability_of(torch.device("cuda", 0)) == (9, 0)
@@ -462,4 +462,4 @@ def test_an_unknown_gpu_is_hinted_at_once(
         assert caplog.text.count("`monarch-compile tune`") == int(hinted)
         assert (name in caplog.text) is hinted
     finally:
-        launching.capability_of.cache_clear()
+        launching._capability_of.cache_clear()
