@@ -120,6 +120,16 @@ def build(ir: IR, capability: Capability | None, interpreted: bool) -> Launcher:
     return Launcher(ir, _CHOSEN.get((ir, capability)) or emitter(ir.family).choose_schedule(ir, capability))
 
 
+def build_other(ir: IR, own: Emitter, capability: Capability | None, interpreted: bool) -> Launcher:
+    """As `build`, of another program of the IR than its family's, under the schedule that `build` takes."""
+    return _other(ir, own, build(ir, capability, interpreted).schedule, interpreted)
+
+
+@functools.cache
+def _other(ir: IR, own: Emitter, schedule: Schedule, interpreted: bool) -> Launcher:
+    return Launcher(ir, schedule, own)
+
+
 _CHOSEN: dict[tuple[IR, Capability | None], Schedule] = {}
 
 

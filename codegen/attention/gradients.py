@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.gradient_ir import GradientsOf, backward_refusal
 from monarch_compile.codegen.attention.kernels import program_with_lse
 from monarch_compile.codegen.attention.launch import form_of, outputs, site, sizes_of, with_adjacent_features
 from monarch_compile.codegen.attention.prefix_gradients import PrefixGradients
-from monarch_compile.codegen.attention.schedule import Schedule
-from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
+from monarch_compile.codegen.launcher import Launcher, build, build_other, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 from monarch_compile.errors import CodegenError
 
@@ -46,8 +43,7 @@ def launch_with_lse(
     """
     form = _supported(q, k, options)
     ir, key_mask = site(q, k, v, key_mask, form, scale, grid)
-    interpreted = is_interpreted()
-    launcher = _launcher_with_lse(ir, build(ir, capability_of(q.device), interpreted).schedule, interpreted)
+    launcher = build_other(ir, WITH_LSE, capability_of(q.device), is_interpreted())
     with on_device(q):
         z, lse = outputs(launcher, q, k, v, key_mask, grid)
     if form.prefix:
@@ -127,9 +123,3 @@ def _supported(q: Tensor, k: Tensor, options: dict[str, Any]) -> Form:
     if refusal is not None:
         raise CodegenError(refusal)
     return form
-
-
-@functools.cache
-def _launcher_with_lse(ir: MonarchAttention, schedule: Schedule, interpreted: bool) -> Launcher:
-    """With the schedule of the forward pass: a tuned one, where there is one."""
-    return Launcher(ir, schedule, WITH_LSE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 
@@ -13,10 +12,8 @@ from monarch_compile.attention.ir import MaskKind, MonarchAttention
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.kernels import program_of_far_field, program_of_summaries
 from monarch_compile.codegen.attention.launch import bucketed, site, sizes_of, with_adjacent_features
-from monarch_compile.codegen.attention.schedule import Schedule
 from monarch_compile.codegen.attention.specialization import pitch
-from monarch_compile.codegen.emitters import Emitter
-from monarch_compile.codegen.launcher import Launcher, build, capability_of, on_device
+from monarch_compile.codegen.launcher import build_other, capability_of, on_device
 from monarch_compile.codegen.source import is_interpreted
 
 SUMMARIES = replace(EMITTER, program=program_of_summaries)
@@ -37,7 +34,7 @@ def launch_summaries(
         CodegenError: no kernel exists for this dtype, head size or device.
     """
     ir, key_mask = site(q, k, v, key_mask, form, scale, None)
-    launcher = _launcher(ir, build(ir, capability_of(q.device), is_interpreted()).schedule, SUMMARIES, is_interpreted())
+    launcher = build_other(ir, SUMMARIES, capability_of(q.device), is_interpreted())
     sizes = sizes_of(ir, launcher.schedule.most_blocks, q, k, None)
     q, k, v = with_adjacent_features(q, k, v)
     tensors = {"q": q, "k": k, "v": v}
@@ -68,9 +65,8 @@ def launch_far_field(
             batch, heads, heads, length, length, dim, value_dim, q.dtype, Form(offsets, window=window), 1.0, mask
         )
     )
-    schedule = build(ir, capability_of(q.device), is_interpreted()).schedule
-    launcher = _launcher(ir, schedule, FAR_FIELD, is_interpreted())
-    sizes = sizes_of(ir, schedule.most_blocks, q, q, None)
+    launcher = build_other(ir, FAR_FIELD, capability_of(q.device), is_interpreted())
+    sizes = sizes_of(ir, launcher.schedule.most_blocks, q, q, None)
     (q,) = with_adjacent_features(q)
     with on_device(q):
         z, lse = launcher({"q": q, "a": a, "y": y, "c": c}, sizes)
@@ -80,8 +76,3 @@ def launch_far_field(
 def natural(log2: Tensor) -> Tensor:
     """A logarithm in base 2 as a natural one."""
     return log2 * math.log(2.0)
-
-
-@functools.cache
-def _launcher(ir: MonarchAttention, schedule: Schedule, own: Emitter, interpreted: bool) -> Launcher:
-    return Launcher(ir, schedule, own)
