@@ -29,7 +29,8 @@ def filter_gradient(
     dtype = torch.float64 if torch.float64 in (u.dtype, filter_dtype) else torch.float32
     v = u.to(dtype) if pre_gate is None else u.to(dtype) * pre_gate.to(dtype)
     g = grad.to(dtype) if post_gate is None else grad.to(dtype) * post_gate.to(dtype)
-    spectrum = torch.fft.rfft(g, transform_len) * torch.fft.rfft(v, transform_len).conj()
+    # Not the lazy conj: torch ignores its mark under a subclass such as DTensor.
+    spectrum = torch.fft.rfft(g, transform_len) * torch.conj_physical(torch.fft.rfft(v, transform_len))
     correlation = torch.fft.irfft(spectrum.sum(0), transform_len).roll(lag, -1) * scale
     shared = min(g.shape[-1], v.shape[-1])
     at_zero = (g[..., :shared] * v[..., :shared]).sum((0, 2))
