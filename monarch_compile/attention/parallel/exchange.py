@@ -7,7 +7,7 @@ ranks alike, empty where nothing is sent, and what is received must be used, als
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,15 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], ranks: Ra
     return [piece.reshape(tuple(shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def exchange_lists(
-    parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Any]], ranks: Ranks
-) -> list[list[Tensor]]:
+Received = Callable[[], list[list[Tensor]]]
+"""Waits for what was sent, and gives what each rank sent."""
+
+
+def started(parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Any]], ranks: Ranks) -> Received:
     """Send the tensors `parts[d]`, of one dtype, to rank d; those that rank s sends have `shapes[s]`. No gradients.
 
-    Each tensor is copied once, however it lies.
+    On CUDA they are on their way while the device does what follows, until the result is asked for. Each tensor is
+    copied once, however it lies.
     """
     sent_sizes = [sum(x.numel() for x in own) for own in parts]
     received_sizes = [sum(math.prod(shape) for shape in own) for own in shapes]
@@ -53,9 +56,24 @@ def exchange_lists(
     for x in (x for own in parts for x in own):
         sent[place : place + x.numel()].view(x.shape).copy_(x)
         place += x.numel()
-    received = sent if ranks.size == 1 else _all_to_all(sent, received_sizes, sent_sizes, ranks.group)
-    pieces = iter(torch.split(received, [math.prod(shape) for own in shapes for shape in own]))
-    return [[next(pieces).view(tuple(shape)) for shape in own] for own in shapes]
+    on_its_way = sent
+    if ranks.size > 1:
+        on_its_way = collectives.all_to_all_single(sent, received_sizes, sent_sizes, ranks.group)
+
+    def received() -> list[list[Tensor]]:
+        wait: Any = collectives.wait_tensor
+        flat = wait(on_its_way) if ranks.size > 1 else on_its_way
+        pieces = iter(torch.split(flat, [math.prod(shape) for own in shapes for shape in own]))
+        return [[next(pieces).view(tuple(shape)) for shape in own] for own in shapes]
+
+    return received
+
+
+def exchange_lists(
+    parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Any]], ranks: Ranks
+) -> list[list[Tensor]]:
+    """`started`, and waited for."""
+    return started(parts, shapes, ranks)()
 
 
 def _all_to_all(sent: Tensor, received_sizes: list[int], sent_sizes: list[int], group: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.parallel import by_offsets
+from monarch_compile.attention.parallel import by_heads, by_offsets
 from monarch_compile.attention.parallel.spread import Spread, even_block_size
 from monarch_compile.attention.reference import reference
 from monarch_compile.backend import monarch
@@ -255,6 +255,27 @@ def test_a_spread_of_nonsense_raises() -> None:
         Spread(8, 0, 4)
     with pytest.raises(InputError, match="prefix must be below"):
         Spread(8, 2, 4, 8)
+
+
+def infer_in_turns(mesh: Any) -> None:
+    """Heads of a rank in two turns, grouped, with pieces of different lengths."""
+    from unittest import mock
+
+    leaves, key_mask = tensors(5, (2, 16, 8, 45, 8, 6), "padding")
+    q, k, v = (x.detach() for x in leaves)
+    expected = reference(q, k, v, key_mask, scale=0.3, block_size=5, window=1, prefix=2)
+    parallel = sequence_parallel(mesh_of(mesh, 4), seq_len=45, method="heads", block_size=5, prefix=2)
+    own, spread = [parallel.shard(x, 2) for x in (q, k, v)], Spread(45, 4, 5, 2)
+    assert by_heads.turns_of(own[0], own[1], spread, 4) == 1
+    with mock.patch.object(by_heads, "LEAST_BYTES", 1), parallel:
+        assert by_heads.turns_of(own[0], own[1], spread, 4) == 2
+        mask = parallel.shard(key_mask, 1)[:, None, None, :]
+        output = F.scaled_dot_product_attention(*own, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(output, parallel.shard(expected, 2), **TOLERANCE)
+
+
+def test_heads_in_turns_equal_one_process(pool: Pool) -> None:
+    pool.run(infer_in_turns)
 
 
 def infer_on_kernels(mesh: Any, world: int, sizes: tuple[int, ...], options: dict[str, Any], masked: bool) -> None:
