@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.parallel.exchange import Ranks, exchange, from_all, started
+from monarch_compile.attention.parallel.exchange import Ranks, exchange, from_all, started, started_in_place
 from monarch_compile.attention.parallel.spread import Spread
 from monarch_compile.calls import is_trained
 
 MOST_TURNS = 4
 LEAST_BYTES = 4 * 2**20
+MOST_MESSAGES = 256
+"""The most heads of all batch entries that are sent one by one."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a key mask of the whole sequence."""
@@ -33,8 +35,7 @@ def attend_by_heads(
     """
     sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
     if not is_trained([x for x in (q, k, v, key_mask) if x is not None]):
-        turns = turns_of(q, k, spread, ranks.size)
-        return _in_turns(q, k, v, _whole_mask(key_mask, sizes, ranks), sizes, turns, ranks, attend)
+        return _in_turns(q, k, v, _whole_mask(key_mask, sizes, ranks), spread, ranks, attend)
     whole = [_by_heads(x, sizes, ranks) for x in (q, k, v)]
     key_mask = _whole_mask(key_mask, sizes, ranks)
     output = attend(whole[0], whole[1], whole[2], key_mask)
@@ -59,31 +60,78 @@ def _whole_mask(key_mask: Tensor | None, sizes: list[int], ranks: Ranks) -> Tens
 
 
 def _in_turns(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sizes: list[int], turns: int, ranks: Ranks, attend: Attend
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, spread: Spread, ranks: Ranks, attend: Attend
 ) -> Tensor:
     """The attention, some heads of each rank at a time: all are sent at once, and each result while the next heads are
     computed."""
+    sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
+    turns = turns_of(q, k, spread, ranks.size)
     split = [_heads_of(x, turns, ranks.size) for x in (q, k, v)]
-    there = []
-    for turn in range(turns):
-        parts = [[x[:, rank, turn] for x in split] for rank in range(ranks.size)]
-        shapes = [[(x.shape[0], x.shape[3], size, x.shape[5]) for x in split] for size in sizes]
-        there.append(started(parts, shapes, ranks))
+    send = _send_in_place if _lies_by_heads((q, k, v), spread) else _send_copies
+    there = [send([x[:, :, turn] for x in split], sizes, ranks) for turn in range(turns)]
     back = []
     while there:
-        received = there.pop(0)()
-        q, k, v = (torch.cat([of_rank[place] for of_rank in received], 2) for place in range(3))
-        del received  # its memory is free now
-        output = attend(q, k, v, key_mask)
+        output = attend(*there.pop(0)(), key_mask)
         batch, heads, _, dim = output.shape
-        own = [[(batch, heads, sizes[ranks.rank], dim)]] * ranks.size
-        back.append(started([[part] for part in torch.split(output, sizes, 2)], own, ranks))
+        own = [[(batch, sizes[ranks.rank], heads, dim)]] * ranks.size  # sent in the output's memory order
+        parts = [[part] for part in torch.split(output.transpose(1, 2), sizes, 1)]
+        back.append(started(parts, own, ranks))
     found = split[0].new_empty(batch, sizes[ranks.rank], turns * ranks.size * heads, dim)
-    at = _heads_of(found.transpose(1, 2), turns, ranks.size)
+    at = torch.unflatten(found, 2, (ranks.size, turns, heads))
     for turn, received_back in enumerate(back):
         for rank, (part,) in enumerate(received_back()):
-            at[:, rank, turn].copy_(part)
+            at[:, :, rank, turn].copy_(part)
     return found.transpose(1, 2)
+
+
+Joined = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Waits for q, k and v of some heads and of the whole sequence."""
+
+
+def _lies_by_heads(tensors: tuple[Tensor, ...], spread: Spread) -> bool:
+    """Whether rows of one head are side by side on all ranks, so that a head can be sent from where it lies. Ranks must
+    agree: pieces that differ in size are not asked about."""
+    few = tensors[0].shape[0] * tensors[0].shape[1] <= MOST_MESSAGES
+    return (
+        few
+        and not spread.has_empty_places
+        and not spread.prefix
+        and all(x.stride(3) == 1 and x.stride(2) == x.shape[3] for x in tensors)
+    )
+
+
+def _send_in_place(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
+    """Send each head from where it lies to where it belongs. split: q, k, v, each (E, ranks, heads, n, D)."""
+    whole = [x.new_empty(x.shape[0], x.shape[2], sum(sizes), x.shape[4]) for x in split]
+    places = [torch.split(x, sizes, 2) for x in whole]
+    sent = [[row for x in split for row in _rows(x[:, rank])] for rank in range(ranks.size)]
+    targets = [[row for of_x in places for row in _rows(of_x[rank])] for rank in range(ranks.size)]
+    wait = started_in_place(sent, targets, ranks)
+
+    def joined() -> tuple[Tensor, Tensor, Tensor]:
+        wait()
+        return whole[0], whole[1], whole[2]
+
+    return joined
+
+
+def _rows(x: Tensor) -> list[Tensor]:
+    """The rows of each head of (E, heads, n, D)."""
+    return [x[entry, head] for entry in range(x.shape[0]) for head in range(x.shape[1])]
+
+
+def _send_copies(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
+    """Send heads by copies side by side. split: q, k, v, each (E, ranks, heads, n, D)."""
+    parts = [[x[:, rank] for x in split] for rank in range(ranks.size)]
+    shapes = [[(x.shape[0], x.shape[2], size, x.shape[4]) for x in split] for size in sizes]
+    received = started(parts, shapes, ranks)
+
+    def joined() -> tuple[Tensor, Tensor, Tensor]:
+        found = received()
+        q, k, v = (torch.cat([of_rank[place] for of_rank in found], 2) for place in range(3))
+        return q, k, v
+
+    return joined
 
 
 def turns_of(q: Tensor, k: Tensor, spread: Spread, ranks: int) -> int:

@@ -40,6 +40,9 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], ranks: Ra
     return [piece.reshape(tuple(shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+Waits = Callable[[], None]
+"""Waits for what was sent and received; on CUDA the device does, not the host."""
+
 Received = Callable[[], list[list[Tensor]]]
 """Waits for what was sent, and gives what each rank sent."""
 
@@ -74,6 +77,23 @@ def exchange_lists(
 ) -> list[list[Tensor]]:
     """`started`, and waited for."""
     return started(parts, shapes, ranks)()
+
+
+def started_in_place(sent: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]], ranks: Ranks) -> Waits:
+    """Send the tensors `sent[d]`, each contiguous, to rank d, and receive into `targets[s]`, likewise, what rank s
+    sends, in the same order: no copy but of what a rank sends to itself. No gradients."""
+    for x, target in zip(sent[ranks.rank], targets[ranks.rank], strict=True):
+        target.copy_(x)
+    others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+    calls = [dist.P2POp(dist.isend, x, group=ranks.group, group_peer=rank) for rank in others for x in sent[rank]]
+    calls += [dist.P2POp(dist.irecv, x, group=ranks.group, group_peer=rank) for rank in others for x in targets[rank]]
+    works = dist.batch_isend_irecv(calls) if calls else []
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
 
 
 def _all_to_all(sent: Tensor, received_sizes: list[int], sent_sizes: list[int], group: Any) -> Tensor:
