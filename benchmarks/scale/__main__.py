@@ -1,7 +1,7 @@
 """One attention over several GPUs.
 
     python -m benchmarks.scale --simulate [result.json] [--fabric nvlink]
-    torchrun --nproc-per-node 2 -m benchmarks.scale result.json [--tokens 65536 262144 1048576]
+    torchrun --nproc-per-node 2 -m benchmarks.scale result.json [--tokens 65536 262144 1048576] [--train]
 
 The first prints what the cost model says of 1 to 1,024 GPUs; the second measures on those of torchrun.
 """
@@ -26,6 +26,9 @@ RING_MOST = 2**18
 """Exact attention of more tokens takes seconds a call."""
 
 
+TRAINED_TOKENS = 4096
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Simulate or measure; a table is printed, and JSON is written where a path is given."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.splitlines()[0])
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**16, 2**18, 2**20])
+    parser.add_argument("--train", action="store_true", help="steps of ViT-L under FSDP2 beside one GPU, too")
     given = parser.parse_args(arguments)
     attention = Attention(given.heads, given.head_dim)
     if given.simulate:
@@ -44,27 +48,37 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(limits(found)))
         _write(given.result, {"device": given.device, "fabric": given.fabric, "rows": found})
         return
-    _measure(attention, given.tokens, given.result)
+    _measure(attention, given.tokens, given.result, trains=given.train)
 
 
-def _measure(attention: Attention, lengths: list[int], result: Path | None) -> None:
+def _measure(attention: Attention, lengths: list[int], result: Path | None, *, trains: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from benchmarks.scale.measure import measured
+    from benchmarks.scale.measure import measured, ring
+    from benchmarks.scale.train import losses_of_both
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mesh = init_device_mesh("cuda", (int(os.environ["WORLD_SIZE"]),))
     content: dict[str, Any] = {"environment": machine("cuda"), "gpus": mesh.size(), "rows": []}
     try:
         for tokens in lengths:
-            row = measured(attention, tokens, mesh, ring=tokens <= RING_MOST)
+            row = measured(attention, tokens, mesh)
+            content["rows"].append(row)
             if mesh.get_rank() == 0:
-                content["rows"].append(row)
                 print(json.dumps(row), flush=True)
+                _write(result, content)
+        for row in content["rows"]:
+            row["ring"] = ring(attention, row["tokens"], mesh) if row["tokens"] <= RING_MOST else None
+            if mesh.get_rank() == 0:
+                _write(result, content)
+        if trains:
+            content["training"] = losses_of_both(mesh, TRAINED_TOKENS)
+            if mesh.get_rank() == 0:
+                print(json.dumps(content["training"]), flush=True)
                 _write(result, content)
     finally:
         torch.distributed.destroy_process_group()
-    if mesh.get_rank() == 0:
+    if int(os.environ["RANK"]) == 0:
         print("\n".join(markdown_table(HEAD, [cells for row in content["rows"] for cells in _cells(row)])))
 
 
