@@ -15,20 +15,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one group: its process group, how many they are, and which of them this process is."""
+    """The ranks of one group: its process group, how many they are, which of them this process is, and its name."""
 
     group: Any
     size: int
     rank: int
+    name: str
 
     @staticmethod
     def of(group: Any) -> Ranks:
         """Those of a process group."""
-        return Ranks(group, dist.get_world_size(group), dist.get_rank(group))
+        return Ranks(group, dist.get_world_size(group), dist.get_rank(group), group.group_name)
 
 
 def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], ranks: Ranks) -> list[Tensor]:
@@ -64,8 +66,7 @@ def started(parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Any]], 
         on_its_way = collectives.all_to_all_single(sent, received_sizes, sent_sizes, ranks.group)
 
     def received() -> list[list[Tensor]]:
-        wait: Any = collectives.wait_tensor
-        flat = wait(on_its_way) if ranks.size > 1 else on_its_way
+        flat = _waited(on_its_way) if ranks.size > 1 else on_its_way
         pieces = iter(torch.split(flat, [math.prod(shape) for own in shapes for shape in own]))
         return [[next(pieces).view(tuple(shape)) for shape in own] for own in shapes]
 
@@ -96,10 +97,31 @@ def started_in_place(sent: Sequence[Sequence[Tensor]], targets: Sequence[Sequenc
     return wait
 
 
-def _all_to_all(sent: Tensor, received_sizes: list[int], sent_sizes: list[int], group: Any) -> Tensor:
+def _all_to_all(*arguments: Any) -> Tensor:
+    apply: Any = _AllToAll.apply
+    return apply(*arguments)  # type: ignore[no-any-return]
+
+
+class _AllToAll(torch.autograd.Function):
+    """An all-to-all of one flat tensor; its gradient is the all-to-all back. torch 2.11 has no gradient of the wait."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, received_sizes: list[int], sent_sizes: list[int], group: Any) -> Tensor:
+        ctx.options = sent_sizes, received_sizes, group
+        return _waited(collectives.all_to_all_single(sent, received_sizes, sent_sizes, group))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _waited(collectives.all_to_all_single(grad.contiguous(), *ctx.options)), None, None, None
+
+
+def _waited(x: Tensor) -> Tensor:
+    """What a collective gives; on CUDA the device waits for it, not the host."""
+    if isinstance(x, collectives.AsyncCollectiveTensor):
+        return x.wait()
     wait: Any = collectives.wait_tensor
-    found: Tensor = wait(collectives.all_to_all_single_autograd(sent, received_sizes, sent_sizes, group))
-    return found
+    return wait(x)  # type: ignore[no-any-return]
 
 
 def to_rank(x: Tensor, target: int, shapes: Sequence[Sequence[int]], ranks: Ranks) -> list[Tensor]:
