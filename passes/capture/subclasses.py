@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -29,9 +29,25 @@ def acts_by_itself(value: object) -> bool:
     return handler is not torch._C._disabled_torch_function_impl and getattr(handler, "__func__", None) is not DEFAULT
 
 
-def is_kept(args: Any, kwargs: Any) -> bool:
-    """Whether a call with these arguments is recorded as it is."""
-    return any(map(acts_by_itself, pytree.tree_leaves((args, kwargs))))
+def makes_dtensors(graph: Graph) -> bool:
+    """Whether a graph makes DTensors of plain tensors, as the plans of torch's `parallelize_module` do: tracing would
+    lose sight of these, since it does not record what makes them."""
+    return any(node.op == "call_function" and _makes_dtensor(node.target) for node in graph.nodes)
+
+
+def _makes_dtensor(target: Any) -> bool:
+    return "from_local" in getattr(target, "__name__", "")
+
+
+def is_kept(target: Any, args: Any, kwargs: Any, *, keeps_dtensors: bool = False) -> bool:
+    """Whether a call with these arguments is recorded as it is.
+
+    keeps_dtensors: whether its graph `makes_dtensors`: calls on DTensors are recorded, too.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    if keeps_dtensors and (_makes_dtensor(target) or any(map(is_traceable_wrapper_subclass, leaves))):
+        return True
+    return any(map(acts_by_itself, leaves))
 
 
 def keep(node: Node, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:

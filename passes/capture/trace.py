@@ -99,6 +99,7 @@ class _Retrace(Interpreter):
         super().__init__(gm)
         self._held = held
         self._calls = Calls() if calls is None else calls
+        self._keeps_dtensors = subclasses.makes_dtensors(gm.graph)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; autocast and function transforms are as they were when this returns or raises."""
@@ -159,7 +160,7 @@ class _Retrace(Interpreter):
 
     def _call(self, trace: Callable[..., Any], target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `trace` gives: traced, or recorded like a call before it."""
-        if subclasses.is_kept(args, kwargs):
+        if subclasses.is_kept(target, args, kwargs, keeps_dtensors=self._keeps_dtensors):
             return subclasses.keep(self._node, args, kwargs, lambda: trace(target, args, kwargs))
         return self._calls.run(target, args, kwargs, lambda: trace(target, args, kwargs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,11 @@ class Pool:
         assert self._answers, "a rank gave no answer to an earlier case"
         for pipe in self._pipes:
             pipe.send((case, arguments))
-        found = [pipe.recv() if pipe.poll(TIMEOUT_S) else (False, NO_ANSWER) for pipe in self._pipes]
+        last = time.monotonic() + TIMEOUT_S
+        found = []
+        for pipe in self._pipes:
+            answered = pipe.poll(max(0.0, last - time.monotonic()))
+            found.append(pipe.recv() if answered else (False, NO_ANSWER))
         self._answers = all(what != NO_ANSWER for _, what in found)
         wrong = [f"rank {rank}:\n{what}" for rank, (done, what) in enumerate(found) if not done]
         if wrong:

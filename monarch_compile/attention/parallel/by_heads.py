@@ -7,8 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from monarch_compile.attention.parallel.exchange import Ranks, exchange, from_all
+from monarch_compile.attention.parallel.exchange import Ranks, exchange, from_all, started, started_in_place
 from monarch_compile.attention.parallel.spread import Spread
+from monarch_compile.calls import is_trained
+
+MOST_TURNS = 4
+LEAST_BYTES = 4 * 2**20
+MOST_MESSAGES = 256
+"""The most heads of all batch entries that are sent one by one."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a key mask of the whole sequence."""
@@ -25,13 +31,13 @@ def attend_by_heads(
     """Attention of this rank's piece: q (E, H, n, D), k (E, H_kv, n, D), v (E, H_kv, n, D_v) -> (E, H, n, D_v).
 
     key_mask: (E, n), of the rank's own tokens, or None on all ranks. H and H_kv are multiples of the number of ranks.
+    Where no gradient is wanted, heads are taken in turns, so that some are sent while others are computed.
     """
     sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
+    if not is_trained([x for x in (q, k, v, key_mask) if x is not None]):
+        return _in_turns(q, k, v, _whole_mask(key_mask, sizes, ranks), spread, ranks, attend)
     whole = [_by_heads(x, sizes, ranks) for x in (q, k, v)]
-    if key_mask is not None and key_mask.dtype == torch.bool:
-        key_mask = from_all(key_mask.to(torch.uint8), 1, sizes, ranks).to(torch.bool)
-    elif key_mask is not None:
-        key_mask = from_all(key_mask, 1, sizes, ranks)
+    key_mask = _whole_mask(key_mask, sizes, ranks)
     output = attend(whole[0], whole[1], whole[2], key_mask)
     batch, own_heads, _, value_dim = output.shape
     parts = list(torch.split(output, sizes, 2))
@@ -44,3 +50,98 @@ def _by_heads(x: Tensor, sizes: list[int], ranks: Ranks) -> Tensor:
     parts = list(x.chunk(ranks.size, 1))
     batch, heads, _, dim = parts[0].shape
     return torch.cat(exchange(parts, [(batch, heads, size, dim) for size in sizes], ranks), 2)
+
+
+def _whole_mask(key_mask: Tensor | None, sizes: list[int], ranks: Ranks) -> Tensor | None:
+    """The key mask of the whole sequence, (E, N)."""
+    if key_mask is None or key_mask.dtype != torch.bool:
+        return None if key_mask is None else from_all(key_mask, 1, sizes, ranks)
+    return from_all(key_mask.to(torch.uint8), 1, sizes, ranks).to(torch.bool)
+
+
+def _in_turns(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, spread: Spread, ranks: Ranks, attend: Attend
+) -> Tensor:
+    """The attention, some heads of each rank at a time: all are sent at once, and each result while the next heads are
+    computed."""
+    sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
+    turns = turns_of(q, k, spread, ranks.size)
+    split = [_heads_of(x, turns, ranks.size) for x in (q, k, v)]
+    send = _send_in_place if _lies_by_heads((q, k, v), spread) else _send_copies
+    there = [send([x[:, :, turn] for x in split], sizes, ranks) for turn in range(turns)]
+    back = []
+    while there:
+        output = attend(*there.pop(0)(), key_mask)
+        batch, heads, _, dim = output.shape
+        own = [[(batch, sizes[ranks.rank], heads, dim)]] * ranks.size  # sent in the output's memory order
+        parts = [[part] for part in torch.split(output.transpose(1, 2), sizes, 1)]
+        back.append(started(parts, own, ranks))
+    found = split[0].new_empty(batch, sizes[ranks.rank], turns * ranks.size * heads, dim)
+    at = torch.unflatten(found, 2, (ranks.size, turns, heads))
+    for turn, received_back in enumerate(back):
+        for rank, (part,) in enumerate(received_back()):
+            at[:, :, rank, turn].copy_(part)
+    return found.transpose(1, 2)
+
+
+Joined = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Waits for q, k and v of some heads and of the whole sequence."""
+
+
+def _lies_by_heads(tensors: tuple[Tensor, ...], spread: Spread) -> bool:
+    """Whether rows of one head are side by side on all ranks, so that a head can be sent from where it lies. Ranks must
+    agree: pieces that differ in size are not asked about."""
+    few = tensors[0].shape[0] * tensors[0].shape[1] <= MOST_MESSAGES
+    return (
+        few
+        and not spread.has_empty_places
+        and not spread.prefix
+        and all(x.stride(3) == 1 and x.stride(2) == x.shape[3] for x in tensors)
+    )
+
+
+def _send_in_place(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
+    """Send each head from where it lies to where it belongs. split: q, k, v, each (E, ranks, heads, n, D)."""
+    whole = [x.new_empty(x.shape[0], x.shape[2], sum(sizes), x.shape[4]) for x in split]
+    places = [torch.split(x, sizes, 2) for x in whole]
+    sent = [[row for x in split for row in _rows(x[:, rank])] for rank in range(ranks.size)]
+    targets = [[row for of_x in places for row in _rows(of_x[rank])] for rank in range(ranks.size)]
+    wait = started_in_place(sent, targets, ranks)
+
+    def joined() -> tuple[Tensor, Tensor, Tensor]:
+        wait()
+        return whole[0], whole[1], whole[2]
+
+    return joined
+
+
+def _rows(x: Tensor) -> list[Tensor]:
+    """The rows of each head of (E, heads, n, D)."""
+    return [x[entry, head] for entry in range(x.shape[0]) for head in range(x.shape[1])]
+
+
+def _send_copies(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
+    """Send heads by copies side by side. split: q, k, v, each (E, ranks, heads, n, D)."""
+    parts = [[x[:, rank] for x in split] for rank in range(ranks.size)]
+    shapes = [[(x.shape[0], x.shape[2], size, x.shape[4]) for x in split] for size in sizes]
+    received = started(parts, shapes, ranks)
+
+    def joined() -> tuple[Tensor, Tensor, Tensor]:
+        found = received()
+        q, k, v = (torch.cat([of_rank[place] for of_rank in found], 2) for place in range(3))
+        return q, k, v
+
+    return joined
+
+
+def turns_of(q: Tensor, k: Tensor, spread: Spread, ranks: int) -> int:
+    """In how many turns the heads of a rank are taken, as many on all ranks: what a rank with a whole piece sends to
+    another in one turn is no smaller than `LEAST_BYTES`."""
+    numbers = q.shape[0] * q.shape[1] * q.shape[3] * spread.places
+    most = max(1, min(MOST_TURNS, numbers * q.element_size() // ranks // LEAST_BYTES))
+    return max(turns for turns in range(1, most + 1) if k.shape[1] // ranks % turns == 0)
+
+
+def _heads_of(x: Tensor, turns: int, ranks: int) -> Tensor:
+    """From (E, H, n, D) to (E, ranks, turns, heads, n, D), a view."""
+    return torch.unflatten(x, 1, (ranks, turns, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.attention.parallel.by_heads import heads_divide
+from monarch_compile.attention.parallel.by_heads import LEAST_BYTES, MOST_TURNS, heads_divide
 from monarch_compile.attention.parallel.by_offsets import refusal_of
 from monarch_compile.attention.parallel.spread import Spread
 from monarch_compile.attention.work import predict
@@ -20,18 +20,20 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class ParallelCost:
-    """Of one rank, forward. compute_s, send_s: seconds, one after the other. sent: bytes in all exchanges. memory:
-    bytes of inputs, output and what is alive beside them at most."""
+    """Of one rank, forward. compute_s, send_s: seconds. sent: bytes in all exchanges. memory: bytes of inputs, output
+    and what is alive beside them at most. turns: parts of the work, of which some are sent while others are computed.
+    """
 
     compute_s: float
     send_s: float
     sent: int
     memory: int
+    turns: int = 1
 
     @property
     def total_s(self) -> float:
-        """Seconds where nothing overlaps."""
-        return self.compute_s + self.send_s
+        """Seconds, where all but one of the turns overlap."""
+        return max(self.compute_s, self.send_s) + min(self.compute_s, self.send_s) / self.turns
 
 
 def method_of(ir: MonarchAttention, ranks: int, device: Device, fabric: Fabric, method: str = "auto") -> str:
@@ -66,14 +68,17 @@ def _by_heads(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabr
     own = ir.changed(num_heads=max(1, int(ir.num_heads) // ranks), num_kv_heads=max(1, int(ir.num_kv_heads) // ranks))
     per_token = (ir.head_dim + ir.value_dim) * (int(ir.num_heads) + int(ir.num_kv_heads)) * item * batch
     sent = per_token * spread.places
-    moved_s = 0.0 if ranks == 1 else 4 * sent / device.monarch.bytes_per_s
+    copied = 2 * int(ir.num_heads) * ir.value_dim * item * batch * spread.places  # the output, to its heads
+    moved_s = 0.0 if ranks == 1 else copied / device.monarch.bytes_per_s
     tensors = [(int(ir.num_heads), ir.head_dim), (int(ir.num_kv_heads), ir.head_dim + ir.value_dim)]
     inputs = sum(heads * dim for heads, dim in tensors) * item * batch * spread.places
-    sends = sum(fabric.all_to_all_s(part, ranks) for part in (inputs / 3, inputs / 3, inputs / 3, sent - inputs))
-    alive = sent if ranks == 1 else 3 * sent  # the pieces, what is packed and what was received
+    turns = next(n for n in range(MOST_TURNS, 0, -1) if int(own.num_kv_heads) % n == 0)
+    turns = max(1, min(turns, inputs // ranks // LEAST_BYTES)) if ranks > 1 else 1
+    sends = turns * (fabric.all_to_all_s(inputs / turns, ranks) + fabric.all_to_all_s((sent - inputs) / turns, ranks))
+    alive = sent if ranks == 1 else 2 * sent + sent - inputs  # the pieces, what was received, and the output, sent
     summaries = int(ir.num_heads) * batch * spread.places * ((ir.head_dim + ir.value_dim) * item + FLOAT_BYTES)
     crossing = sent * (ranks - 1) // ranks
-    return ParallelCost(predict(own, device).monarch_s + moved_s, sends, crossing, alive + summaries)
+    return ParallelCost(predict(own, device).monarch_s + moved_s, sends, crossing, alive + summaries // turns, turns)
 
 
 def _by_offsets(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabric) -> ParallelCost:

@@ -103,5 +103,5 @@ def attend_in_graphs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
     fields = (spread.seq_len, spread.ranks, spread.block_size, spread.prefix, spread.prefix_at_end)
     form = tuple(getattr(shared.form, name) for name in FORM_OPTIONS)  # Dynamo of torch 2.11: no vars(form)
     text = encoded(fields, form, shared.scale, shared.grid, shared.causal, shared.method)
-    output: Tensor = attention_of_piece(q, k, v, key_mask, text, ranks.group.group_name)
+    output: Tensor = attention_of_piece(q, k, v, key_mask, text, ranks.name)
     return output

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 from monarch_compile.attention.form import Form
-from monarch_compile.attention.parallel import by_offsets
+from monarch_compile.attention.parallel import by_heads, by_offsets
 from monarch_compile.attention.parallel.spread import Spread, even_block_size
 from monarch_compile.attention.reference import reference
 from monarch_compile.backend import monarch
@@ -94,7 +94,7 @@ def random_case(seed: int) -> tuple[Any, ...]:
     return world, seed, sizes, options, (method, draw.choice(MASKS), causal)
 
 
-@pytest.mark.parametrize("start", range(0, 60, 10))
+@pytest.mark.parametrize("start", range(0, 40, 10))
 def test_random_cases_equal_one_process(pool: Pool, start: int) -> None:
     for seed in range(start, start + 10):
         case = random_case(seed)
@@ -255,6 +255,37 @@ def test_a_spread_of_nonsense_raises() -> None:
         Spread(8, 0, 4)
     with pytest.raises(InputError, match="prefix must be below"):
         Spread(8, 2, 4, 8)
+
+
+def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], in_place: bool) -> None:
+    """Heads of a rank in two turns, grouped."""
+    from unittest import mock
+
+    leaves, key_mask = tensors(5, (2, 16, 8, seq_len, 8, 6), "padding")
+    q, k, v = (x.detach() for x in leaves)
+    expected = reference(q, k, v, key_mask, scale=0.3, window=1, **options)
+    parallel = sequence_parallel(mesh_of(mesh, 4), seq_len=seq_len, method="heads", **options)
+    own = [parallel.shard(x, 2).contiguous() for x in (q, k, v)]
+    spread = Spread(seq_len, 4, options["block_size"], options.get("prefix", 0))
+    mask = parallel.shard(key_mask, 1)[:, None, None, :]
+    assert by_heads.turns_of(own[0], own[1], spread, 4) == 1
+    with (
+        mock.patch.object(by_heads, "LEAST_BYTES", 1),
+        mock.patch.object(by_heads, "_send_in_place", wraps=by_heads._send_in_place) as sends,
+        parallel,
+    ):
+        assert by_heads.turns_of(own[0], own[1], spread, 4) == 2
+        output = F.scaled_dot_product_attention(*own, mask, scale=0.3, enable_gqa=True)
+    assert sends.call_count == (2 if in_place else 0)
+    torch.testing.assert_close(output, parallel.shard(expected, 2), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "options", "in_place"),
+    [(45, {"block_size": 5, "prefix": 2}, False), (40, {"block_size": 5}, True)],
+)
+def test_heads_in_turns_equal_one_process(pool: Pool, seq_len: int, options: dict[str, Any], in_place: bool) -> None:
+    pool.run(infer_in_turns, seq_len, options, in_place)
 
 
 def infer_on_kernels(mesh: Any, world: int, sizes: tuple[int, ...], options: dict[str, Any], masked: bool) -> None:
