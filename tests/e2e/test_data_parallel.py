@@ -92,9 +92,12 @@ def train_sharded(mesh: Any, kind: str) -> tuple[list[float], dict[str, int], in
         fully_shard(model, mesh=flat)
         for block in model.blocks:
             block.compile(backend=monarch, options=OPTIONS, fullgraph=True)
-    else:
+    elif kind == "ddp":
         model.compile(backend=monarch, options=OPTIONS, fullgraph=True)
         model = nn.parallel.DistributedDataParallel(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+        model.compile(backend=monarch, options=OPTIONS)
     with torch.no_grad():
         torch.testing.assert_close(model(own), plain.by_reference(own), rtol=1e-5, atol=1e-5)
     graphs_of_inference = counters["stats"]["unique_graphs"]
@@ -106,7 +109,7 @@ def train_sharded(mesh: Any, kind: str) -> tuple[list[float], dict[str, int], in
     return (found / RANKS).tolist(), lowered, graphs, sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp compiled", "fsdp"])
 def test_sharded_training_equals_one_process(pool: Pool, kind: str) -> None:
     found = pool.run(train_sharded, kind)
     plain = Model()
@@ -115,7 +118,8 @@ def test_sharded_training_equals_one_process(pool: Pool, kind: str) -> None:
         assert losses == pytest.approx(expected, rel=1e-5)
         assert set(lowered) == {"lowered"}
         assert lowered == found[0][1]
-        assert (graphs, breaks) == (found[0][2], 0)
+        assert graphs == found[0][2]
+        assert breaks == 0 or kind == "ddp compiled"  # there torch breaks the graph around the module's own code
     assert max(graphs for _, _, graphs, _ in found) <= 2  # blocks that are equal may share one; no step compiles anew
 
 
