@@ -6,34 +6,14 @@ function of its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import sympy
 import torch
 
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import SHARED_PREFIX, MonarchAttention, differentiated_by_kernels
-from monarch_compile.attention.stages import (
-    BACKWARD_KERNELS,
-    D_V,
-    H_KV,
-    ITEM,
-    N_K,
-    N_Q,
-    SYMBOLS,
-    WHOLE_TILE,
-    D,
-    E,
-    H,
-    backward_formula,
-    ceil_div,
-    compiled,
-    exact_backward_formula,
-    exact_formula,
-    monarch_formula,
-    rows_formula,
-)
+from monarch_compile.attention.stages import BACKWARD_KERNELS, WHOLE_TILE, Sizes, Work, ceil_div, least, work_of
 from monarch_compile.calls import DEVICE_ALONE, Calls
 from monarch_compile.cost.devices import WIDE, Device, Host
 from monarch_compile.cost.prediction import Cost, Prediction, Quantity
@@ -47,31 +27,34 @@ LISTED_ON_CPU = 1.6
 
 def exact_cost(ir: MonarchAttention) -> Cost:
     """Cost of exact attention at the site of `ir`, as one fused kernel: each tensor crosses memory once."""
-    return _symbolic_or_counted(ir)[0]
+    return _triangle(ir, _plain(_work(ir).exact))
 
 
 def exact_cost_of_shapes(
     q_shape: tuple[Dim, ...], k_shape: tuple[Dim, ...], v_shape: tuple[Dim, ...], dtype: torch.dtype
 ) -> Cost:
     """Cost of exact attention between tensors (batch, heads, seq_len, dim): for sites that have no IR."""
-    (batch, heads, rows, dim), (_, kv_heads, keys, _), value_dim = q_shape, k_shape, v_shape[3]
-    sizes = (batch, heads, kv_heads, rows, keys, dim, value_dim, dtype.itemsize)
-    return _evaluated(exact_formula(), (E, H, H_KV, N_Q, N_K, D, D_V, ITEM), sizes)
+    (batch, num_heads, rows, dim), (_, kv_heads, keys, _), value_dim = q_shape, k_shape, v_shape[3]
+    heads = (_symbolic(batch), _symbolic(num_heads), _symbolic(kv_heads))
+    features = (_symbolic(dim), _symbolic(value_dim), dtype.itemsize)
+    sizes = Sizes(*heads, _symbolic(rows), _symbolic(keys), 1, 1, 1, *features, T=1, C=0, X=0, G=0, P=0)
+    return _plain(work_of(sizes).exact)
 
 
 def monarch_cost(ir: MonarchAttention) -> Cost:
     """Cost of the Monarch form of `ir`, two kernels an iteration, padding to whole blocks and exact rows included."""
-    return _symbolic_or_counted(ir)[1]
+    work = _work(ir)
+    return _plain(_sum(work.monarch, work.rows))
 
 
 def exact_backward_cost(ir: MonarchAttention) -> Cost:
     """Cost of the backward pass of exact attention at the site of `ir`, as fused kernels."""
-    return _evaluated(exact_backward_formula(), SYMBOLS, _sizes(ir, _symbolic))
+    return _plain(_work(ir).exact_backward)
 
 
 def backward_cost(ir: MonarchAttention) -> Cost:
     """Cost of the backward pass of the Monarch form of `ir` by kernels, that of exact rows aside."""
-    return _evaluated(backward_formula(), SYMBOLS, _sizes(ir, _symbolic))
+    return _plain(_work(ir).monarch_backward)
 
 
 def predict(
@@ -83,15 +66,15 @@ def predict(
         InputError: a size is symbolic and has no hint.
     """
     sizes = _numbers(ir, hints or {})
-    counts = _Counts(*compiled()(*sizes, device.tile))
-    exact_s, monarch_s = _forward(counts, sizes, device, ir)
+    work = work_of(sizes, device.tile)
+    exact_s, monarch_s = _forward(work, sizes, device, ir)
     if device.kind == "cpu" and ir.lists_exact_keys:
         monarch_s *= LISTED_ON_CPU
     host = device.host(calls.launcher)
     if host is not None:
         monarch_s *= host.near_work if ir.has_exact_keys else host.work
     if calls.trains:
-        exact_back_s, monarch_back_s = _backward(counts, device, ir)
+        exact_back_s, monarch_back_s = _backward(work, device, ir)
         exact_s += exact_back_s
         vjp = host is not None and not _has_backward_kernels(device, ir)
         monarch_s += monarch_back_s * (host.back_work if host is not None and vjp else 1.0)
@@ -102,8 +85,8 @@ def predict(
     return Prediction(max(exact_s, exact_host_s - ahead), max(monarch_s, monarch_host_s - ahead))
 
 
-def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quantity, ...]:
-    """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
+def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> Sizes:
+    """The sizes of `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
     after_rows, after = (_after(ir.form.prefix, n) for n in (rows, keys))
     blocks = ceil_div(after, ir.form.block_size) if ir.form.tile is None or ir.num_blocks is None else ir.num_blocks
@@ -111,7 +94,7 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quan
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters, int(ir.form.chosen > 0))
     groups = _group_sizes(ir.simplest.one_axis(), rows, keys, ir.is_causal)
-    return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
+    return Sizes(*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 
 def _group_sizes(form: Form, rows: Quantity, keys: Quantity, is_causal: bool) -> tuple[Quantity, Quantity, Quantity]:
@@ -123,11 +106,11 @@ def _group_sizes(form: Form, rows: Quantity, keys: Quantity, is_causal: bool) ->
     if isinstance(form.window, int):  # of pieces
         after, listed = _after(form.prefix, keys), is_causal or form.chosen > 0
         blocks = (1 if is_causal else 2) * form.window + 1 + form.chosen
-        near = _least(blocks * form.block_size, after)
+        near = least(blocks * form.block_size, after)
         if form.weighs_own_block_exactly and not listed:
-            near = near - _least(form.block_size, after)
-    prefix = _least(form.prefix, keys)
-    return near + prefix, int(form.has_exact_keys), 0 if is_causal else _least(form.prefix, rows)
+            near = near - least(form.block_size, after)
+    prefix = least(form.prefix, keys)
+    return near + prefix, int(form.has_exact_keys), 0 if is_causal else least(form.prefix, rows)
 
 
 def _after(prefix: int, size: Quantity) -> Quantity:
@@ -137,19 +120,8 @@ def _after(prefix: int, size: Quantity) -> Quantity:
     return max(size - prefix, 1) if isinstance(size, int) else sympy.Max(size - prefix, 1)
 
 
-def _least(a: int, b: Quantity) -> Quantity:
-    return min(a, b) if isinstance(b, int) else sympy.Min(a, b)
-
-
-def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
-    """(exact, Monarch) cost of `ir`; plain arithmetic where every size is a number, which is far faster."""
-    sizes = _sizes(ir, _symbolic)
-    if all(isinstance(size, int) for size in sizes):
-        counts = compiled()(*sizes, 1)
-        return _triangle(ir, Cost(*counts[:3])), _sum(Cost(*counts[3:6]), Cost(*counts[6:9]))
-    formulas = exact_formula(), _sum(monarch_formula(), rows_formula())
-    exact, monarch = (_evaluated(formula, SYMBOLS, sizes) for formula in formulas)
-    return _triangle(ir, exact), monarch
+def _work(ir: MonarchAttention) -> Work:
+    return work_of(_sizes(ir, _symbolic))
 
 
 def _triangle(ir: MonarchAttention, exact: Cost) -> Cost:
@@ -168,13 +140,12 @@ def _symbolic(size: Quantity) -> Quantity:
     return sympy.Symbol(size, positive=True, integer=True) if isinstance(size, str) else size
 
 
-def _evaluated(formula: Cost, symbols: Sequence[Quantity], sizes: Sequence[Quantity]) -> Cost:
-    values = dict(zip(symbols, map(_symbolic, sizes), strict=False))
-    exprs = (sympy.sympify(x).subs(values, simultaneous=True) for x in (formula.flops, formula.bytes, formula.exps))
-    return Cost(*(int(x) if x.is_number else x for x in exprs))
+def _plain(cost: Cost) -> Cost:
+    """The cost with ints where nothing symbolic is left."""
+    return Cost(*(x if isinstance(x, int) or not x.is_number else int(x) for x in (cost.flops, cost.bytes, cost.exps)))
 
 
-def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> tuple[int, ...]:
+def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> Sizes:
     def number(dim: Dim) -> int:
         if isinstance(dim, int):
             return dim
@@ -185,38 +156,20 @@ def _numbers(ir: MonarchAttention, hints: Mapping[str, int]) -> tuple[int, ...]:
     return _sizes(ir, number)
 
 
-class _Counts(NamedTuple):
-    """What both forms compute and move; `rows`: the exact rows of a prefix, `tiled`: as tiles have it, `back`:
-    kernels of the Monarch form's backward pass."""
-
-    exact_flops: int
-    exact_bytes: int
-    exact_exps: int
-    tiled_flops: int
-    bytes: int
-    exps: int
-    rows_flops: int
-    rows_bytes: int
-    rows_exps: int
-    tiled_back_flops: int
-    back_bytes: int
-    back_exps: int
-
-
-def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: MonarchAttention) -> tuple[float, float]:
-    """Seconds of the device for the exact and the Monarch form; `sizes` are those of `_sizes`."""
-    keys, blocks, block_keys, exact_rows = sizes[4], sizes[5], sizes[7], sizes[-1]
-    gain = device.wide_gain if sizes[8] >= WIDE and ir.dtype.itemsize == 2 else 1.0
+def _forward(work: Work, sizes: Sizes, device: Device, ir: MonarchAttention) -> tuple[float, float]:
+    """Seconds of the device for the exact and the Monarch form."""
+    gain = device.wide_gain if sizes.D >= WIDE and ir.dtype.itemsize == 2 else 1.0
 
     def exactly(flops: float, moved: int) -> float:
         return device.exact.launch_s + device.seconds(device.exact, flops / gain, moved, 0, ir.dtype)
 
-    padding = device.pad_penalty if blocks * block_keys != keys - exact_rows else 1.0
-    work_s = device.seconds(device.monarch, counts.tiled_flops, counts.bytes, counts.exps, ir.dtype) * padding
-    rows_s = exactly(counts.rows_flops, counts.rows_bytes) if exact_rows else 0.0
+    padding = device.pad_penalty if sizes.M * sizes.B_k != sizes.N_k - sizes.P else 1.0
+    form = work.monarch
+    work_s = device.seconds(device.monarch, form.flops, form.bytes, form.exps, ir.dtype) * padding
+    rows_s = exactly(work.rows.flops, work.rows.bytes) if sizes.P else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)
-    exact_flops = counts.exact_flops / 2 if ir.is_causal else counts.exact_flops
-    return exactly(exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
+    exact_flops = work.exact.flops / 2 if ir.is_causal else work.exact.flops
+    return exactly(exact_flops, work.exact.bytes), launch_s + work_s + rows_s
 
 
 def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:
@@ -244,24 +197,27 @@ def _has_backward_kernels(device: Device, ir: MonarchAttention) -> bool:
     return has_them and differentiated_by_kernels(ir.form, is_cross=ir.is_cross, is_causal=ir.is_causal)
 
 
-def _backward(counts: _Counts, device: Device, ir: MonarchAttention) -> tuple[float, float]:
+def _backward(work: Work, device: Device, ir: MonarchAttention) -> tuple[float, float]:
     """Seconds of the device for the backward passes of the exact and the Monarch form."""
     gain = device.wide_gain if max(ir.head_dim, ir.value_dim) >= WIDE and ir.dtype.itemsize == 2 else 1.0
-    rows_s = device.exact_back.seconds(counts.rows_flops / gain, 0, 0, ir.dtype) if counts.rows_flops else 0.0
+    rows_s = device.exact_back.seconds(work.rows.flops / gain, 0, 0, ir.dtype) if work.rows.flops else 0.0
     if device.gradients is not None and _has_backward_kernels(device, ir):
-        work = (counts.tiled_back_flops, counts.back_bytes, counts.back_exps)
-        monarch_s = device.gradients.launch_s * BACKWARD_KERNELS + device.seconds(device.gradients, *work, ir.dtype)
-    else:
-        monarch_s = device.monarch_back.seconds(
-            counts.tiled_flops, counts.bytes / ir.dtype.itemsize, counts.exps, ir.dtype, ir.has_exact_keys
+        back = work.monarch_backward
+        monarch_s = device.gradients.launch_s * BACKWARD_KERNELS + device.seconds(
+            device.gradients, back.flops, back.bytes, back.exps, ir.dtype
         )
-    return device.exact_back.seconds(counts.exact_flops / gain, 0, 0, ir.dtype), rows_s + monarch_s
+    else:
+        forward = work.monarch
+        monarch_s = device.monarch_back.seconds(
+            forward.flops, forward.bytes / ir.dtype.itemsize, forward.exps, ir.dtype, ir.has_exact_keys
+        )
+    return device.exact_back.seconds(work.exact.flops / gain, 0, 0, ir.dtype), rows_s + monarch_s
 
 
-def _ahead(sizes: tuple[int, ...], device: Device, host: Host, dtype: torch.dtype, calls: Calls) -> float:
+def _ahead(sizes: Sizes, device: Device, host: Host, dtype: torch.dtype, calls: Calls) -> float:
     """Seconds by which, without the site, the host is ahead of the device; below 0, the device waits for it."""
     passes = 3 if calls.trains else 1  # a backward pass has two products for each of the forward
-    dense_s = calls.dense_flops * sizes[0] * sizes[3] / device.dense.of(dtype)
+    dense_s: float = calls.dense_flops * sizes.E * sizes.N_q / device.dense.of(dtype)
     call_s = host.call_s + (host.call_back_s if calls.trains else 0.0)
     return passes * (dense_s - calls.dense_ops * host.dense_s) - calls.share * call_s
 

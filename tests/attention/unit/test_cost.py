@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.speed.problems import HEAD_DIMS, ODD_SHAPES, AutoForm, Problem
-from monarch_compile.attention import stages as cost
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
+from monarch_compile.attention.stages import Sizes, work_of
 from monarch_compile.attention.work import (
     backward_cost,
     exact_backward_cost,
@@ -30,10 +30,11 @@ from monarch_compile.errors import InputError
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
-ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}
-PAPER = {cost.C: 0, cost.X: 0, cost.G: 0, cost.P: 0}
-SQUARE = {**ONE_HEAD, **PAPER, cost.N_Q: N, cost.N_K: N, cost.ITEM: E}
+B, M, D, E = sympy.symbols("B M D e", positive=True, integer=True)
+N = M * B
+SQUARE = Sizes(1, 1, 1, M * B, M * B, M, B, B, D, D, E, T=1, C=0, X=0, G=0, P=0)
+WINDOW = SQUARE._replace(X=2 * B, G=1)
+
 
 # (batch, seq_len) -> milliseconds on one H200, float16, 12 heads of 64: exact (cuDNN), Monarch (two streaming kernels).
 H200_MS = {
@@ -64,8 +65,7 @@ def is_equal(found, expected):
 
 
 def test_flops_of_one_iteration_are_6NBD_plus_4NMD():
-    found = cost.monarch_formula().flops.subs({**SQUARE, cost.T: 1}).subs(N, M * B)
-    assert is_equal(found, (6 * N * B * D + 4 * N * M * D).subs(N, M * B))
+    assert is_equal(work_of(SQUARE).monarch.flops, 6 * N * B * D + 4 * N * M * D)
 
 
 def test_causal_attention_is_half_of_the_work_and_listed_keys_are_priced():
@@ -79,17 +79,14 @@ def test_causal_attention_is_half_of_the_work_and_listed_keys_are_priced():
 
 
 def test_each_further_iteration_adds_4NBD_plus_4NMD():
-    flops = cost.monarch_formula().flops.subs(SQUARE)
-    added = flops.subs(cost.T, cost.T + 1) - flops
-    assert is_equal(added.subs(N, M * B), (4 * N * B * D + 4 * N * M * D).subs(N, M * B))
+    three, two = (work_of(SQUARE._replace(T=iterations)).monarch.flops for iterations in (3, 2))
+    assert is_equal(three - two, 4 * N * B * D + 4 * N * M * D)
 
 
 def test_a_window_adds_its_keys_and_one_more_output():
-    window = {**SQUARE, cost.T: 1, cost.X: 2 * B, cost.G: 1}
-    flops, paper = (cost.monarch_formula().flops.subs(x).subs(N, M * B) for x in (window, {**SQUARE, cost.T: 1}))
-    assert is_equal(flops - paper, (8 * N * B * D).subs(N, M * B))
-    moved, paper = (cost.monarch_formula().bytes.subs(x).subs(N, M * B) for x in (window, {**SQUARE, cost.T: 1}))
-    assert is_equal(moved - paper, (2 * N * (D * E + 4)).subs(N, M * B))
+    window, paper = work_of(WINDOW).monarch, work_of(SQUARE).monarch
+    assert is_equal(window.flops - paper.flops, 8 * N * B * D)
+    assert is_equal(window.bytes - paper.bytes, 2 * N * (D * E + 4))
 
 
 @pytest.mark.parametrize(
@@ -113,27 +110,24 @@ def test_what_exact_groups_cost(groups, options, extra_keys, exact_rows):
 
 
 def test_exact_attention_takes_4NND_flops_and_compulsory_bytes():
-    assert is_equal(cost.exact_formula().flops.subs(SQUARE), 4 * N**2 * D)
-    assert is_equal(cost.exact_formula().bytes.subs(SQUARE), 4 * N * D * E)
+    assert is_equal(work_of(SQUARE).exact.flops, 4 * N**2 * D)
+    assert is_equal(work_of(SQUARE).exact.bytes, 4 * N * D * E)
 
 
 def test_two_kernel_form_moves_nine_tensors_and_the_bias():
-    found = cost.monarch_formula().bytes.subs({**SQUARE, cost.T: 1}).subs(N, M * B)
-    assert is_equal(found, (9 * N * D * E + 2 * 4 * N).subs(N, M * B))
+    assert is_equal(work_of(SQUARE).monarch.bytes, 9 * N * D * E + 2 * 4 * N)
 
 
 def test_the_backward_pass_takes_20NBD_plus_10NMD_and_moves_23_tensors():
     """The summaries again (6NBD), stage 2 (five products), stage 1 (seven), and the sums of dz * z."""
-    found = cost.backward_formula().flops.subs(SQUARE)
-    assert is_equal(found.subs(N, M * B), (20 * N * B * D + 10 * N * M * D + 2 * N * D).subs(N, M * B))
-    found = cost.backward_formula().bytes.subs(SQUARE)
-    assert is_equal(found.subs(N, M * B), (23 * N * D * E + 7 * 4 * N).subs(N, M * B))
+    found = work_of(SQUARE).monarch_backward
+    assert is_equal(found.flops, 20 * N * B * D + 10 * N * M * D + 2 * N * D)
+    assert is_equal(found.bytes, 23 * N * D * E + 7 * 4 * N)
 
 
 def test_a_window_adds_seven_products_to_the_backward_pass():
-    window = {**SQUARE, cost.X: 2 * B, cost.G: 1}
-    found, paper = (cost.backward_formula().flops.subs(x).subs(N, M * B) for x in (window, SQUARE))
-    assert is_equal(found - paper, (28 * N * B * D).subs(N, M * B))
+    window, paper = (work_of(sizes).monarch_backward.flops for sizes in (WINDOW, SQUARE))
+    assert is_equal(window - paper, 28 * N * B * D)
 
 
 def test_the_backward_pass_of_exact_attention_is_five_products():
