@@ -23,19 +23,38 @@ OPTIONS = ("scale", *FORM_OPTIONS, "grid", "causal")
 """The operators' parameters after q, k, v and key_mask, in order; keyword arguments of `reference`."""
 
 
-def named(options: Sequence[Any]) -> dict[str, Any]:
+def named(
+    scale: float,
+    block_size: int,
+    num_iters: int,
+    init: str,
+    pad: str,
+    window: Sequence[int] | None,
+    prefix: int,
+    tile: Sequence[int] | None = None,
+    window_shape: str = "box",
+    prefix_at_end: bool = False,
+    chosen: int = 0,
+    grid: Sequence[int] | None = None,
+    causal: bool = False,
+) -> dict[str, Any]:
     """The options by name, as plain numbers: under dynamic shapes a caller's may come as symbols, which are part of
     what is computed. The grid's sizes may stay symbols."""
-    found = dict(zip(OPTIONS, options, strict=True))
-    for name in ("block_size", "num_iters", "prefix", "chosen"):
-        found[name] = int(found[name])
-    window, tile, grid = (found[name] for name in ("window", "tile", "grid"))
-    found["scale"] = float(found["scale"])
-    found["window"] = None if window is None else plain_window(tuple(map(int, window)))
-    found["tile"] = None if tile is None else tuple(map(int, tile))
-    found["grid"] = None if grid is None else tuple(grid)
-    found["prefix_at_end"] = bool(found["prefix_at_end"])
-    return found
+    return {
+        "scale": float(scale),
+        "block_size": int(block_size),
+        "num_iters": int(num_iters),
+        "init": init,
+        "pad": pad,
+        "window": None if window is None else plain_window(tuple(map(int, window))),
+        "prefix": int(prefix),
+        "tile": None if tile is None else tuple(map(int, tile)),
+        "window_shape": window_shape,
+        "prefix_at_end": bool(prefix_at_end),
+        "chosen": int(chosen),
+        "grid": None if grid is None else tuple(grid),
+        "causal": causal,
+    }
 
 
 def place_has_kernels(x: Tensor) -> bool:
@@ -50,7 +69,7 @@ def run_on_kernels(q: Tensor, k: Tensor, options: Sequence[Any]) -> bool:
     """
     if not place_has_kernels(q):
         return False
-    own = named(options)
+    own = named(*options)
     form = _form(*(own[name] for name in FORM_OPTIONS))
     if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
         return False
@@ -64,7 +83,7 @@ def by_reference(
 
     They are made of differentiable operations. A key_mask that is wanted is a floating one.
     """
-    own = named(options)
+    own = named(*options)
     places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
 
     def again(*given: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,51 +14,36 @@ from monarch_compile.attention import gradients
 from monarch_compile.attention import reference as meaning
 from monarch_compile.attention.gradients import OPTIONS
 
+
+def _takes_options(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Operators take their options after their tensors, in the order of `gradients.named`; schemas are read from
+    signatures."""
+    own = inspect.signature(fn, eval_str=True)
+    tensors = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    options = inspect.signature(gradients.named, eval_str=True).parameters.values()
+    fn.__signature__ = own.replace(parameters=[*tensors, *options])  # type: ignore[attr-defined]
+    return fn
+
+
 # Bodies of operators call functions by way of modules: triton_op reads all sources behind other names, in search of
 # kernels.
 
 
 @torch.library.triton_op("monarch_compile::attention", mutates_args={})
+@_takes_options
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    scale: float,
-    block_size: int,
-    num_iters: int,
-    init: str,
-    pad: str,
-    window: Sequence[int] | None,
-    prefix: int,
-    tile: Sequence[int] | None = None,
-    window_shape: str = "box",
-    prefix_at_end: bool = False,
-    chosen: int = 0,
-    grid: Sequence[int] | None = None,
-    causal: bool = False,
+    *values: Any,
 ) -> Tensor:
     """Monarch attention: `reference` is its meaning; on CUDA the emitted kernels run, elsewhere the reference itself.
 
     Shapes as in `reference`. A triton_op is traced through, so Inductor fuses the reference on CPU and sees the kernels
     on CUDA.
     """
-    values = (
-        scale,
-        block_size,
-        num_iters,
-        init,
-        pad,
-        window,
-        prefix,
-        tile,
-        window_shape,
-        prefix_at_end,
-        chosen,
-        grid,
-        causal,
-    )
-    options = gradients.named(values)
+    options = gradients.named(*values)
     with autocasting.switched_off(q.device.type):  # it would cast the float32 that 16-bit inputs are computed in
         if q.device.type != "cuda" or q.dtype == torch.float64:
             return meaning.reference(q, k, v, key_mask, **options)
@@ -67,46 +53,20 @@ def attention(
 
 
 @torch.library.triton_op("monarch_compile::attention_with_lse", mutates_args={})
+@_takes_options
 def attention_with_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    scale: float,
-    block_size: int,
-    num_iters: int,
-    init: str,
-    pad: str,
-    window: Sequence[int] | None,
-    prefix: int,
-    tile: Sequence[int] | None = None,
-    window_shape: str = "box",
-    prefix_at_end: bool = False,
-    chosen: int = 0,
-    grid: Sequence[int] | None = None,
-    causal: bool = False,
+    *values: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and what its backward kernels need beside it: `reference_with_lse` is the meaning.
 
     A site that is differentiated calls it in place of `attention`, whose arguments it has. The second result has no
     gradient.
     """
-    values = (
-        scale,
-        block_size,
-        num_iters,
-        init,
-        pad,
-        window,
-        prefix,
-        tile,
-        window_shape,
-        prefix_at_end,
-        chosen,
-        grid,
-        causal,
-    )
-    options = gradients.named(values)
+    options = gradients.named(*values)
     with autocasting.switched_off(q.device.type):
         if not gradients.run_on_kernels(q, k, values):
             return meaning.reference_with_lse(q, k, v, key_mask, **options)
@@ -116,6 +76,7 @@ def attention_with_lse(
 
 
 @torch.library.triton_op("monarch_compile::attention_backward", mutates_args={})
+@_takes_options
 def attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -124,19 +85,7 @@ def attention_backward(
     key_mask: Tensor | None,
     output: Tensor,
     lse: Tensor,
-    scale: float,
-    block_size: int,
-    num_iters: int,
-    init: str,
-    pad: str,
-    window: Sequence[int] | None,
-    prefix: int,
-    tile: Sequence[int] | None = None,
-    window_shape: str = "box",
-    prefix_at_end: bool = False,
-    chosen: int = 0,
-    grid: Sequence[int] | None = None,
-    causal: bool = False,
+    *values: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of a floating key_mask, by kernels; that of any other mask is empty.
 
@@ -147,36 +96,19 @@ def attention_backward(
     """
     from monarch_compile.codegen.attention.gradients import launch_backward
 
-    values = (
-        scale,
-        block_size,
-        num_iters,
-        init,
-        pad,
-        window,
-        prefix,
-        tile,
-        window_shape,
-        prefix_at_end,
-        chosen,
-        grid,
-        causal,
-    )
-    options = gradients.named(values)
+    options = gradients.named(*values)
     with autocasting.switched_off(q.device.type):
         grad_q, grad_k, grad_v, grad_bias = launch_backward(grad, q, k, v, key_mask, output, lse, **options)
         return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
 
 
-def attention_under_transforms(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *options: float | int | str | Sequence[int] | None
-) -> Tensor:
+def attention_under_transforms(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *options: Any) -> Tensor:
     """The operator's arguments and result, for torch.func and forward mode: the operator has no rules for these.
 
     Without this, forward mode would lose the tangents without an error.
     """
     with autocasting.switched_off(q.device.type):
-        return meaning.reference(q, k, v, key_mask, **gradients.named(options))
+        return meaning.reference(q, k, v, key_mask, **gradients.named(*options))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
