@@ -45,10 +45,10 @@ LOCAL_MEMORY = ("LDL", "STL")
 
 
 def computed_from_stack_pointer(sass: str) -> list[str]:
-    """The instructions of nvdisasm's text that compute a value from R1, other than R1 itself.
+    """The instructions of nvdisasm's text that compute a value from R1, in a kernel without a stack frame.
 
-    The first operand is where an instruction writes, further ones after a predicate; what R1 is written from is the
-    kernel's argument or R1 before.
+    A kernel makes itself a frame by moving R1; there, addresses of local memory come from it. The first operand is
+    where an instruction writes, further ones after a predicate.
     """
     found = []
     for line in sass.splitlines():
@@ -56,8 +56,11 @@ def computed_from_stack_pointer(sass: str) -> list[str]:
         if parts is None or parts[1].partition(".")[0] in LOCAL_MEMORY:
             continue
         into, *sources = parts[2].split(",")
-        if into.strip() != "R1" and any(STACK_POINTER.search(source) for source in sources):
-            found.append(f"{parts[1]} {parts[2]}")
+        if not any(STACK_POINTER.search(source) for source in sources):
+            continue
+        if into.strip() == "R1":
+            return []
+        found.append(f"{parts[1]} {parts[2]}")
     return found
 
 
