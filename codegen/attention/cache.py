@@ -27,7 +27,7 @@ def sizes_after_cache(form: Form, seq_len_q: Any, seq_len_k: Any, num_blocks: An
     """
     cached = seq_len_k - seq_len_q
     start = cached - form.prefix
-    start = max(start, 0) if isinstance(start, int) else torch.sym_max(start, 0)
+    start = max(start, 0) if isinstance(start, int) else torch.sym_max(start, 0)  # type: ignore[no-untyped-call]
     if form.pad == "pre":
         start = start + num_blocks * form.block_size - (seq_len_k - form.prefix)
     first_block = start // form.block_size

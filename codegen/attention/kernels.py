@@ -41,8 +41,8 @@ LEAST_SCALE = 2.0**-126
 
 GRID_SIZES = tuple(f"{name}_{axis}" for name in ("grid", "counts") for axis in range(MAX_AXES))
 """Tokens along each axis of a grid, and tiles along each."""
-SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "num_words", "block_q")
-SIZES += (*GRID_SIZES, *SIZES_AFTER_CACHE)
+_LENGTHS = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "num_words", "block_q")
+SIZES = (*_LENGTHS, *GRID_SIZES, *SIZES_AFTER_CACHE)
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
 queries in a block, where they are not. num_words: that hold a bit for each block."""
 

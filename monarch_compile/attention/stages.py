@@ -28,8 +28,10 @@ E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, TILE = sympy.symbols(
     "E H H_kv N_q N_k M B_q B_k D D_v e T tile", positive=True, integer=True
 )
 C, X, G, P = sympy.symbols("C X G P", nonnegative=True, integer=True)
-SYMBOLS = (E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, C, X, G, P, TILE)
+M_Q = sympy.Symbol("M_q", positive=True, integer=True)
+SYMBOLS = (E, H, H_KV, N_Q, N_K, M, B_Q, B_K, D, D_V, ITEM, T, C, M_Q, X, G, P, TILE)
 # C: 1 where blocks are chosen, else 0.
+# M_Q: blocks that hold queries: all M, unless queries follow a cache; the others have one summary each.
 # X: exact keys of a row beyond those that stage 1 scores anyway. G: 1 where there are exact groups, else 0.
 # P: rows that are exact throughout.
 
@@ -58,13 +60,13 @@ STAGES: tuple[Stage, ...] = (
     Stage("scores", "blocks", "every", M, (B_Q, D, B_K), ("qhat", "k"), softmax=True),
     Stage("a", "blocks", "every", M, (B_Q, B_K, D), ("k", "a", "c")),
     Stage("y", "blocks", "last", M, (B_Q, B_K, D_V), ("v", "y")),
-    Stage("logits", "offsets", "every", B_Q, (M, D, M), ("q", "a", "c"), softmax=True),
+    Stage("logits", "offsets", "every", B_Q, (M_Q, D, M), ("q", "a", "c"), softmax=True),
     Stage("next qhat", "offsets", "before", B_Q, (M, M, D), ("q", "qhat")),
-    Stage("z", "offsets", "last", B_Q, (M, M, D_V), ("y", "z", "near")),
-    Stage("near scores", "blocks", "last", M, (B_Q, D, X), (), softmax=True),
-    Stage("near values", "blocks", "last", M, (B_Q, X, D_V), ("near",)),
-    Stage("totals of far fields", "totals", "choice", B_Q, (M, D, M), ("q", "a", "c", "lse"), softmax=True),
-    Stage("masses of blocks", "masses", "choice", B_Q, (M, D, M), ("q", "a", "c", "lse", "masses"), softmax=True),
+    Stage("z", "offsets", "last", B_Q, (M_Q, M, D_V), ("y", "z", "near")),
+    Stage("near scores", "blocks", "last", M_Q, (B_Q, D, X), (), softmax=True),
+    Stage("near values", "blocks", "last", M_Q, (B_Q, X, D_V), ("near",)),
+    Stage("totals of far fields", "totals", "choice", B_Q, (M_Q, D, M), ("q", "a", "c", "lse"), softmax=True),
+    Stage("masses of blocks", "masses", "choice", B_Q, (M_Q, D, M), ("q", "a", "c", "lse", "masses"), softmax=True),
     Stage("exact rows", "rows", "once", 1, (P, D, N_K), ("k",), softmax=True),
     Stage("exact rows' values", "rows", "once", 1, (P, N_K, D_V), ("v",)),
     Stage("delta", "rows of dz", "back", 1, (N_Q, D_V, 1), ("dz", "z", "delta")),
@@ -101,12 +103,12 @@ TENSORS: dict[str, Quantity] = {
     "v": H_KV * N_K * D_V * ITEM,
     "z": H * N_Q * D_V * ITEM,
     "qhat": H * N_Q * D * ITEM,
-    "a": H * M * B_Q * D * ITEM,
-    "y": H * M * B_Q * D_V * ITEM,
-    "c": H * M * B_Q * 4,
+    "a": H * (M - M_Q + M_Q * B_Q) * D * ITEM,
+    "y": H * (M - M_Q + M_Q * B_Q) * D_V * ITEM,
+    "c": H * (M - M_Q + M_Q * B_Q) * 4,
     "near": G * H * N_Q * (D_V * ITEM + 4),
     "lse": H * N_Q * 4,
-    "masses": H * M * M * 6,
+    "masses": H * M_Q * M * 6,
     "delta": H * N_Q * 4,
     "dz": H * N_Q * D_V * ITEM,
     "near dz": G * H * N_Q * (D_V * ITEM + 8),
@@ -173,7 +175,7 @@ def _work(repeats: Mapping[str, Quantity], shape: Callable[[Any], Any]) -> tuple
 
 
 def _whole_tiles(shape: tuple[Quantity, ...]) -> tuple[Quantity, ...]:
-    kinds = dict.fromkeys((M, B_Q, B_K), _BLOCKS) | dict.fromkeys((D, D_V), _FEATURES)
+    kinds = dict.fromkeys((M, M_Q, B_Q, B_K), _BLOCKS) | dict.fromkeys((D, D_V), _FEATURES)
     kinds[X] = lambda size, tile: _BLOCKS(size - P, tile) + _PREFIX(P, tile)
     tiled = tuple(kinds[size](size, TILE) if size in kinds else size for size in shape)
     return _OFFSETS(tiled[0], TILE) if shape[0] == B_Q else tiled[0], *tiled[1:]

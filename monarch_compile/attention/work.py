@@ -103,15 +103,16 @@ def predict(
 
 
 def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> tuple[Quantity, ...]:
-    """Values of the symbols E .. P for `ir`, where `value` turns a size into a number or an expression."""
+    """Values of `SYMBOLS` but the last for `ir`, where `value` turns a size into a number or an expression."""
     rows, keys = value(ir.seq_len_q), value(ir.seq_len_k)
     after_rows, after = (_after(ir.form.prefix, n) for n in (rows, keys))
     blocks = ceil_div(after, ir.form.block_size) if ir.form.tile is None or ir.num_blocks is None else ir.num_blocks
     block_rows = ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters, int(ir.form.chosen > 0))
+    row_blocks = _least(ceil_div(rows, ir.form.block_size), blocks) if ir.follows_cache else blocks
     groups = _group_sizes(ir.simplest.one_axis(), rows, keys, ir.is_causal)
-    return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
+    return (*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, row_blocks, *groups)
 
 
 def _group_sizes(form: Form, rows: Quantity, keys: Quantity, is_causal: bool) -> tuple[Quantity, Quantity, Quantity]:
@@ -137,8 +138,8 @@ def _after(prefix: int, size: Quantity) -> Quantity:
     return max(size - prefix, 1) if isinstance(size, int) else sympy.Max(size - prefix, 1)
 
 
-def _least(a: int, b: Quantity) -> Quantity:
-    return min(a, b) if isinstance(b, int) else sympy.Min(a, b)
+def _least(a: Quantity, b: Quantity) -> Quantity:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else sympy.Min(a, b)
 
 
 def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
@@ -146,18 +147,24 @@ def _symbolic_or_counted(ir: MonarchAttention) -> tuple[Cost, Cost]:
     sizes = _sizes(ir, _symbolic)
     if all(isinstance(size, int) for size in sizes):
         counts = compiled()(*sizes, 1)
-        return _triangle(ir, Cost(*counts[:3])), _sum(Cost(*counts[3:6]), Cost(*counts[6:9]))
+        return _triangle(ir, Cost(*counts[:3]), sizes), _sum(Cost(*counts[3:6]), Cost(*counts[6:9]))
     formulas = exact_formula(), _sum(monarch_formula(), rows_formula())
     exact, monarch = (_evaluated(formula, SYMBOLS, sizes) for formula in formulas)
-    return _triangle(ir, exact), monarch
+    return _triangle(ir, exact, sizes), monarch
 
 
-def _triangle(ir: MonarchAttention, exact: Cost) -> Cost:
-    """The cost of exact attention; half of the work where it is causal, though queries after a cache see more."""
+def _triangle(ir: MonarchAttention, exact: Cost, sizes: tuple[Quantity, ...]) -> Cost:
+    """The cost of exact attention; where it is causal, of the keys that a query sees: on average, all but half as many
+    as there are queries."""
     if not ir.is_causal:
         return exact
-    flops, exps = (x // 2 if isinstance(x, int) else x / 2 for x in (exact.flops, exact.exps))
-    return Cost(flops, exact.bytes, exps)
+    rows, keys = sizes[3], sizes[4]
+
+    def seen(of_all: Quantity) -> Quantity:
+        whole = of_all * (2 * keys - rows)
+        return whole // (2 * keys) if isinstance(whole, int) else sympy.cancel(whole / (2 * keys))
+
+    return Cost(seen(exact.flops), exact.bytes, seen(exact.exps))
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
@@ -215,7 +222,7 @@ def _forward(counts: _Counts, sizes: tuple[int, ...], device: Device, ir: Monarc
     work_s = device.seconds(device.monarch, counts.tiled_flops, counts.bytes, counts.exps, ir.dtype) * padding
     rows_s = exactly(counts.rows_flops, counts.rows_bytes) if exact_rows else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)
-    exact_flops = counts.exact_flops / 2 if ir.is_causal else counts.exact_flops
+    exact_flops = counts.exact_flops * (1 - sizes[3] / (2 * keys)) if ir.is_causal else float(counts.exact_flops)
     return exactly(exact_flops, counts.exact_bytes), launch_s + work_s + rows_s
 
 

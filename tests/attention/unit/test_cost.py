@@ -16,6 +16,7 @@ from monarch_compile.attention import stages as cost
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.ir import MonarchAttention
 from monarch_compile.attention.lengths import auto_block_size
+from monarch_compile.attention.stages import M_Q
 from monarch_compile.attention.work import (
     backward_cost,
     exact_backward_cost,
@@ -33,7 +34,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N, B, M, D, E = sympy.symbols("N B M D e", positive=True, integer=True)
 ONE_HEAD = {cost.E: 1, cost.H: 1, cost.H_KV: 1, cost.M: M, cost.B_K: B, cost.B_Q: B, cost.D: D, cost.D_V: D}
 PAPER = {cost.C: 0, cost.X: 0, cost.G: 0, cost.P: 0}
-SQUARE = {**ONE_HEAD, **PAPER, cost.N_Q: N, cost.N_K: N, cost.ITEM: E}
+SQUARE = {**ONE_HEAD, **PAPER, cost.N_Q: N, cost.N_K: N, cost.ITEM: E, M_Q: M}
 
 # (batch, seq_len) -> milliseconds on one H200, float16, 12 heads of 64: exact (cuDNN), Monarch (two streaming kernels).
 H200_MS = {
