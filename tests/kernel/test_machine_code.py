@@ -13,7 +13,7 @@ from tests.support.machine_code import computed_from_stack_pointer
 PROGRAM = "from tests.support.machine_code import main; main()"
 DRAWS = [
     {"seed": 0, "draw": {"attention": 6, "linear": 2, "convolution": 2}, "known": True},
-    pytest.param({"seed": 1, "draw": {"attention": 120, "linear": 40, "convolution": 20}}, marks=pytest.mark.nightly),
+    pytest.param({"seed": 1, "draw": {"attention": 60, "linear": 20, "convolution": 10}}, marks=pytest.mark.nightly),
 ]
 WRONG = "12.8"
 """The ptxas of Triton 3.6."""

@@ -37,8 +37,8 @@ CASES = (
     Case(45, 20, 16, 16, causal=True, window=1, pad="pre", batch=1, chosen=1, queries=30),  # blocks of two tiles
     Case(27, 4, 25, 20, causal=True, window=1, prefix=3, chosen=2, num_heads=4, group=2, mask="some", queries=9),
     Case(45, 4, 16, 16, causal=True, window=1, prefix=2, chosen=2, pad="pre", queries=17),
-    Case(140, 2, 16, 16, causal=True, window=2, chosen=3, batch=1, mask="bias", queries=37),  # several tiles of blocks
-    Case(140, 2, 16, 16, causal=True, window=1, chosen=3, batch=1, queries=138),  # and of blocks of queries
+    Case(70, 2, 16, 16, causal=True, window=2, chosen=3, batch=1, mask="bias", queries=21),  # several tiles of blocks
+    Case(70, 2, 16, 16, causal=True, window=1, chosen=3, batch=1, queries=68),  # and of blocks of queries
     Case(150, 40, 16, 16, causal=True, chosen=1, batch=1, pad="pre", queries=31),
     Case(11, 30, 16, 16, causal=True, mask="some", queries=4),  # one block
     Case(23, 5, 16, 16, causal=True, prefix=30, queries=7),  # all keys in the prefix
