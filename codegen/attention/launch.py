@@ -125,17 +125,17 @@ def outputs(
 def _rows_of_prefix(ir: MonarchAttention, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     """The exact rows of the prefix, (E, H, P, D_v); after a cache those that are left, then some of no meaning."""
     prefix = ir.form.prefix
-    of_prefix, _ = cut(q, 2, prefix, ir.form.prefix_at_end)
     if not ir.follows_cache:
+        of_prefix, _ = cut(q, 2, prefix, ir.form.prefix_at_end)
         return exact_rows(of_prefix, k, v, key_mask, ir.scale, causal=ir.is_causal)
-    cached = k.shape[2] - q.shape[2]
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+    cached = k.shape[2] - q.shape[2]
     if guard_or_false(cached >= prefix):
         return q.new_empty(1, 1, 1, v.shape[3])  # which nothing reads
-    k, v = (cut(x, 2, prefix, False)[0] for x in (k, v))
-    key_mask = None if key_mask is None else cut(key_mask, 1, prefix, False)[0]
-    return exact_rows(of_prefix, k, v, key_mask, ir.scale, causal=True, cached=cached)
+    q, k, v = (torch.ops.aten.slice.Tensor(x, 2, 0, prefix) for x in (q, k, v))
+    key_mask = None if key_mask is None else torch.ops.aten.slice.Tensor(key_mask, 1, 0, prefix)
+    return exact_rows(q, k, v, key_mask, ir.scale, causal=True, cached=cached)
 
 
 def with_adjacent_features(*tensors: Tensor) -> tuple[Tensor, ...]:

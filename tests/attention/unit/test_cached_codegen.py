@@ -138,3 +138,42 @@ def test_kernels_compile_within_the_limits_of_the_device(problems: list[Any], tm
         assert report["local_bytes"] <= most, f"spills: {report}"
         assert report["has_wgmma"] or report["has_mma"] or report["name"] == "monarch_choose", report
         assert not report["halves"], report
+
+
+TRACED = """
+import json, sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from monarch_compile.codegen.attention.launch import launch
+shapes = ShapeEnv()
+mode = FakeTensorMode(shape_env=shapes)
+dims = [DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+
+def fake(heads, rows):
+    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    sized = mode.from_tensor(torch.empty(1, heads, rows, 64, dtype=torch.bfloat16), symbolic_context=context)
+    with mode:
+        return torch.empty(sized.shape, dtype=sized.dtype, device="cuda")
+
+options = dict(scale=0.125, block_size=64, window=1, prefix=64, chosen=4, causal=True)
+q, k = fake(8, 200), fake(2, 5000)
+with mode:
+    graph = make_fx(lambda q, k: launch(q, k, k, None, **options))(q, k)
+(rows,), (keys,) = ([x for x in shapes.var_to_range if str(x) in str(size)] for size in (q.shape[2], k.shape[2]))
+serves = []
+for pair in json.loads(sys.stdin.read()):
+    values = dict(zip((rows, keys), pair))
+    serves.append(all(guard.expr.xreplace(values).doit() == True for guard in shapes.guards))
+kernels = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+print(json.dumps([{"serves": serves, "kernels": len(kernels)}]))
+"""
+
+
+@pytest.mark.slow
+def test_one_trace_serves_pieces_of_other_lengths_at_other_places(tmp_path: Path) -> None:
+    """No length is read on the way; guards say that there are several blocks, and that the prefix is cached."""
+    pieces = [[200, 5000], [300, 4300], [513, 60001], [200, 100], [200, 210]]
+    (found,) = reports_of(TRACED, pieces, tmp_path)
+    assert found == {"serves": [True, True, True, False, False], "kernels": 6}
