@@ -13,7 +13,7 @@ from torch import Tensor
 from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import centred, cut
-from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
+from monarch_compile.attention.ir import MaskKind, MonarchAttention, begins_after_prefix, count_blocks, is_exact
 from monarch_compile.codegen.attention.cache import sizes_after_cache
 from monarch_compile.codegen.attention.roles import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
@@ -128,11 +128,9 @@ def _rows_of_prefix(ir: MonarchAttention, q: Tensor, k: Tensor, v: Tensor, key_m
     if not ir.follows_cache:
         of_prefix, _ = cut(q, 2, prefix, ir.form.prefix_at_end)
         return exact_rows(of_prefix, k, v, key_mask, ir.scale, causal=ir.is_causal)
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-    cached = k.shape[2] - q.shape[2]
-    if guard_or_false(cached >= prefix):
+    if begins_after_prefix(q.shape[2], k.shape[2], prefix):
         return q.new_empty(1, 1, 1, v.shape[3])  # which nothing reads
+    cached = k.shape[2] - q.shape[2]
     q, k, v = (torch.ops.aten.slice.Tensor(x, 2, 0, prefix) for x in (q, k, v))
     key_mask = None if key_mask is None else torch.ops.aten.slice.Tensor(key_mask, 1, 0, prefix)
     return exact_rows(q, k, v, key_mask, ir.scale, causal=True, cached=cached)

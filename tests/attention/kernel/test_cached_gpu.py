@@ -94,22 +94,27 @@ def test_keys_beyond_the_last_are_never_read(cached: int) -> None:
 
 
 def test_a_compiled_model_serves_pieces_at_any_place() -> None:
-    options = {"causal": True, "policy": "always", "strict": True, "block_size": 64, "window": 1, "chosen": 4}
+    options = {
+        "causal": True,
+        "policy": "always",
+        "strict": True,
+        "block_size": 64,
+        "window": 1,
+        "chosen": 4,
+        "prefix": 0,
+    }
 
     def attend(q, k, v):
-        rows, keys = q.shape[2], k.shape[2]
-        place = torch.arange(keys, device=q.device)
-        seen = place <= place[keys - rows :, None]
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
-    compiled = torch.compile(attend, backend="monarch", options=options)
-    form = {name: options[name] for name in ("block_size", "window", "chosen", "causal")}
+    compiled = torch.compile(attend, backend="monarch", options={"policy": "always", "strict": True, **form})
     for rows, keys in ((500, 3000), (700, 3700), (700, 4413)):
         q, k, v = (torch.randn(1, h, n, 64, device="cuda").bfloat16() for h, n in ((4, rows), (2, keys), (2, keys)))
         for x in (q, k, v):
             torch._dynamo.mark_dynamic(x, 2)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(q, k, v), monarch_attention(q, k, v, prefix=0, **form))
+            torch.testing.assert_close(compiled(q, k, v), monarch_attention(q, k, v, **form))
 
 
 def test_a_cuda_graph_replays_the_choice() -> None:
