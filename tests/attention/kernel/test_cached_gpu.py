@@ -94,15 +94,7 @@ def test_keys_beyond_the_last_are_never_read(cached: int) -> None:
 
 
 def test_a_compiled_model_serves_pieces_at_any_place() -> None:
-    options = {
-        "causal": True,
-        "policy": "always",
-        "strict": True,
-        "block_size": 64,
-        "window": 1,
-        "chosen": 4,
-        "prefix": 0,
-    }
+    form = {"causal": True, "block_size": 64, "window": 1, "chosen": 4, "prefix": 0}
 
     def attend(q, k, v):
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
