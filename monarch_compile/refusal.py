@@ -38,7 +38,6 @@ CODES: dict[str, Code] = {
     "block_step": Code(
         "products of two tensors each, and nothing but views between them: scales, biases and activations behind"
     ),
-    "cached_keys": Code("a prompt in one piece, or a CPU: a later piece, whose first keys a cache holds, stays exact"),
     "channels_mixed": Code(
         "one filter for each channel: a product that sums over channels is no depthwise convolution"
     ),

@@ -11,6 +11,7 @@ import torch
 from monarch_compile.attention.form import MAX_AXES
 from monarch_compile.attention.groups import HIDDEN
 from monarch_compile.attention.ir import SHARED_PREFIX, MaskKind, MonarchAttention
+from monarch_compile.codegen.attention.cache import SIZES_AFTER_CACHE, row_blocks_of
 from monarch_compile.codegen.attention.places import axes_of, ends_of, keys_of_neighbours, windows_of
 from monarch_compile.codegen.attention.roles import (
     ATTEND_WITH_LSE,
@@ -40,7 +41,8 @@ LEAST_SCALE = 2.0**-126
 
 GRID_SIZES = tuple(f"{name}_{axis}" for name in ("grid", "counts") for axis in range(MAX_AXES))
 """Tokens along each axis of a grid, and tiles along each."""
-SIZES = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "num_words", "block_q", *GRID_SIZES)
+_LENGTHS = ("num_heads", "seq_len", "seq_len_q", "seq_len_k", "num_blocks", "num_words", "block_q")
+SIZES = (*_LENGTHS, *GRID_SIZES, *SIZES_AFTER_CACHE)
 """What a kernel may be told at run time; it takes what it reads. seq_len: where queries are as many as keys. block_q:
 queries in a block, where they are not. num_words: that hold a bit for each block."""
 
@@ -48,7 +50,7 @@ queries in a block, where they are not. num_words: that hold a bit for each bloc
 def canonical(ir: MonarchAttention) -> MonarchAttention:
     """`ir` with the sizes that kernels take at run time replaced by their names."""
     heads = "H" if ir.group == 1 else f"{ir.group}*H"
-    rows, keys = ("N_q", "N_k") if ir.is_cross else ("N", "N")
+    rows, keys = ("N_q", "N_k") if ir.is_cross or ir.follows_cache else ("N", "N")
     grid = None if ir.form.tile is None else tuple(f"N_{axis}" for axis in range(len(ir.form.tile)))
     named = replace(ir, batch="B", num_heads=heads, num_kv_heads="H", seq_len_q=rows, seq_len_k=keys, grid=grid)
     return replace(named, form=ir.simplest)
@@ -100,7 +102,9 @@ def _dims_of_qhat(ir: MonarchAttention, count: Size) -> tuple[Size, ...]:
 def buffers_of(ir: MonarchAttention) -> dict[str, Buffer]:
     """Every tensor that a kernel may read or write, by the name of its parameter. "heads" are those of all batches."""
     head, value, dtype, f32 = ir.head_dim, ir.value_dim, ir.dtype, torch.float32
-    per_block: tuple[Size, ...] = ("heads", rows_of(ir), "num_blocks")
+    row_blocks = row_blocks_of(ir)
+    per_row: tuple[Size, ...] = ("heads", rows_of(ir), row_blocks)
+    per_block: tuple[Size, ...] = ("heads", "num_summaries") if ir.follows_cache else per_row
     mask_dtype = f32 if ir.mask is MaskKind.KEY_BIAS else torch.bool  # a bias is centred in float32
     found = (
         Buffer(
@@ -127,11 +131,11 @@ def buffers_of(ir: MonarchAttention) -> dict[str, Buffer]:
         Buffer("a", dtype, (*per_block, pitch(head))),
         Buffer("y", dtype, (*per_block, pitch(value))),
         Buffer("c", f32, per_block),
-        Buffer("near", f32, per_block),
-        Buffer("neg_lse", f32, per_block),
-        Buffer("masses", f32, ("heads", "num_blocks", "num_blocks")),
-        Buffer("taken", torch.int32, ("heads", "num_blocks", ir.form.chosen)),
-        Buffer("left", torch.int64, ("heads", "num_blocks", "num_words")),
+        Buffer("near", f32, per_row),
+        Buffer("neg_lse", f32, per_row),
+        Buffer("masses", f32, ("heads", row_blocks, "num_blocks")),
+        Buffer("taken", torch.int32, ("heads", row_blocks, ir.form.chosen)),
+        Buffer("left", torch.int64, ("heads", row_blocks, "num_words")),
         Buffer(
             "qhat",
             dtype,
@@ -174,7 +178,7 @@ def kernel_of(
         sizes=SIZES,
         constants=tuple(_constants(role, ir, schedule, tiling, specialization).items()),
         variables=tuple(variables.items()),
-        grid=("heads", *_grid(role, tiling, rows_of(ir))),
+        grid=("heads", *_grid(role, tiling, rows_of(ir), row_blocks_of(ir))),
         tiling=tiling,
         header=header_of(role.name, ir, schedule, specialization),
     )
@@ -193,17 +197,18 @@ def weighs_exact_groups(role: Role, ir: MonarchAttention) -> bool:
     return role.far and not role.choosing and ir.has_exact_keys
 
 
-def _grid(role: Role, tiling: Tiling, rows: Size) -> tuple[Size | Tiles, ...]:
+def _grid(role: Role, tiling: Tiling, rows: Size, row_blocks: str) -> tuple[Size | Tiles, ...]:
     """Programs of a head."""
     if role.reads_keys:
-        return ("num_blocks",) if tiling.turns == ALL else ("num_blocks", Tiles(rows, tiling.rows))
+        blocks = "num_blocks" if role.summarizes else row_blocks
+        return (blocks,) if tiling.turns == ALL else (blocks, Tiles(rows, tiling.rows))
     if role.template == "masses":
-        return Tiles("num_blocks", tiling.rows), Tiles("num_blocks", tiling.step)
+        return Tiles(row_blocks, tiling.rows), Tiles("num_blocks", tiling.step)
     if role.template == "choose":
-        return ("num_blocks",)
+        return (row_blocks,)
     if role.template in ("mean_query", "exchange") or tiling.turns == ALL:
         return (rows,)
-    return Tiles(rows, tiling.turns), Tiles("num_blocks", tiling.rows)
+    return Tiles(rows, tiling.turns), Tiles(row_blocks, tiling.rows)
 
 
 def _choices(
@@ -295,9 +300,9 @@ def _masks(role: Role, ir: MonarchAttention, tiling: Tiling, specialization: Spe
     head, value, partial_block = ir.head_dim, ir.value_dim, specialization.partial_block
     head_tile, value_tile = feature_tiles(head, value, ir.dtype)
     masked, stores = ir.mask is not MaskKind.NONE, role.template != "exact"
-    ragged_j = ir.is_cross or ir.form.block_size % tiling.rows != 0
+    ragged_j = ir.is_cross or ir.follows_cache or ir.form.block_size % tiling.rows != 0
     ragged_i = ir.form.block_size % tiling.step != 0
-    partial_rows = ragged_j if role.reads_keys else specialization.partial_tile
+    partial_rows = ragged_j if role.reads_keys else specialization.partial_tile or ir.follows_cache
     inside = "is_key" if ragged_i or partial_block else ""
     return {
         "masked": masked,

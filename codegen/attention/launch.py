@@ -13,7 +13,8 @@ from torch import Tensor
 from monarch_compile.attention.blocking import count_tiles
 from monarch_compile.attention.form import Form
 from monarch_compile.attention.groups import centred, cut
-from monarch_compile.attention.ir import MaskKind, MonarchAttention, count_blocks, is_exact
+from monarch_compile.attention.ir import MaskKind, MonarchAttention, begins_after_prefix, count_blocks, is_exact
+from monarch_compile.codegen.attention.cache import sizes_after_cache
 from monarch_compile.codegen.attention.roles import shares_prefix
 from monarch_compile.codegen.attention.rows import exact_rows
 from monarch_compile.codegen.attention.schedule import WORD
@@ -51,14 +52,13 @@ def launch(
     inside `torch.library.triton_op`, and on CPU tensors when TRITON_INTERPRET=1.
 
     Raises:
-        CodegenError: no kernel exists for this dtype, head size or device, for causal queries that follow a cache, or
-            triton is not installed.
+        CodegenError: no kernel exists for this dtype, head size or device, or triton is not installed.
     """
-    if causal and q.shape[2] != k.shape[2]:
-        raise CodegenError(f"no kernel takes the last {q.shape[2]} queries of {k.shape[2]} causal keys")
     form = form_of(causal=causal, **options)
-    if is_exact(q.shape[2], k.shape[2], form.block_size, form.prefix):
-        return exact_rows(q, k, v, key_mask, scale, causal=causal).transpose(1, 2).contiguous().transpose(1, 2)
+    if is_exact(k.shape[2] if causal else q.shape[2], k.shape[2], form.block_size, form.prefix):
+        cached = k.shape[2] - q.shape[2] if causal and q.shape[2] != k.shape[2] else 0
+        rows = exact_rows(q, k, v, key_mask, scale, causal=causal, cached=cached)
+        return rows.transpose(1, 2).contiguous().transpose(1, 2)
     ir, key_mask = site(q, k, v, key_mask, form, scale, grid, causal=causal)
     launcher = build(ir, capability_of(q.device), is_interpreted())
     with on_device(q):
@@ -79,7 +79,9 @@ def site(
     """The bucketed IR of a call, and its mask as kernels read it."""
     num_blocks = _num_blocks(k, form, grid)
     blocks = _bucket(num_blocks) if isinstance(num_blocks, int) else None
-    rows = None if q.shape[2] == k.shape[2] else _bucket_of_rows(_rows(q, num_blocks))
+    rows = None
+    if q.shape[2] != k.shape[2]:
+        rows = _bucket_after_cache(q.shape[2], form) if causal else _bucket_of_rows(_rows(q, num_blocks))
     mask = MaskKind.NONE
     if key_mask is not None:
         mask = MaskKind.KEY_BIAS if key_mask.is_floating_point() else MaskKind.KEY_PADDING
@@ -116,9 +118,22 @@ def outputs(
     if key_mask is not None:
         tensors["key_mask"] = key_mask
     if form.prefix and not shares_prefix(launcher.ir, launcher.schedule):
-        of_prefix, _ = cut(q, 2, form.prefix, form.prefix_at_end)
-        tensors["rows"] = exact_rows(of_prefix, k, v, key_mask, launcher.ir.scale, causal=launcher.ir.is_causal)
+        tensors["rows"] = _rows_of_prefix(launcher.ir, q, k, v, key_mask)
     return launcher(tensors, sizes)
+
+
+def _rows_of_prefix(ir: MonarchAttention, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The exact rows of the prefix, (E, H, P, D_v); after a cache those that are left, then some of no meaning."""
+    prefix = ir.form.prefix
+    if not ir.follows_cache:
+        of_prefix, _ = cut(q, 2, prefix, ir.form.prefix_at_end)
+        return exact_rows(of_prefix, k, v, key_mask, ir.scale, causal=ir.is_causal)
+    if begins_after_prefix(q.shape[2], k.shape[2], prefix):
+        return q.new_empty(1, 1, 1, v.shape[3])  # which nothing reads
+    cached = k.shape[2] - q.shape[2]
+    q, k, v = (torch.ops.aten.slice.Tensor(x, 2, 0, prefix) for x in (q, k, v))
+    key_mask = None if key_mask is None else torch.ops.aten.slice.Tensor(key_mask, 1, 0, prefix)
+    return exact_rows(q, k, v, key_mask, ir.scale, causal=True, cached=cached)
 
 
 def with_adjacent_features(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +162,7 @@ def sizes_of(
     batch, num_heads, seq_len_q, _ = q.shape
     block_q = _rows(q, num_blocks) if ir.is_cross else ir.form.block_size
     heads, lengths = (batch, num_heads, k.shape[1]), (seq_len_q, k.shape[2])
-    return _named_sizes(ir.form, heads, lengths, (num_blocks, block_q), grid)
+    return _named_sizes(ir, heads, lengths, (num_blocks, block_q), grid)
 
 
 def sizes_of_ir(ir: MonarchAttention, hints: Mapping[str, int]) -> dict[str, Any]:
@@ -163,11 +178,11 @@ def sizes_of_ir(ir: MonarchAttention, hints: Mapping[str, int]) -> dict[str, Any
         values["grid"] = tuple(size if isinstance(size, int) else hints[size] for size in ir.grid)
     known = ir.changed(**values)
     heads, lengths = (known.batch, known.num_heads, known.num_kv_heads), (known.seq_len_q, known.seq_len_k)
-    return _named_sizes(ir.form, heads, lengths, (known.num_blocks, known.block_size_q), known.grid)
+    return _named_sizes(ir, heads, lengths, (known.num_blocks, known.block_size_q), known.grid)
 
 
 def _named_sizes(
-    form: Form,
+    ir: MonarchAttention,
     heads: tuple[Any, Any, Any],
     lengths: tuple[Any, Any],
     blocks: tuple[Any, Any],
@@ -190,6 +205,9 @@ def _named_sizes(
         "seq_len_q": seq_len_q,
         "seq_len_k": seq_len_k,
     }
+    form = ir.form
+    if ir.follows_cache:
+        sizes |= sizes_after_cache(form, seq_len_q, seq_len_k, num_blocks)
     if form.tile is not None and grid is not None:
         sizes |= {f"grid_{axis}": size for axis, size in enumerate(grid)}
         sizes |= {f"counts_{axis}": count for axis, count in enumerate(count_tiles(grid, form.tile))}
@@ -203,6 +221,8 @@ def bucketed(ir: MonarchAttention) -> MonarchAttention:
     """
     blocks = None if ir.num_blocks is None else _bucket(ir.num_blocks)
     rows = _bucket_of_rows(ir.block_size_q) if ir.is_cross else None
+    if ir.follows_cache:
+        rows = _bucket_after_cache(ir.seq_len_q, ir.form)
     heads = (ir.head_dim, ir.value_dim, ir.dtype)
     return _bucket_ir(*heads, ir.simplest, ir.scale, ir.mask, ir.group, blocks, rows, ir.is_causal)
 
@@ -211,6 +231,7 @@ def describe(ir: MonarchAttention) -> str:
     """What a tuned schedule depends on: heads, batch and scale are no part of it, and lengths share a bucket."""
     dims = f"{DTYPE_NAMES[ir.dtype]} dims {ir.head_dim}/{ir.value_dim} group {ir.group}"
     causal = " causal" if ir.is_causal else ""
+    causal += " after a cache" if ir.follows_cache else ""
     return f"attention {dims} | {ir.form}{causal} mask {ir.mask.value}, at most {bucketed(ir).num_blocks} blocks"
 
 
@@ -233,10 +254,15 @@ def _bucket_ir(
     rows: int | None,
     is_causal: bool,
 ) -> MonarchAttention:
-    """The IR of the most keys in `blocks` blocks, with `rows` queries to a block; None: as many as keys."""
+    """The IR of the most keys in `blocks` blocks, with `rows` queries to a block; None: as many as keys.
+
+    Where it is causal, `rows` are all queries, after a cache.
+    """
     seq_len_k: int | str = "N" if blocks is None else blocks * form.block_size + form.prefix
     seq_len_q = seq_len_k
-    if rows is not None and isinstance(seq_len_k, int):
+    if rows is not None and isinstance(seq_len_k, int) and is_causal:
+        seq_len_q = min(rows, seq_len_k - 1)
+    elif rows is not None and isinstance(seq_len_k, int):
         seq_len_q = rows * -(-seq_len_k // form.block_size)
         seq_len_q -= seq_len_q == seq_len_k  # as many as keys would be another problem, whose schedules differ
     elif rows is not None:
@@ -259,6 +285,12 @@ def _bucket(num_blocks: int) -> int:
 
 def _bucket_of_rows(rows: Any) -> int:
     return min(MOST_ROWS, padded(rows)) if isinstance(rows, int) else MOST_ROWS
+
+
+def _bucket_after_cache(rows: Any, form: Form) -> int:
+    """The most queries after a cache that share a schedule."""
+    blocks = _bucket(-(-rows // form.block_size)) if isinstance(rows, int) else MOST_BLOCKS
+    return form.block_size * blocks
 
 
 def _rows(q: Tensor, num_blocks: Any) -> Any:

@@ -6,14 +6,16 @@ from typing import Any
 
 from monarch_compile.attention.blocking import along_axes, steps_to_neighbours
 from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.codegen.attention.cache import row_blocks_of
 
 MAX_WINDOW_KEYS = 2**30
 """Positions in a sequence are 32-bit numbers in the kernels, sums with a window included."""
 
 
 def ends_of(ir: MonarchAttention) -> dict[str, Any]:
-    """The prefix, where it lies (leads: before the blocks), and the names of lengths and of where blocks end."""
-    q_len, k_len = ("seq_len_q", "seq_len_k") if ir.is_cross else ("seq_len", "seq_len")
+    """The prefix, where it lies (leads: before the blocks), and the names of lengths, of where blocks end, and of how
+    many hold queries; cached: whether keys of a cache come before the queries."""
+    q_len, k_len = ("seq_len_q", "seq_len_k") if ir.is_cross or ir.follows_cache else ("seq_len",) * 2
     at_end = ir.form.prefix_at_end
     return {
         "prefix": ir.form.prefix,
@@ -21,6 +23,8 @@ def ends_of(ir: MonarchAttention) -> dict[str, Any]:
         "prefix_at_end": at_end,
         "q_len": q_len,
         "q_end": f"({q_len} - PREFIX)" if at_end else q_len,
+        "cached": ir.follows_cache,
+        "row_blocks": row_blocks_of(ir),
         "k_end": f"({k_len} - PREFIX)" if at_end else k_len,
     }
 

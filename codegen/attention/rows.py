@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
@@ -23,16 +25,23 @@ H100 a float32 tensor that begins 4 bytes into its memory ends the process (torc
 
 
 def exact_rows(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    *,
+    causal: bool = False,
+    cached: Any = 0,
 ) -> Tensor:
     """Exact attention of rows q (E, H, P, D) to every key: (E, H, P, D_v); 0 where a row sees none.
 
     k (E, H_kv, N_k, D), v (E, H_kv, N_k, D_v), key_mask (E, N_k), bool or added to the scores. Where it is `causal`,
-    the rows are the first of the sequence, and see no key after their own.
+    the rows are those of the sequence after its `cached` first ones, and see no key after their own.
     """
     q, k, v = _aligned(q, k, v)
     if causal:
-        return _causal_rows(q, k, v, key_mask, scale)
+        return _causal_rows(q, k, v, key_mask, scale, cached)
     if scale <= 0:  # some kernels take the largest score before they scale
         q, scale = q * scale, 1.0
     grouped = bool(q.shape[1] != k.shape[1])
@@ -58,14 +67,19 @@ def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _causal_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    count = q.shape[2]
-    k, v = (torch.ops.aten.slice.Tensor(x, 2, 0, count) for x in (k, v))
-    grouped = bool(q.shape[1] != k.shape[1])
+def _causal_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, cached: Any) -> Tensor:
+    count, grouped = q.shape[2], bool(q.shape[1] != k.shape[1])
+    begins = isinstance(cached, int) and cached == 0
+    if begins:
+        k, v = (torch.ops.aten.slice.Tensor(x, 2, 0, count) for x in (k, v))
+        if key_mask is None:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        key_mask = torch.ops.aten.slice.Tensor(key_mask, 1, 0, count)
+    place = torch.arange(k.shape[2], device=q.device)
+    triangle = place <= torch.arange(count, device=q.device)[:, None] + cached
     if key_mask is None:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    triangle = torch.ones(count, count, dtype=torch.bool, device=q.device).tril()
-    seen, bias = split_mask(torch.ops.aten.slice.Tensor(key_mask, 1, 0, count)[:, None, None, :], q.dtype)
+        return scaled_dot_product_attention(q, k, v, attn_mask=triangle, scale=scale, enable_gqa=grouped)
+    seen, bias = split_mask(key_mask[:, None, None, :], q.dtype)
     seen = seen & triangle
     mask = seen if bias is None else bias.masked_fill(~seen, float("-inf"))
     found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from monarch_compile.attention.blocking import along_axes
 from monarch_compile.attention.ir import MAX_HEAD_DIM, MonarchAttention
+from monarch_compile.codegen.attention.cache import blocks_of_rows
 from monarch_compile.codegen.tiling import (
     ALL,
     DTYPE_BYTES,
@@ -196,10 +197,13 @@ def choose_schedule(ir: MonarchAttention, capability: Capability | None = None) 
     key = (DTYPE_BYTES[ir.dtype], width)
     table = TABLE[key] if not ir.has_exact_keys else NEAR_TABLE.get(key, TABLE[key])
     blocks, limit = ir.num_blocks, shared_limit(capability)
+    row_blocks = blocks
+    if ir.follows_cache:
+        row_blocks = blocks_of_rows(ir.seq_len_q, ir.seq_len_k, ir.form.block_size)
     sides = {
         "summarize": (ir.block_size_q, ir.form.block_size),
-        "attend": (blocks, blocks),
-        "represent": (blocks, blocks),
+        "attend": (row_blocks, blocks),
+        "represent": (row_blocks, blocks),
     }
     tilings: dict[str, Any] = {}
     for name, (num_rows, num_steps) in sides.items():
@@ -235,7 +239,7 @@ def is_made_for(schedule: Schedule, ir: MonarchAttention) -> bool:
 
 def turns_of(tiling: Tiling, name: str, ir: MonarchAttention, whole: bool) -> tuple[int, ...]:
     """The turns that a kernel may take with these tiles. whole: whether stage 2 meets all blocks in one step."""
-    if name == "attend" and not whole:
+    if name == "attend" and (not whole or ir.follows_cache):
         return (1,)
     if name == "summarize" and ir.form.block_size <= tiling.step:
         return 1, ALL

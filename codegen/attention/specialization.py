@@ -106,18 +106,20 @@ def specialize(
     num_blocks, block_q, prefix = sizes["num_blocks"], sizes["block_q"], ir.form.prefix
     row = max(pitch(ir.head_dim), pitch(ir.value_dim))
     output = sizes["seq_len_q"] * sizes["num_heads"] * max(ir.head_dim, ir.value_dim)
-    reaches = [block_q * num_blocks * row, output]
+    reaches = [(sizes["num_summaries"] if ir.follows_cache else block_q * num_blocks) * row, output]
     for name, tensor in tensors.items():
         within_head = 1 if name == "key_mask" else 2  # the dims before are addressed by 64 bits
         dims = zip(tensor.shape[within_head:], tensor.stride()[within_head:], strict=True)
         reaches.append(sum(size * stride for size, stride in dims))
     if ir.form.tile is None:
-        sides = [(sizes["seq_len_q"] - prefix, num_blocks * block_q)]
-        sides.append((sizes["seq_len_k"] - prefix, num_blocks * ir.form.block_size))
+        sides = [(sizes["seq_len_k"] - prefix, num_blocks * ir.form.block_size)]
+        if not ir.follows_cache:
+            sides.append((sizes["seq_len_q"] - prefix, num_blocks * block_q))
     else:
         tiled = enumerate(ir.form.tile)
         sides = [(sizes[f"grid_{axis}"], sizes[f"counts_{axis}"] * extent) for axis, extent in tiled]
-    return specialization_of(num_blocks, sides, schedule, reaches, _stride_multiple(ir, tensors))
+    blocks = None if ir.follows_cache else num_blocks  # their queries begin anywhere
+    return specialization_of(blocks, sides, schedule, reaches, _stride_multiple(ir, tensors))
 
 
 def _stride_multiple(ir: MonarchAttention, tensors: Mapping[str, Tensor]) -> int:
@@ -135,14 +137,17 @@ def expected(ir: MonarchAttention, schedule: CoversBlocks) -> Specialization:
         pairs = zip(ir.grid or (), ir.form.tile, strict=True)
         sides = [(n, -(-n // extent) * extent if isinstance(n, int) else None) for n, extent in pairs]
     else:
-        for length, size in ((ir.seq_len_q, ir.block_size_q), (ir.seq_len_k, ir.form.block_size)):
+        of_queries = () if ir.follows_cache else ((ir.seq_len_q, ir.block_size_q),)
+        for length, size in (*of_queries, (ir.seq_len_k, ir.form.block_size)):
             places = None if size is None or ir.num_blocks is None else ir.num_blocks * size
             sides.append((length - ir.form.prefix if isinstance(length, int) else None, places))
     reach: Any = None
-    if isinstance(ir.seq_len_q, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
-        reach = ir.seq_len_q * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
+    length = ir.seq_len_k if ir.follows_cache else ir.seq_len_q
+    if isinstance(length, int) and isinstance(ir.num_heads, int) and isinstance(ir.num_kv_heads, int):
+        reach = length * (ir.num_heads + 2 * ir.num_kv_heads) * ir.head_dim
     multiple = stride_multiple_of(ir.head_dim, ir.value_dim, ir.dtype, (ir.head_dim, ir.value_dim))
-    return specialization_of(ir.num_blocks, sides, schedule, (reach,), multiple)
+    blocks = None if ir.follows_cache else ir.num_blocks
+    return specialization_of(blocks, sides, schedule, (reach,), multiple)
 
 
 def _divides(number: int, stride: Any) -> bool:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,8 +73,8 @@ def _arguments(buffer: Buffer) -> Iterator[tuple[str, Argument]]:
         yield name, Argument("constexpr") if last else Argument("i32", is_aligned)
 
 
-def compile_report(kernel: Kernel, capability: Capability = (9, 0)) -> CompileReport:
-    """Compile one kernel of a program for `capability`, as for aligned, contiguous tensors.
+def compile_kernel(kernel: Kernel, capability: Capability = (9, 0)) -> Any:
+    """Triton's result of compiling one kernel of a program for `capability`, as for aligned, contiguous tensors.
 
     Raises:
         CodegenError: triton is missing or is set to interpret, or does not compile the kernel.
@@ -94,17 +94,26 @@ def compile_report(kernel: Kernel, capability: Capability = (9, 0)) -> CompileRe
     attributes = {places[name]: ALIGNED for name, argument in arguments.items() if argument.is_aligned}
     major, minor = capability
     try:
-        compiled = triton.compile(
+        return triton.compile(
             ASTSource(source.load(), signature, constants, attributes),
             target=GPUTarget("cuda", 10 * major + minor, 32),
             options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
         )
     except Exception as error:
         raise CodegenError(f"{kernel.name} does not compile for sm_{major}{minor}: {error}\n{source.text}") from error
+
+
+def compile_report(kernel: Kernel, capability: Capability = (9, 0)) -> CompileReport:
+    """The resources of what `compile_kernel` gives.
+
+    Raises:
+        CodegenError: as `compile_kernel`.
+    """
+    compiled = compile_kernel(kernel, capability)
     ptx = compiled.asm["ptx"]
     return CompileReport(
         name=kernel.name,
-        num_warps=tiling.num_warps,
+        num_warps=kernel.tiling.num_warps,
         registers=_usage(compiled.asm["cubin"], "REG"),
         shared_bytes=compiled.metadata.shared,
         local_bytes=_usage(compiled.asm["cubin"], "STACK") + _usage(compiled.asm["cubin"], "LOCAL"),

@@ -52,6 +52,13 @@ def is_exact(seq_len_q: Any, seq_len_k: Any, block_size: int, prefix: int) -> bo
     return in_one_block or bool(prefix and guard_or_false(seq_len_q <= prefix))
 
 
+def begins_after_prefix(seq_len_q: Any, seq_len_k: Any, prefix: int) -> bool:
+    """Whether a cache holds all of the prefix, so that no query after it is in it. Symbolic lengths are guarded on."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(seq_len_k - seq_len_q >= prefix))
+
+
 def differentiated_by_kernels(form: Form, *, is_cross: bool, is_causal: bool = False) -> bool:
     """Whether gradients of a form have kernels on CUDA; those of the others are the vjp of the reference.
 

@@ -50,6 +50,9 @@ LISTED_KEYS_FROM = 32768
 """The least length at which kernels of causal attention and of chosen blocks were timed beside exact attention's
 (benchmarks/results/causal_h100.json)."""
 
+CACHED_KEYS_FROM = sys.maxsize
+"""The same of the keys that causal queries see after a cache: these kernels were not timed at any length yet."""
+
 NEVER = sys.maxsize
 """The crossover of a site that does not pay even at the last of `LENGTHS`."""
 
@@ -160,6 +163,8 @@ def cost_refusal(
 
     sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
     """
+    if device.kind == "cuda" and ir.follows_cache and sizes["seq_len"] < CACHED_KEYS_FROM:
+        return Refusal("unmeasured_kernels", "kernels of causal queries after a cache of keys were not timed yet")
     if device.kind == "cuda" and ir.lists_exact_keys and sizes["seq_len"] < LISTED_KEYS_FROM:
         timed = f"kernels of causal attention and of chosen blocks were timed from {LISTED_KEYS_FROM} tokens on"
         return Refusal("unmeasured_kernels", timed)

@@ -164,13 +164,6 @@ def _causal(site: Signature, config: MonarchConfig) -> str | None:
     return None
 
 
-def _cached(site: Signature, config: MonarchConfig) -> str | None:
-    if not site.follows_cache or "cuda" not in site.devices:
-        return None
-    n_q, n_k = site.lengths
-    return f"the last {n_q} queries of {n_k} keys, which no kernel takes yet"
-
-
 def _min_seq_len(site: Signature, config: MonarchConfig) -> str | None:
     n_k = site.lengths[1]
     return f"seq_len {n_k} is below min_seq_len {config.min_seq_len}" if n_k < config.min_seq_len else None
@@ -190,7 +183,6 @@ RULES: tuple[Rule, ...] = (
     Rule("scale", _scale),
     Rule("dropout_active", _dropout),
     Rule("mask_causal", _causal),
-    Rule("cached_keys", _cached),
     Rule("min_seq_len", _min_seq_len),
 )
 """In the order in which they are asked: a later one may take for granted what an earlier one refuses."""

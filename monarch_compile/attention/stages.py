@@ -28,7 +28,8 @@ LEAST_FEATURES = 32
 class Sizes(NamedTuple):
     """What the work of a site depends on, in the letters of its formulas.
 
-    E: batch. H, H_kv: heads of queries, of keys. N_q, N_k: tokens. M: blocks. B_q, B_k: queries and keys of a block.
+    E: batch. H, H_kv: heads of queries, of keys. N_q, N_k: tokens. M: blocks. M_q: those that hold queries,
+    all M unless queries follow a cache: the others have one summary each. B_q, B_k: queries and keys of a block.
     D, D_v: features of a head of queries and keys, of values. e: bytes of an element. T: iterations.
     C: 1 where blocks are chosen, else 0. X: exact keys of a row beyond those that stage 1 scores anyway.
     G: 1 where there are exact groups, else 0. P: rows that are exact throughout.
@@ -40,6 +41,7 @@ class Sizes(NamedTuple):
     N_q: Quantity
     N_k: Quantity
     M: Quantity
+    M_q: Quantity
     B_q: Quantity
     B_k: Quantity
     D: Quantity
@@ -89,14 +91,14 @@ STAGES: tuple[Stage, ...] = (
     Stage("scores", "blocks", "every", "M", ("B_q", "D", "B_k"), ("qhat", "k"), softmax=True),
     Stage("a", "blocks", "every", "M", ("B_q", "B_k", "D"), ("k", "a", "c")),
     Stage("y", "blocks", "last", "M", ("B_q", "B_k", "D_v"), ("v", "y")),
-    Stage("logits", "offsets", "every", "B_q", ("M", "D", "M"), ("q", "a", "c"), softmax=True),
+    Stage("logits", "offsets", "every", "B_q", ("M_q", "D", "M"), ("q", "a", "c"), softmax=True),
     Stage("next qhat", "offsets", "before", "B_q", ("M", "M", "D"), ("q", "qhat")),
-    Stage("z", "offsets", "last", "B_q", ("M", "M", "D_v"), ("y", "z", "near")),
-    Stage("near scores", "blocks", "last", "M", ("B_q", "D", "X"), (), softmax=True),
-    Stage("near values", "blocks", "last", "M", ("B_q", "X", "D_v"), ("near",)),
-    Stage("totals of far fields", "totals", "choice", "B_q", ("M", "D", "M"), ("q", "a", "c", "lse"), softmax=True),
+    Stage("z", "offsets", "last", "B_q", ("M_q", "M", "D_v"), ("y", "z", "near")),
+    Stage("near scores", "blocks", "last", "M_q", ("B_q", "D", "X"), (), softmax=True),
+    Stage("near values", "blocks", "last", "M_q", ("B_q", "X", "D_v"), ("near",)),
+    Stage("totals of far fields", "totals", "choice", "B_q", ("M_q", "D", "M"), ("q", "a", "c", "lse"), softmax=True),
     Stage(
-        "masses of blocks", "masses", "choice", "B_q", ("M", "D", "M"), ("q", "a", "c", "lse", "masses"), softmax=True
+        "masses of blocks", "masses", "choice", "B_q", ("M_q", "D", "M"), ("q", "a", "c", "lse", "masses"), softmax=True
     ),
     Stage("exact rows", "rows", "once", "1", ("P", "D", "N_k"), ("k",), softmax=True),
     Stage("exact rows' values", "rows", "once", "1", ("P", "N_k", "D_v"), ("v",)),
@@ -134,12 +136,12 @@ TENSORS: dict[str, str] = {
     "v": "H_kv * N_k * D_v * e",
     "z": "H * N_q * D_v * e",
     "qhat": "H * N_q * D * e",
-    "a": "H * M * B_q * D * e",
-    "y": "H * M * B_q * D_v * e",
-    "c": "H * M * B_q * 4",
+    "a": "H * (M - M_q + M_q * B_q) * D * e",
+    "y": "H * (M - M_q + M_q * B_q) * D_v * e",
+    "c": "H * (M - M_q + M_q * B_q) * 4",
     "near": "G * H * N_q * (D_v * e + 4)",
     "lse": "H * N_q * 4",
-    "masses": "H * M * M * 6",
+    "masses": "H * M_q * M * 6",
     "delta": "H * N_q * 4",
     "dz": "H * N_q * D_v * e",
     "near dz": "G * H * N_q * (D_v * e + 8)",
@@ -217,7 +219,7 @@ def _tiled(stage: Stage) -> tuple[str, ...]:
     if stage.when == "once":
         return stage.matmul
     covered = {
-        **{size: f"blocks({size}, tile)" for size in ("M", "B_q", "B_k")},
+        **{size: f"blocks({size}, tile)" for size in ("M", "M_q", "B_q", "B_k")},
         **{size: f"features({size}, tile)" for size in ("D", "D_v")},
         "X": "(blocks(X - P, tile) + prefix(P, tile))",
     }

@@ -37,7 +37,7 @@ def exact_cost_of_shapes(
     (batch, num_heads, rows, dim), (_, kv_heads, keys, _), value_dim = q_shape, k_shape, v_shape[3]
     heads = (_symbolic(batch), _symbolic(num_heads), _symbolic(kv_heads))
     features = (_symbolic(dim), _symbolic(value_dim), dtype.itemsize)
-    sizes = Sizes(*heads, _symbolic(rows), _symbolic(keys), 1, 1, 1, *features, T=1, C=0, X=0, G=0, P=0)
+    sizes = Sizes(*heads, _symbolic(rows), _symbolic(keys), 1, 1, 1, 1, *features, T=1, C=0, X=0, G=0, P=0)
     return _plain(work_of(sizes).exact)
 
 
@@ -93,8 +93,9 @@ def _sizes(ir: MonarchAttention, value: Callable[[Dim], Quantity]) -> Sizes:
     block_rows = ceil_div(after_rows, blocks) if ir.is_cross else ir.form.block_size
     heads = (value(ir.batch), value(ir.num_heads), value(ir.num_kv_heads))
     fixed = (ir.head_dim, ir.value_dim, ir.dtype.itemsize, ir.form.num_iters, int(ir.form.chosen > 0))
+    row_blocks = least(ceil_div(rows, ir.form.block_size), blocks) if ir.follows_cache else blocks
     groups = _group_sizes(ir.simplest.one_axis(), rows, keys, ir.is_causal)
-    return Sizes(*heads, rows, keys, blocks, block_rows, ir.form.block_size, *fixed, *groups)
+    return Sizes(*heads, rows, keys, blocks, row_blocks, block_rows, ir.form.block_size, *fixed, *groups)
 
 
 def _group_sizes(form: Form, rows: Quantity, keys: Quantity, is_causal: bool) -> tuple[Quantity, Quantity, Quantity]:
@@ -125,11 +126,17 @@ def _work(ir: MonarchAttention) -> Work:
 
 
 def _triangle(ir: MonarchAttention, exact: Cost) -> Cost:
-    """The cost of exact attention; half of the work where it is causal, though queries after a cache see more."""
+    """The cost of exact attention; where it is causal, of the keys that a query sees: on average, all but half as many
+    as there are queries."""
     if not ir.is_causal:
         return exact
-    flops, exps = (x // 2 if isinstance(x, int) else x / 2 for x in (exact.flops, exact.exps))
-    return Cost(flops, exact.bytes, exps)
+    rows, keys = _symbolic(ir.seq_len_q), _symbolic(ir.seq_len_k)
+
+    def seen(of_all: Quantity) -> Quantity:
+        whole = of_all * (2 * keys - rows)
+        return whole // (2 * keys) if isinstance(whole, int) else sympy.cancel(whole / (2 * keys))
+
+    return Cost(seen(exact.flops), exact.bytes, seen(exact.exps))
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
@@ -168,8 +175,8 @@ def _forward(work: Work, sizes: Sizes, device: Device, ir: MonarchAttention) -> 
     work_s = device.seconds(device.monarch, form.flops, form.bytes, form.exps, ir.dtype) * padding
     rows_s = exactly(work.rows.flops, work.rows.bytes) if sizes.P else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)
-    exact_flops = work.exact.flops / 2 if ir.is_causal else work.exact.flops
-    return exactly(exact_flops, work.exact.bytes), launch_s + work_s + rows_s
+    seen = 1 - sizes.N_q / (2 * sizes.N_k) if ir.is_causal else 1.0  # of the keys, by a query on average
+    return exactly(work.exact.flops * seen, work.exact.bytes), launch_s + work_s + rows_s
 
 
 def _shares_prefix(device: Device, ir: MonarchAttention) -> bool:

@@ -14,9 +14,14 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 import monarch_compile
+from monarch_compile.attention.form import Form
 from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.ir import MonarchAttention
+from monarch_compile.attention.lengths import cost_refusal
 from monarch_compile.attention.signature import Signature, first_broken
+from monarch_compile.calls import DEVICE_ALONE
 from monarch_compile.config import MonarchConfig
+from monarch_compile.cost.devices import DEVICES
 from monarch_compile.integrations import register_transformers, replace_sdpa
 
 transformers = pytest.importorskip("transformers")
@@ -174,10 +179,22 @@ def test_a_cache_without_the_option_stays_exact() -> None:
     assert [d.code for d in decisions_of(_end_of_keys, q, k, v, cross_attention=True)] == ["mask_causal"]
 
 
-def test_no_kernel_takes_queries_after_a_cache() -> None:
+def test_queries_after_a_cache_are_lowered_on_every_device() -> None:
     shapes = ((1, 2, 7, 8), (1, 2, 23, 8), (1, 2, 23, 8))
-    options = {"is_causal": True, "follows_cache": True}
-    for device, code in (("cuda", "cached_keys"), ("cpu", None)):
-        site = Signature(shapes, frozenset({torch.float32}), frozenset({device}), 1.0, **options)
-        refused = first_broken(site, MonarchConfig(causal=True))
-        assert (refused and refused.code) == code
+    for device in ("cuda", "cpu"):
+        for trains, code in ((False, None), (True, "mask_causal")):
+            options = {"is_causal": True, "follows_cache": True, "trains": trains}
+            site = Signature(shapes, frozenset({torch.float32}), frozenset({device}), 1.0, **options)
+            refused = first_broken(site, MonarchConfig(causal=True))
+            assert (refused and refused.code) == code
+
+
+def test_on_a_gpu_policy_auto_waits_for_kernels_after_a_cache_to_be_timed() -> None:
+    sizes = {"batch": 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128}
+    form, lengths = Form(64, window=1, chosen=8), {"seq_len_q": 2048, "seq_len_k": 65536}
+    ir = MonarchAttention(**sizes, **lengths, dtype=torch.bfloat16, form=form, scale=0.1, is_causal=True)
+    weighed = {"auto": False, "batch": 1, "seq_len": 65536, "queries": 2048}
+    refused = cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **weighed)
+    assert refused is not None
+    assert refused.code == "unmeasured_kernels"
+    assert "after a cache" in refused.reason

@@ -12,6 +12,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from monarch_compile.attention.chosen import attend_exactly_where_chosen
 from monarch_compile.attention.form import FORM_OPTIONS, Form
 from monarch_compile.attention.groups import split_mask
+from monarch_compile.attention.ir import count_blocks
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import outputs, site
 from monarch_compile.codegen.attention.schedule import choose_schedule
@@ -26,12 +27,15 @@ def form_of(case: Case) -> Form:
 
 
 def with_choice(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output of the kernels, and the blocks that they chose: (batch, heads, blocks, places)."""
+    """The output of the kernels, and the blocks that they chose: (batch, heads, blocks, places), -1 for blocks before
+    the first query."""
     form, scale = form_of(case).simplest(is_causal=case.causal), float(str(case.options["scale"]))
     ir, mask = site(q, k, v, mask, form, scale, case.grid, causal=case.causal)
     launcher = Launcher(ir, choose_schedule(ir, capability_of(q.device)), SHOWS_CHOICE)
     with set_wrap_triton_enabled(False):
         z, taken = outputs(launcher, q, k, v, mask, case.grid)
+    missing = count_blocks(k.shape[2], form.block_size, form.prefix) - taken.shape[1] if form.tile is None else 0
+    taken = torch.nn.functional.pad(taken, (0, 0, missing, 0), value=-1)
     return z.transpose(1, 2), taken.view(q.shape[0], q.shape[1], *taken.shape[1:])
 
 

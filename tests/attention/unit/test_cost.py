@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 B, M, D, E = sympy.symbols("B M D e", positive=True, integer=True)
 N = M * B
-SQUARE = Sizes(1, 1, 1, M * B, M * B, M, B, B, D, D, E, T=1, C=0, X=0, G=0, P=0)
+SQUARE = Sizes(1, 1, 1, M * B, M * B, M, M, B, B, D, D, E, T=1, C=0, X=0, G=0, P=0)
 WINDOW = SQUARE._replace(X=2 * B, G=1)
 
 
@@ -342,3 +342,35 @@ def test_device_for(kind, name, expected):
 def test_unknown_device_type_is_refused():
     with pytest.raises(InputError, match="device_type must be 'cpu' or 'cuda'; found 'mps'"):
         device_for("mps")
+
+
+def test_queries_after_a_cache_cost_their_own_rows_alone() -> None:
+    """Stage 1 meets all keys; far fields, chosen blocks and exact groups are of the queries that are there."""
+    form = Form(64, window=1, chosen=8)
+    sizes = {"batch": 1, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "value_dim": 64}
+    whole = MonarchAttention(
+        **sizes, seq_len_q=65536, seq_len_k=65536, dtype=torch.float16, form=form, scale=0.125, is_causal=True
+    )
+    part = whole.changed(seq_len_q=4096)
+    stage_1 = 8 * 2 * 65536 * 64 * 3 * 64
+    rest = [monarch_cost(ir).flops - stage_1 for ir in (whole, part)]
+    assert rest[0] == 16 * rest[1]
+    summaries = 2 * 8 * (960 + 4096) * 64 * 2
+    assert monarch_cost(part).bytes < monarch_cost(whole).bytes / 4
+    assert monarch_cost(part).bytes > 2 * summaries
+    exact = [exact_cost(ir).flops for ir in (whole, part)]
+    assert exact[0] == 4 * 8 * 64 * 65536**2 / 2
+    assert exact[1] == 4 * 8 * 64 * 4096 * (65536 - 2048)
+
+
+def test_the_work_of_queries_after_a_cache_may_be_symbolic() -> None:
+    form = Form(64, window=1, chosen=8)
+    ir = MonarchAttention(1, 8, 8, "n", "m", 64, 64, dtype=torch.float16, form=form, scale=0.125, is_causal=True)
+    known = ir.changed(seq_len_q=4096, seq_len_k=65536)
+    names = sympy.symbols("n m", positive=True, integer=True)
+    values = dict(zip(names, (4096, 65536), strict=True))
+    for count in (monarch_cost, exact_cost):
+        symbolic, number = count(ir), count(known)
+        found = [sympy.sympify(x).subs(values) for x in (symbolic.flops, symbolic.bytes, symbolic.exps)]
+        assert found == [number.flops, number.bytes, number.exps]
+    assert predict(ir, DEVICES["h100"], {"n": 4096, "m": 65536}) == predict(known, DEVICES["h100"])
