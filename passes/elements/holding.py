@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -12,14 +13,17 @@ from monarch_compile.passes.constants import DROPPED, held_by
 from monarch_compile.passes.elements.values import Place, number
 from monarch_compile.passes.graph import FLOATS
 
-EXACT_CASTS = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
+DIGITS = {torch.int32: 31, torch.int64: 63, torch.float32: 24, torch.float64: 53}
+"""Dtypes that hold indices, and how many bits an integer may have there."""
+
+EXACT_CASTS = frozenset(DIGITS)
 """Dtypes that hold every index and mask value in use."""
 
-DIGITS = {torch.float32: 24, torch.float64: 53}
-"""Floats that hold indices: how many bits a number has there."""
-
 LARGEST_PLACE = 2**20
-"""A bound on the places in a mask, which has more elements than memory beyond it."""
+"""A bound on the places in a mask: one that goes beyond it has more elements than fit in memory."""
+
+LARGEST_UNKNOWN = 2**31
+"""A bound on unknown integers, such as tokens."""
 
 
 def leaves(value: Any) -> list[Any]:
@@ -49,18 +53,25 @@ def rounded(value: Any, dtype: torch.dtype | None) -> Any:
 def is_held(value: Any, dtype: torch.dtype | None) -> bool:
     """Whether the dtype holds a number, or an expression of places wherever these are, as it is.
 
-    Of floats it is known for multiples of one half whose bound has no more digits than the dtype.
+    An expression is bounded by its terms. Of floats, multiples of one half are known to be held.
     """
     if value.is_number:
         return bool(value.is_extended_real) and held_by(float(value), dtype) == float(value)
     if isinstance(value, AppliedUndef) or (isinstance(value, sympy.Symbol) and not isinstance(value, Place)):
         return True
     if dtype not in DIGITS:
-        return dtype in EXACT_CASTS
+        return False
     bound = 0
-    for term in sympy.Add.make_args(sympy.expand(2 * value)):
+    parts = 2 if dtype in FLOATS else 1
+    for term in sympy.Add.make_args(sympy.expand(parts * value)):
         factor, rest = term.as_coeff_Mul()
         if not rest.is_integer or rest.has(sympy.Pow) or not float(factor).is_integer():
             return False
-        bound += abs(int(factor)) * (1 if rest == 1 else LARGEST_PLACE ** len(sympy.Mul.make_args(rest)))
-    return bound < 2 ** DIGITS[dtype]
+        bound += abs(int(factor)) * _bound(rest)
+    return bool(bound < 2 ** DIGITS[dtype])
+
+
+def _bound(product: Any) -> int:
+    """A bound on a product of places, sizes, unknown integers, and of what is rounded down of these."""
+    factors = [factor for factor in sympy.Mul.make_args(product) if factor != 1]
+    return math.prod(LARGEST_UNKNOWN if factor.has(AppliedUndef) else LARGEST_PLACE for factor in factors)

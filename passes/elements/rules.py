@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from monarch_compile.passes.capture.enclosed import given_value, name_of
 from monarch_compile.passes.constants import DROPPED, constant_of
-from monarch_compile.passes.elements.holding import DIGITS, EXACT_CASTS, is_held, is_kept, leaves, rounded
+from monarch_compile.passes.elements.holding import EXACT_CASTS, is_held, is_kept, leaves, rounded
 from monarch_compile.passes.elements.values import (
     CASTS_AND_COPIES,
     Index,
@@ -86,7 +86,8 @@ def _same(e: Evaluator, n: Node, i: Index) -> Any:
     if target == source:
         return value
     if target in EXACT_CASTS and not (source in FLOATS and target not in FLOATS):
-        return rounded(value, target)
+        wraps = target == torch.int32 and not all(is_held(leaf, target) for leaf in leaves(value))
+        return None if wraps else rounded(value, target)
     return value if is_kept(value, target) else None
 
 
@@ -150,13 +151,13 @@ def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
     """Whether arithmetic in the dtype gives what it gives in numbers: no overflow, no rounding that a later step
     could bring out. An int64 index times a small number does; a float sum may not have lost an operand's symbol, nor
     the numbers that show where an operand was rounded."""
+    inexact = [leaf for v in operands for leaf in leaves(v) if not is_held(leaf, dtype)]
     if is_kept(result, dtype):
-        return not _unknown_floats(*operands)
-    if dtype in DIGITS:
+        return not _unknown_floats(*operands) and all(leaf.is_number for leaf in inexact)
+    if dtype in (torch.float32, torch.float64):
         lost = _symbols(*operands) != _symbols(result) or _unknown_floats(*operands) - _unknown_floats(result)
-        inexact = [leaf for v in operands for leaf in leaves(v) if not is_held(leaf, dtype)]
         return not lost and _magnitudes(*inexact) <= _magnitudes(result)
-    return dtype == torch.int64 and all(abs(x) < 2**31 for x in result.atoms(sympy.Number) if x.is_finite)
+    return dtype == torch.int64 and all(is_held(leaf, dtype) for leaf in leaves(result))
 
 
 def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: torch.dtype | None) -> bool:
