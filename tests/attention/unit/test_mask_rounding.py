@@ -139,6 +139,11 @@ def test_what_the_dtype_holds_is_a_triangle(name: str) -> None:
     assert outcome(TRIANGLES[name]) == [("lowered", "causal")]
 
 
+def holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether masked_fill takes the value for such a tensor."""
+    return dtype.is_floating_point and value <= torch.finfo(dtype).max
+
+
 NUMBERS = (0.0, 0.1, 0.5, 1.0, 3.0, 7.0, 256.0, 1e-9, 1e-30, 1e4, 1e9, 2.0**24, 2.0**31)
 STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "add": lambda x, c: x + c,
@@ -146,7 +151,7 @@ STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "multiply": lambda x, c: x * c,
     "divide": lambda x, c: x / (c or 1.0),
     "negate": lambda x, c: -x,
-    "fill": lambda x, c: x.masked_fill(places()[1] > 5, c) if x.is_floating_point() else x,
+    "fill": lambda x, c: x.masked_fill(places()[1] > 5, c) if holds(x.dtype, c) else x,
     "choose": lambda x, c: torch.where(places()[1] < 4, x, c),
     **{f"cast to {dtype}": lambda x, c, dtype=dtype: x.to(dtype) for dtype in (HALF, BRIEF, SINGLE, DOUBLE, INT, LONG)},
 }
@@ -160,7 +165,7 @@ step = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from(NUMBERS))
 number = st.tuples(st.sampled_from(sorted(STARTS)), st.lists(step, max_size=4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(one=number, other=number, relation=st.sampled_from([torch.ge, torch.gt, torch.eq, torch.ne]))
 def test_elements_that_are_known_are_those_of_the_program(one: Any, other: Any, relation: Any) -> None:
     def made(given: Any) -> Tensor:
