@@ -70,7 +70,8 @@ def short_convolutions_to_sums(state: State) -> str:
     lowers = any(choice.lowers for _, choice in state.of_family(FAMILY))
     changed = 0
     for gm in all_graphs(state.graph) if lowers and state.config.short_convolutions else ():
-        found = [short for node in gm.graph.nodes if (short := short_convolution(node)) is not None]
+        # Each is read when those before it are rewritten: the results of these may be its operands.
+        found = (short for node in [*gm.graph.nodes] if (short := short_convolution(node)) is not None)
         changes = [change for short in found if (change := _rewritten(gm, short)) is not None]
         if changes:
             gm.graph.eliminate_dead_code(must_be_kept)

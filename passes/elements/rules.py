@@ -16,7 +16,8 @@ from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from monarch_compile.passes.capture.enclosed import given_value, name_of
-from monarch_compile.passes.constants import DROPPED, constant_of, held_by
+from monarch_compile.passes.constants import DROPPED, constant_of
+from monarch_compile.passes.elements.holding import EXACT_CASTS, is_held, is_kept, leaves, rounded
 from monarch_compile.passes.elements.values import (
     CASTS_AND_COPIES,
     Index,
@@ -28,7 +29,7 @@ from monarch_compile.passes.elements.values import (
     number,
 )
 from monarch_compile.passes.elements.views import VIEW_RULES
-from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of
+from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, shape_of, value_of
 
 MAX_PIECES = 32
 """A bound on the cases that arithmetic may give rise to."""
@@ -82,30 +83,28 @@ def _same(e: Evaluator, n: Node, i: Index) -> Any:
     if target == torch.bool:
         return as_bool(value)
     value = as_number(value)
-    if target == source or (target in EXACT_CASTS and not (source in FLOATS and target not in FLOATS)):
+    if target == source:
         return value
-    return value if _is_kept(value, target) else None
-
-
-def _is_kept(value: Any, dtype: torch.dtype | None) -> bool:
-    """Whether every value is a number that the dtype holds as it is, or, for a float, one that stays a large mask."""
-    leaves = [x for x, _ in value.args] if isinstance(value, sympy.Piecewise) else [value]
-    if not all(x.is_number and x.is_extended_real for x in leaves):
-        return False
-    return all((dtype in FLOATS and x <= DROPPED) or held_by(float(x), dtype) == float(x) for x in leaves)
-
-
-EXACT_CASTS = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
-"""Dtypes that hold every index and mask value in use."""
+    if target in EXACT_CASTS and not (source in FLOATS and target not in FLOATS):
+        wraps = target == torch.int32 and not all(is_held(leaf, target) for leaf in leaves(value))
+        return None if wraps else rounded(value, target)
+    return value if is_kept(value, target) else None
 
 
 def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
         x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
-        opaque = _unknown_floats(x, y)
-        return e.opaque(n, _symbols(x, y)) if opaque else relation(x, y)
+        dtype = _compared_in(n)
+        is_known = not _unknown_floats(x, y) and all(is_held(leaf, dtype) for v in (x, y) for leaf in leaves(v))
+        return relation(x, y) if is_known else e.opaque(n, _symbols(x, y))
 
     return rule
+
+
+def _compared_in(n: Node) -> torch.dtype:
+    """The dtype to which a comparison casts its operands: it may hold fewer numbers than theirs."""
+    x, y = (value_of(given) if isinstance(given, Node) else given for given in inputs(n)[:2])
+    return torch.result_type(x, y)
 
 
 def _unknown_floats(*values: Any) -> set[Any]:
@@ -137,39 +136,59 @@ def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
             return None
         result = combine(x, y)
         result = sympy.piecewise_fold(result) if result.has(sympy.Piecewise) else result
-        if dtype_of(n) == torch.bool:
+        dtype = dtype_of(n)
+        if dtype == torch.bool:
             return as_bool(result)
-        return result if _is_exact(result, dtype_of(n), x, y) else None
+        exact = _is_exact(result, dtype, x, y) and all(
+            _is_exact_pair(combine, a, b, dtype) for a in leaves(x) for b in leaves(y)
+        )
+        return result if exact else None
 
     return rule
 
 
 def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
     """Whether arithmetic in the dtype gives what it gives in numbers: no overflow, no rounding that a later step
-    could bring out. An int64 index times a small number does; a float sum may not have lost an operand's symbol."""
-    if _is_kept(result, dtype):
-        return not _unknown_floats(*operands)
+    could bring out. An int64 index times a small number does; a float sum may not have lost an operand's symbol, nor
+    the numbers that show where an operand was rounded."""
+    inexact = [leaf for v in operands for leaf in leaves(v) if not is_held(leaf, dtype)]
+    if is_kept(result, dtype):
+        return not _unknown_floats(*operands) and all(leaf.is_number for leaf in inexact)
     if dtype in (torch.float32, torch.float64):
-        return not (_symbols(*operands) != _symbols(result) or _unknown_floats(*operands) - _unknown_floats(result))
-    return dtype == torch.int64 and all(abs(x) < 2**31 for x in result.atoms(sympy.Number) if x.is_finite)
+        lost = _symbols(*operands) != _symbols(result) or _unknown_floats(*operands) - _unknown_floats(result)
+        return not lost and _magnitudes(*inexact) <= _magnitudes(result)
+    return dtype == torch.int64 and all(is_held(leaf, dtype) for leaf in leaves(result))
 
 
-def _where(condition: Any, x: Any, y: Any, is_bool: bool) -> Any:
+def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: torch.dtype | None) -> bool:
+    """Whether two numbers of which one is rounded, such as -1e9 in 16 bits, give no number that hides that."""
+    if not (x.is_number and y.is_number) or x == 0 or y == 0 or (is_held(x, dtype) and is_held(y, dtype)):
+        return True
+    result = combine(x, y)
+    return bool(result <= DROPPED) or not is_held(result, dtype)
+
+
+def _magnitudes(*values: Any) -> set[Any]:
+    return {abs(x) for v in values for x in v.atoms(sympy.Number)} - {1}
+
+
+def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype | None) -> Any:
     condition = as_bool(condition)
-    if is_bool:
+    if dtype == torch.bool:
         x, y = as_bool(x), as_bool(y)
         return sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y))
-    return sympy.Piecewise((as_number(x), condition), (as_number(y), True))
+    chosen, other = (rounded(as_number(v), dtype) for v in (x, y))
+    return None if chosen is None or other is None else sympy.Piecewise((chosen, condition), (other, True))
 
 
 def _rule_where(e: Evaluator, n: Node, i: Index) -> Any:
     condition, x, y = (e.operand(n, place, i) for place in range(3))
-    return _where(condition, x, y, dtype_of(n) == torch.bool)
+    return _where(condition, x, y, dtype_of(n))
 
 
 def _rule_masked_fill(e: Evaluator, n: Node, i: Index) -> Any:
     old, mask, fill = (e.operand(n, place, i) for place in range(3))
-    return _where(mask, fill, old, dtype_of(n) == torch.bool)
+    return _where(mask, fill, old, dtype_of(n))
 
 
 def _filled(number: int) -> Rule:
@@ -182,7 +201,7 @@ def _rule_full(place: int) -> Rule:
         fill = float(given) if isinstance(given, bool) else constant_of(given)
         if fill is None or dtype_of(n) == torch.bool:
             return None if fill is None else as_bool(bool(fill))
-        return number(fill) if _is_kept(number(fill), dtype_of(n)) else None
+        return number(fill) if is_kept(number(fill), dtype_of(n)) else None
 
     return rule
 
@@ -195,7 +214,7 @@ def _rule_triangle(lower: bool) -> Rule:
         elif not isinstance(diagonal, int):
             return None
         inside = sympy.Le(i[-1], i[-2] + diagonal) if lower else sympy.Ge(i[-1], i[-2] + diagonal)
-        return _where(inside, e.operand(n, 0, i), 0, dtype_of(n) == torch.bool)
+        return _where(inside, e.operand(n, 0, i), 0, dtype_of(n))
 
     return rule
 
