@@ -223,10 +223,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for axes, (value, line, least) in zip(
             column, (("over", WITHIN, 1e-3), ("behind", NEEDLES_WITHIN, 1e-2)), strict=True
         ):
-            for kind, marker in (("rows", "o-"), ("blocks", "s-"), ("control", "x")):
-                chosen = [r for r in rows if r["seq_len"] == seq_len and _kind(r) == kind]
-                points = sorted((r["share"], max(r[value], least)) for r in chosen)
-                axes.plot(*zip(*points, strict=True), marker, label=kind) if points else None
+            for kind, style in (("rows", "C0o-"), ("blocks", "C1s-"), ("control", "C2x")):
+                chosen = [row for row in rows if row["seq_len"] == seq_len and _kind(row) == kind]
+                points = sorted((row["share"], max(row[value], least)) for row in chosen)
+                axes.plot([share for share, _ in points], [number for _, number in points], style, label=kind)
             axes.axhline(line, color="grey", linestyle="--", linewidth=1)
             axes.axvline(0.25, color="grey", linestyle=":", linewidth=1)
             axes.set(yscale="log", xlabel="exact keys, share of those that exact attention sees")
