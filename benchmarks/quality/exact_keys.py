@@ -82,11 +82,12 @@ def by_blocks(chosen: int) -> Form:
     return Form(f"blocks_{chosen}", partial(monarch_attention, **options), {"window": 1, "sinks": 1, "chosen": chosen})
 
 
-def by_rows(chosen: int, layers: tuple[int, ...] = ()) -> Form:
-    """Each row's own choice of as many keys, emulated."""
+def by_rows(chosen: int, layers: tuple[int, ...] = (), piece: int = PIECE) -> Form:
+    """Each row's own choice of as many keys, in pieces of `piece`, emulated."""
     lists = {"window": 1, "sinks": 1, "chosen": chosen}
-    attention = partial(attend, block_size=BLOCK_SIZE, piece=PIECE, **lists)
-    return Form(f"rows_{chosen}" + "".join(f"_layer{x}" for x in layers), attention, lists, layers)
+    attention = partial(attend, block_size=BLOCK_SIZE, piece=piece, **lists)
+    name = f"rows_{chosen}" + "".join(f"_layer{layer}" for layer in layers)
+    return Form(name + f"_piece{piece}" * (piece != PIECE), attention, lists, layers)
 
 
 def control(name: str, window: int, sinks: int, random: int = 0) -> Form:
@@ -242,7 +243,7 @@ def _kind(row: Mapping[str, Any]) -> str:
     """Which line of the picture a row is on; "" for none."""
     if row["control"]:
         return "control"
-    return "" if "layer" in row["form"] else row["form"].split("_")[0]
+    return "" if "layer" in row["form"] or "piece" in row["form"] else row["form"].split("_")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -252,10 +253,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 13, 16], help="numbers of chosen blocks")
     parser.add_argument("--layers-of", type=int, help="also rows_LAYERS_OF in one full layer, the others exact")
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="results file (JSON)")
+    parser.add_argument("--pieces", type=int, nargs="*", default=[], help="also rows that choose pieces of other sizes")
     args = parser.parse_args(argv)
     wanted = list(forms(args.counts))
     if args.layers_of:
         wanted += [by_rows(args.layers_of, (layer,)) for layer in range(3)]
+    wanted += [by_rows(count, piece=piece) for piece in args.pieces for count in args.counts]
     rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else []
     from benchmarks.quality.gemma import load_gemma
 
