@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import monarch_compile
-from benchmarks.quality import controls
+from benchmarks.quality import controls, row_choice
 from benchmarks.quality.task import Entry, Model, Task
 from monarch_compile.attention.site_call import AttentionCall
 from monarch_compile.calibration.instrument import with_attention
@@ -103,6 +103,16 @@ def listed(task: Task, options: Mapping[str, Any]) -> Built:
     return _instrumented(task, attention, causal=True)
 
 
+def by_rows(task: Task, options: Mapping[str, Any]) -> Built:
+    """The model, eager, whose causal sites are emulated: each row chooses its own far keys; see `row_choice.attend`."""
+    size = task.block_size
+
+    def attention(call: AttentionCall) -> Tensor:
+        return row_choice.attend(call.q, call.k, call.v, scale=call.options["scale"], block_size=size, **options)
+
+    return _instrumented(task, attention, causal=True)
+
+
 def _chosen() -> tuple[Variant, ...]:
     """Causal forms with a window of one block before and the first block as attention sinks, and their controls."""
     sinks = {"causal": True, "window": 1, "prefix": 64}
@@ -116,6 +126,16 @@ def _chosen() -> tuple[Variant, ...]:
         )
         for count in (0, 2, 4, 8, 16, 32)
     )
+    rows = (
+        Variant(
+            f"rows_{count}",
+            f"emulated: each row's own choice of as many keys as {count} blocks, one block before, the first",
+            by_rows,
+            MappingProxyType({"window": 1, "sinks": 1, "chosen": count, "piece": row_choice.PIECE}),
+            causal=True,
+        )
+        for count in (4, 8, 16)
+    )
     lists: dict[str, tuple[str, dict[str, int]]] = {
         "window_sinks": ("one block before and the first alone", {"window": 1, "sinks": 1}),
         "random_8": ("8 random blocks, one before, the first", {"window": 1, "sinks": 1, "random": 8}),
@@ -127,7 +147,7 @@ def _chosen() -> tuple[Variant, ...]:
         )
         for name, (title, options) in lists.items()
     )
-    return (*forms, *fail)
+    return (*forms, *rows, *fail)
 
 
 def _tiles() -> tuple[Variant, ...]:

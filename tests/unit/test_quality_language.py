@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.quality import controls, variants
+from benchmarks.quality import controls, row_choice, variants
 from benchmarks.quality.gguf_weights import FORMATS, GgufError, read_gguf
 from benchmarks.quality.language import BLOCK_SIZE, CODES, STRIDE, task_of
 from benchmarks.quality.task import TASKS, Task
@@ -53,7 +53,7 @@ def build(task: Task, name: str) -> Any:
     (variant,) = (v for v in variants.VARIANTS if v.name == name)
     assert variant.fits(TASKS["language_4096"])
     assert not variant.fits(TASKS["minilm"]) or name == "exact"
-    if name in ("window_sinks", "random_8", "own_block"):
+    if name.startswith("rows") or name in ("window_sinks", "random_8", "own_block"):
         return variant.build(task, variant.options).model
     options = {"policy": "always", "block_size": BLOCK_SIZE, **variant.options}
     return variants.with_attention(task.model, lambda call: call.monarch(), options)
@@ -89,10 +89,11 @@ def test_codes_are_said_at_ten_depths_and_asked_for_at_the_end(task: Task) -> No
 def test_forms_and_controls(task: Task) -> None:
     args, _ = task.calibration_inputs[0]
     exact, found = task.model(*args), {}
-    for name in ("chosen_0", "chosen_4", "chosen_32", "window_sinks", "random_8", "own_block"):
+    for name in ("chosen_0", "chosen_4", "chosen_32", "rows_4", "rows_16", "window_sinks", "random_8", "own_block"):
         found[name] = task.metric(exact, build(task, name)(*args))
     assert found["chosen_32"] < 1e-4  # there are 20 blocks
     assert found["chosen_32"] < found["chosen_4"] < found["chosen_0"]
+    assert found["rows_16"] < found["rows_4"] < found["window_sinks"]
     assert found["own_block"] > max(found["window_sinks"], found["random_8"]) > found["chosen_32"]
 
 
@@ -113,6 +114,58 @@ def test_listed_blocks_see_what_they_are_said_to() -> None:
         *(x[:, :, 8:12] for x in (q, k, v)), is_causal=True, scale=0.5, enable_gqa=True
     )
     torch.testing.assert_close(own[:, :, 8:12], alone)
+
+
+def _rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: int) -> torch.Tensor:
+    options = {"scale": 0.5, "block_size": 8, "window": 1, "sinks": 1, "chosen": chosen, "piece": 4}
+    return row_choice.attend(q, k, v, **options)
+
+
+def test_rows_choose_pieces_by_the_mean_of_their_keys() -> None:
+    q, k, v = (torch.randn(2, heads, 70, 4, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    exact = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(_rows(q, k, v, 6), exact)  # 9 blocks, of which 3 are seen anyway
+    listed = controls.listed_blocks(q, k, v, scale=0.5, block_size=8, window=1, sinks=1)
+    torch.testing.assert_close(_rows(q, k, v, 0), listed)
+
+    row, head, chosen = 61, 1, 2  # of block 7: candidates are blocks 1 to 5, pieces 2 to 11 of the 15 before its own
+    means = k[1, head, :60].unflatten(0, (15, 4)).mean(1)
+    shares = sum((0.5 * means @ q[1, member, row]).softmax(-1) for member in (2 * head, 2 * head + 1))
+    shares[:2] = shares[12:] = -1
+    seen = {*range(8), *range(48, row + 1)}
+    for piece in shares.topk(2 * chosen).indices.tolist():
+        seen |= set(range(4 * piece, 4 * piece + 4))
+    places = sorted(seen)
+    for member in (2 * head, 2 * head + 1):
+        weights = (0.5 * k[1, head, places] @ q[1, member, row]).softmax(-1)
+        torch.testing.assert_close(_rows(q, k, v, chosen)[1, member, row], weights @ v[1, head, places])
+
+
+def test_of_equal_pieces_rows_choose_the_first() -> None:
+    q, k = torch.zeros(1, 1, 48, 4), torch.zeros(1, 1, 48, 4)
+    v = torch.arange(48.0)[None, None, :, None].expand(1, 1, 48, 1)
+    seen = [*range(8), *range(8, 16), *range(32, 48)]
+    assert _rows(q, k, v, 1)[0, 0, 47, 0].item() == pytest.approx(sum(seen) / len(seen))
+
+
+@pytest.mark.parametrize("change", ["k", "q"])
+def test_no_row_chooses_by_later_tokens(change: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 4, generator=generator) for _ in range(3))
+    before = _rows(q, k, v, 1)
+    for row in (20, 43, 50):
+        x = {"q": q.clone(), "k": k.clone()}
+        x[change][:, :, row + 1 :] = 100 * torch.randn(1, 2, 63 - row, 4, generator=generator)
+        later = _rows(x["q"], x["k"], v, 1)
+        assert torch.equal(later[:, :, : row + 1], before[:, :, : row + 1])
+        assert not torch.equal(later[:, :, row + 1 :], before[:, :, row + 1 :])
+
+
+def test_share_of_exact_keys() -> None:
+    sizes = {"block_size": 2, "window": 1, "sinks": 1}
+    assert row_choice.share_of_exact_keys(10, **sizes, chosen=3) == 1
+    visible = [1, 2, 3, 4, 5, 6, 5, 6, 5, 6]  # own block, one before, the first
+    assert row_choice.share_of_exact_keys(10, **sizes, chosen=0) == pytest.approx(sum(visible) / 55)
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
