@@ -24,6 +24,8 @@ class MonarchLinearConfig:
 
     kind: ClassVar[str] = MONARCH
 
+    iterations: ClassVar[int] = 1
+
     num_blocks: int
     rank: int | None = None
     budget: float | None = None

@@ -66,16 +66,3 @@ def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call])
         if not bool(moment.isfinite().all()):
             raise InputError(f"the input of {name} has an infinity or NaN in these calls")
     return found
-
-
-DAMPING = 1e-6
-"""Of the mean second moment: directions that the calls do not show are chosen by the weight."""
-
-
-def blocks_of_moment(moment: Tensor, num_blocks: int, damping: float = DAMPING) -> Tensor:
-    """(K, P, P): the second moments of each block of the input with itself."""
-    width = moment.shape[0] // num_blocks
-    by_block = moment.reshape(num_blocks, width, num_blocks, width)
-    blocks = torch.stack([by_block[b, :, b] for b in range(num_blocks)])
-    added = damping * float(moment.diagonal().mean())
-    return blocks + added * torch.eye(width, dtype=moment.dtype, device=moment.device)
