@@ -139,8 +139,8 @@ def swept(factors: Factors, weight: Tensor, moment: Tensor, sweeps: int = SWEEPS
 
     Block coordinate descent on tr(E C E^T), with E what the weight misses: for each block b of the input, the products
     of low rank of its column of blocks become the best ones beside those of all other columns. With E_b what is missed
-    without them, that is the truncated singular value decomposition of E_b C[:, b] C[b, b]^-1 C[b, b]^(1/2). No step
-    makes the error larger.
+    without them, that is the truncated singular value decomposition of E_b C[:, b] C[b, b]^-1 C[b, b]^(1/2). At last,
+    the second factor is fitted to all blocks at once. No step makes the error larger.
 
     moment: C (in_features, in_features), of which `damped` is taken.
     """
@@ -157,7 +157,21 @@ def swept(factors: Factors, weight: Tensor, moment: Tensor, sweeps: int = SWEEPS
             grid = whole.reshape(out_blocks, -1, width)
             first[b], second[:, :, b] = _truncated(grid, lower[b], rank)
             missed[:, own] += now - (second[:, :, b] @ first[b]).flatten(0, 1)
-    return _shared_evenly(first, second)
+    return _shared_evenly(first, _fitted_second(first, second, missed, moment))
+
+
+def _fitted_second(first: Tensor, second: Tensor, missed: Tensor, moment: Tensor) -> Tensor:
+    """Monarch's second factor by least squares over the whole input: all blocks of a row at once.
+
+    missed: what the factors miss of the weight.
+    """
+    blocks, out_blocks, rank, _ = first.shape
+    found = []
+    for out, own in enumerate(missed.reshape(out_blocks, -1, missed.shape[1])):
+        inwards = torch.block_diag(*first[:, out])  # (K * rank, in_features)
+        weighed = inwards @ moment
+        found.append(_solved(weighed @ inwards.mT, weighed @ own.mT).mT.reshape(-1, blocks, rank))
+    return second + torch.stack(found)
 
 
 def _truncated(grid: Tensor, lower: Tensor, rank: int) -> tuple[Tensor, Tensor]:
