@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from monarch_compile.calibration.inputs import Call, calls_of
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.configs import BlastLinearConfig, Config, MonarchLinearConfig
-from monarch_compile.linear.compression.factors import Factors, Spectrum, fitter, squared
+from monarch_compile.linear.compression.factors import Spectrum, fill, fitter, squared
 from monarch_compile.linear.compression.layers import FilterFn, Layer, block_module, find_layers
 from monarch_compile.linear.compression.moments import groups_of, moments_of
 from monarch_compile.linear.compression.ranks import Curve, ranks_within
 from monarch_compile.linear.compression.report import CompressedLayer, CompressionReport
-from monarch_compile.linear.modules import MODULES, BlockLinearModule, common_divisors, size_of
+from monarch_compile.linear.modules import MODULES, common_divisors, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -207,10 +207,3 @@ def _blast_rank(layer: Layer, config: BlastLinearConfig) -> int:
     if rank < 1:
         raise InputError(f"budget={config.budget} is below {each / layer.size:.4f}, which rank 1 of {layer.name} takes")
     return rank
-
-
-def fill(module: BlockLinearModule, factors: Factors) -> None:
-    """Write factors into a module, in its dtype."""
-    for parameter, value in zip((module.first, module.second, module.coupling), factors, strict=True):
-        if parameter is not None and value is not None:
-            parameter.copy_(value)

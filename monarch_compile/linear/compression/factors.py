@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from monarch_compile.linear.ir import BLAST
+from monarch_compile.linear.modules import BlockLinearModule
 from monarch_compile.linear.reference import expanded
 
 RIDGE = 1e-8
@@ -40,6 +41,13 @@ class Factors(NamedTuple):
     def weight(self) -> Tensor:
         """The dense weight."""
         return expanded(self.first, self.second, self.coupling)
+
+
+def fill(module: BlockLinearModule, factors: Factors) -> None:
+    """Write factors into a module, in its dtype."""
+    for parameter, value in zip((module.first, module.second, module.coupling), factors, strict=True):
+        if parameter is not None and value is not None:
+            parameter.data.copy_(value)
 
 
 def grid_of(weight: Tensor, num_blocks: int) -> Tensor:
@@ -168,7 +176,7 @@ def _fitted_second(first: Tensor, second: Tensor, missed: Tensor, moment: Tensor
     blocks, out_blocks, rank, _ = first.shape
     found = []
     for out, own in enumerate(missed.reshape(out_blocks, -1, missed.shape[1])):
-        inwards = torch.block_diag(*first[:, out])  # (K * rank, in_features)
+        inwards: Tensor = torch.block_diag(*first[:, out])  # type: ignore[no-untyped-call]  # (K * rank, in_features)
         weighed = inwards @ moment
         found.append(_solved(weighed @ inwards.mT, weighed @ own.mT).mT.reshape(-1, blocks, rank))
     return second + torch.stack(found)
