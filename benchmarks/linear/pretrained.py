@@ -66,10 +66,10 @@ def minilm() -> Pretrained:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]")
     judge = Judge(_embedder(read_bert(folder)), tokenizer, ())
     evaluation, calibration = splits(topics)
-    judged = evaluation[::5]
-    fit_calls, judged_calls = ([(call, {}) for call in judge.calls(texts, 256)] for texts in (calibration, judged))
+    fit, judged = [*calibration, *evaluation[:120:5]], evaluation[-40:]  # documents are in the order of their topics
+    fit_calls, judged_calls = ([(call, {}) for call in judge.calls(texts, 256)] for texts in (fit, judged))
     words = "documents of at most 256 tokens; error of their embeddings"
-    return Pretrained(judge.exact, fit_calls, judged_calls, len(calibration), len(judged), words)
+    return Pretrained(judge.exact, fit_calls, judged_calls, len(fit), len(judged), words)
 
 
 def _embedder(bert: nn.Module) -> Any:
