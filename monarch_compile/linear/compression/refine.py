@@ -35,7 +35,7 @@ def refine_(
     *,
     held_out: Any = None,
     steps: int = 100,
-    lr: float = 1e-2,
+    lr: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> RefineReport:
