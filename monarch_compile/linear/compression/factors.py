@@ -23,7 +23,7 @@ RIDGE = 1e-8
 DAMPING = 1e-6
 """Of the mean second moment, added to each: see `damped`."""
 SWEEPS = 5
-"""Over the blocks of the input: more gain less than a tenth of the error."""
+"""Over the blocks of the input: those after the third gain little."""
 
 
 Fitter = Callable[[int], "Factors"]
