@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from monarch_compile.export import lower_exported
     from monarch_compile.linear.compression.compress import compress_
     from monarch_compile.linear.compression.configs import BlastLinearConfig, MonarchLinearConfig
-    from monarch_compile.linear.compression.report import CompressionReport
+    from monarch_compile.linear.compression.refine import refine_
+    from monarch_compile.linear.compression.report import CompressionReport, RefineReport
     from monarch_compile.report.explainer import explain
     from monarch_compile.report.report import Report
 
@@ -52,6 +53,7 @@ __all__ = [
     "MonarchLinearConfig",
     "Plan",
     "PlanError",
+    "RefineReport",
     "Report",
     "__version__",
     "calibrate",
@@ -60,6 +62,7 @@ __all__ = [
     "explain",
     "lower_exported",
     "monarch_attention",
+    "refine_",
 ]
 
 _LATER = {
@@ -74,6 +77,8 @@ _LATER = {
     "distill": "distillation.distill",
     "explain": "report.explainer",
     "lower_exported": "export",
+    "RefineReport": "linear.compression.report",
+    "refine_": "linear.compression.refine",
 }
 """Names that a compilation does without, and the modules they come from when they are asked for."""
 

@@ -37,9 +37,9 @@ from monarch_compile.calibration.instrument import Behaviour, exact, monarch, wi
 from monarch_compile.calibration.plan import Plan
 from monarch_compile.calibration.search import calibrate
 from monarch_compile.config import parse_options
+from monarch_compile.distillation.descent import Schedule
 from monarch_compile.distillation.distill import distilled
 from monarch_compile.distillation.run import Settings
-from monarch_compile.distillation.training import Schedule
 from monarch_compile.family import SiteCall
 
 RESULTS = Path(__file__).parents[1] / "results"

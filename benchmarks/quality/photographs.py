@@ -6,6 +6,7 @@ judged apart.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from benchmarks.quality.task import TaskUnavailable, package_file
 from examples.images.picture import read_square
 
-BACKGROUNDS = Path("/usr/share/backgrounds")
+BACKGROUNDS = Path(os.environ.get("BACKGROUNDS", "/usr/share/backgrounds"))
+"""Where Debian's packages put wallpapers, or where they were unpacked."""
 DEBIAN_PACKAGES = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04", "mate-backgrounds")
 
 
@@ -46,6 +48,18 @@ CALIBRATION = (
     Photograph("scikit-image", "skimage/data/motorcycle_left.png"),
     Photograph("scikit-image", "skimage/data/rocket.jpg"),
 )
+
+
+def backgrounds() -> list[Photograph]:
+    """All photographs of the Debian packages.
+
+    Raises:
+        TaskUnavailable: they are not installed.
+    """
+    found = [*BACKGROUNDS.glob("*_by_*.jpg"), *BACKGROUNDS.glob("mate/nature/*.jpg")]
+    if not found:
+        raise TaskUnavailable(f"no wallpapers in {BACKGROUNDS}: apt-get install {' '.join(DEBIAN_PACKAGES)}")
+    return [Photograph(None, str(path.relative_to(BACKGROUNDS))) for path in sorted(found)]
 
 
 def read_photograph(photograph: Photograph, size: int) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from monarch_compile.calibration.plan import Plan
 from monarch_compile.calibration.search import CAPTURE_LIMIT
 from monarch_compile.calibration.snapshot import Snapshot
 from monarch_compile.config import MonarchConfig, parse_options
+from monarch_compile.distillation.descent import Schedule, in_eval_mode
 from monarch_compile.distillation.memory import sharers
 from monarch_compile.distillation.report import DistillReport
 from monarch_compile.distillation.run import Run, Settings
-from monarch_compile.distillation.training import Schedule
 from monarch_compile.errors import InputError
 
 
@@ -87,7 +85,7 @@ def distill(
     inner: Any = uncompiled(model)
     if not isinstance(inner, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, whose weights can change; found {type(model)}")
-    schedule = _schedule(steps, lr, seed)
+    schedule = Schedule.of(steps, lr, seed)
     hold = torch.device("cpu") if offload else None
     config = _config(options, plan)
     # Of the model itself: a copy's parameters have memory of their own, but its weights may be loaded into the model.
@@ -102,18 +100,8 @@ def distilled(model: nn.Module, calls: Any, held_out: Any, settings: Settings) -
     given = calls_of(calls)
     unseen = calls_of(held_out) if isinstance(held_out, Tensor) or held_out else []
     patched = torch._dynamo.config.patch(recompile_limit=CAPTURE_LIMIT)
-    with torch.inference_mode(False), patched, _in_eval_mode(model), Snapshot(model, given, unseen) as state:
+    with torch.inference_mode(False), patched, in_eval_mode(model), Snapshot(model, given, unseen) as state:
         return Run(model, given, unseen, state, settings).report()
-
-
-def _schedule(steps: Any, lr: Any, seed: Any) -> Schedule:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise InputError(f"steps must be an int of at least 1; found {steps!r}")
-    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not 0 < lr < math.inf:
-        raise InputError(f"lr must be a positive number; found {lr!r}")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InputError(f"seed must be an int; found {seed!r}")
-    return Schedule(steps, float(lr), seed)
 
 
 def _config(options: Mapping[str, Any] | None, plan: Plan | str | Path | None) -> MonarchConfig:
@@ -132,14 +120,3 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except (TypeError, RuntimeError, copy.Error) as error:
         raise InputError(f"the model cannot be copied ({error}); inplace=True changes the model itself") from error
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

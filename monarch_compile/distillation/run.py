@@ -23,6 +23,7 @@ from monarch_compile.cost.devices import installed
 from monarch_compile.decision import LOWERED, Decision
 from monarch_compile.distillation import training
 from monarch_compile.distillation.checkpoint import Checkpoint, digest
+from monarch_compile.distillation.descent import Schedule
 from monarch_compile.distillation.groups import (
     Group,
     Masters,
@@ -34,7 +35,7 @@ from monarch_compile.distillation.groups import (
 )
 from monarch_compile.distillation.recording import Sample, Teacher
 from monarch_compile.distillation.report import DISTILLED, DistilledSite, DistillReport, Errors
-from monarch_compile.distillation.training import Schedule, Training
+from monarch_compile.distillation.training import Training
 from monarch_compile.distillation.unlearned import Unlearned
 from monarch_compile.distillation.widened import widened
 from monarch_compile.errors import InputError

@@ -13,33 +13,9 @@ from torch import Tensor, nn
 
 from monarch_compile import autocast
 from monarch_compile.calibration.metrics import ratio, squares_apart
+from monarch_compile.distillation.descent import Descent, Schedule
 from monarch_compile.distillation.groups import Masters, learned_values, masters_of
 from monarch_compile.distillation.recording import Sample
-from monarch_compile.errors import DistillationError
-
-BETAS = (0.9, 0.99)
-EPSILON = 1e-9
-"""Adam's: small beside gradients of a relative error, large beside those that are rounding alone, as of a key bias."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """steps: of Adam for each group, one call of the model each. lr: what the first step changes, as a share of the
-    root mean square of the elements of each weight; it falls to 0 along half a cosine. seed: of the order of calls."""
-
-    steps: int
-    lr: float
-    seed: int
-
-    def rate(self, step: int) -> float:
-        """The share that a step changes, counted from 0."""
-        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-    def place(self, step: int, number: int) -> int:
-        """Which of `number` calls a step learns from: all in random order, then all in another one."""
-        turn, place = divmod(step, number)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-        return int(torch.randperm(number, generator=generator)[place])
 
 
 @dataclass
@@ -66,20 +42,13 @@ class Training:
     elements: Mapping[nn.Parameter, Tensor]
     schedule: Schedule
     masters: dict[nn.Parameter, Tensor] = field(init=False)
-    optimizer: torch.optim.Adam = field(init=False)
+    descent: Descent = field(init=False)
     step: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.masters = masters_of(self.parameters)
-        matrices = [self.masters[p] for p in self.elements if p.dim() > 1]
-        mean = math.sqrt(sum(float(x.square().mean()) for x in matrices) / len(matrices))
-        groups = []
-        for parameter in self.elements:
-            master = self.masters[parameter].requires_grad_()
-            own = math.sqrt(float(master.detach().square().mean())) if parameter.dim() > 1 else mean
-            groups.append({"params": [master], "lr": 0.0, "scale": own})
-        self.optimizer = torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=EPSILON)
+        self.descent = Descent(self.name, [self.masters[p] for p in self.elements], self.schedule)
 
     def resume(self, found: Progressed) -> None:
         """Go on from where an earlier run of the same training was."""
@@ -87,12 +56,12 @@ class Training:
         with torch.no_grad():
             for parameter, value in zip(self.elements, found.masters, strict=True):
                 self.masters[parameter].copy_(value)
-        self.optimizer.load_state_dict(found.optimizer)
+        self.descent.optimizer.load_state_dict(found.optimizer)
 
     def progressed(self) -> Progressed:
         """What a later run needs to go on from here."""
         values = [self.masters[p].detach().cpu().clone() for p in self.elements]
-        return Progressed(self.step, values, self.optimizer.state_dict(), self.seconds)
+        return Progressed(self.step, values, self.descent.optimizer.state_dict(), self.seconds)
 
     def run(self, say: Callable[[str], None], save: Callable[[], None], every: int) -> None:
         """Take the steps that are left; `save` after every so many.
@@ -110,21 +79,11 @@ class Training:
                 save()
 
     def _take_step(self, samples: Sequence[Sample]) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast.switched_off(self._device.type), torch.enable_grad():
-            loss = torch.stack([relative_square(sample, self.masters) for sample in samples]).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-        value = loss.item()
-        grads = [self.masters[p].grad for p in self.elements]
-        if not math.isfinite(value) or not all(grad is None or bool(grad.isfinite().all()) for grad in grads):
-            raise DistillationError(
-                f"{self.name}: the loss is {value} at step {self.step + 1}, or its gradient is not finite; the model's "
-                "weights are as they were. Look for inputs with nan or inf, or take a smaller lr"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.schedule.rate(self.step)
-        self.optimizer.step()
-        return value
+        def loss() -> Tensor:
+            return torch.stack([relative_square(sample, self.masters) for sample in samples]).mean()
+
+        with autocast.switched_off(self._device.type):
+            return self.descent.take(self.step, loss)
 
     @property
     def _device(self) -> torch.device:

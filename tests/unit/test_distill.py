@@ -21,9 +21,9 @@ from monarch_compile.attention import candidates
 from monarch_compile.calibration.instrument import with_attention
 from monarch_compile.calibration.metrics import relative_error
 from monarch_compile.config import MonarchConfig
+from monarch_compile.distillation.descent import Schedule
 from monarch_compile.distillation.distill import distilled
 from monarch_compile.distillation.run import Run, Settings
-from monarch_compile.distillation.training import Schedule
 
 STEPS, LR = 120, 0.03
 

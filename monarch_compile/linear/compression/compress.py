@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from monarch_compile.calibration.inputs import Call, calls_of
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.configs import BlastLinearConfig, Config, MonarchLinearConfig
-from monarch_compile.linear.compression.factors import Factors, Spectrum, blast_factors, refitted, squared
+from monarch_compile.linear.compression.factors import Spectrum, fill, fitter, squared
 from monarch_compile.linear.compression.layers import FilterFn, Layer, block_module, find_layers
-from monarch_compile.linear.compression.moments import blocks_of_moment, groups_of, moments_of
+from monarch_compile.linear.compression.moments import groups_of, moments_of
 from monarch_compile.linear.compression.ranks import Curve, ranks_within
 from monarch_compile.linear.compression.report import CompressedLayer, CompressionReport
-from monarch_compile.linear.modules import MODULES, BlockLinearModule, common_divisors, size_of
+from monarch_compile.linear.modules import MODULES, common_divisors, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +99,11 @@ def _most(layer: Layer, config: Config) -> int:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A layer's weight in float64, and second moments of its inputs where there are any: whole, and by block."""
+    """A layer's weight in float64, and the second moment of its inputs where there is one."""
 
     layer: Layer
     weight: Tensor
     moment: Tensor | None
-    blocks: Tensor | None
 
     def error(self, weight: Tensor) -> float:
         """Relative error of a weight: of the output where there are moments."""
@@ -132,9 +131,7 @@ class _Run:
         for group in groups_of(layers):
             moments = {} if self._calls is None else moments_of(self._model, group, self._calls)
             for layer in group:
-                moment = moments.pop(layer.name, None)
-                blocks = None if moment is None else blocks_of_moment(moment, self._config.num_blocks)
-                yield _Problem(layer, layer.weight.double(), moment, blocks)
+                yield _Problem(layer, layer.weight.double(), moments.pop(layer.name, None))
 
     def _ranks(self, layers: Sequence[Layer]) -> Mapping[str, int]:
         """The rank of each layer by its name; none where a layer's own error says."""
@@ -148,7 +145,7 @@ class _Run:
         curves = []
         for number, problem in enumerate(self._problems(layers)):
             self._say(f"rank of {number + 1} of {len(layers)}: {problem.layer.name}")
-            lost = Spectrum.of(problem.weight, config.num_blocks, problem.blocks).lost()
+            lost = Spectrum.of(problem.weight, config.num_blocks, problem.moment).lost()
             whole = float(lost[0]) or 1.0
             out_features, in_features = problem.weight.shape
             each = size_of(config.kind, in_features, out_features, config.num_blocks, config.step)
@@ -157,13 +154,13 @@ class _Run:
         return ranks_within(curves, config.budget)
 
     def _compressed(self, problem: _Problem, rank: int | None) -> CompressedLayer:
-        fit = _fitter(problem, self._config)
+        layer, config = problem.layer, self._config
+        fit = fitter(config.kind, problem.weight, problem.moment, config.num_blocks, config.iterations)
         if rank is None:
             rank = self._least_rank(problem, fit)
         factors = fit(rank)
-        layer, config = problem.layer, self._config
         module = block_module(layer, MODULES[config.kind], config.num_blocks, rank)
-        _fill(module, factors)
+        fill(module, factors)
         stored = module.weight.double()
         out_features, in_features = problem.weight.shape
         done = CompressedLayer(
@@ -175,7 +172,7 @@ class _Run:
             rank=rank,
             dtype=layer.weight.dtype,
             device=layer.weight.device.type,
-            weight_error=_Problem(layer, problem.weight, None, None).error(stored),
+            weight_error=_Problem(layer, problem.weight, None).error(stored),
             output_error=None if problem.moment is None else problem.error(stored),
             parameters=module.num_factor_parameters,
         )
@@ -202,20 +199,6 @@ class _Run:
             sys.stderr.flush()
 
 
-def _fitter(problem: _Problem, config: Config) -> Any:
-    """A function of a rank that gives the best factors of it."""
-    if isinstance(config, BlastLinearConfig):
-        blocks, rounds = config.num_blocks, config.iterations
-        return lambda rank: blast_factors(problem.weight, blocks, rank, rounds, problem.blocks)
-    spectrum = Spectrum.of(problem.weight, config.num_blocks, problem.blocks)
-
-    def fit(rank: int) -> Factors:
-        factors = spectrum.factors(rank // config.num_blocks)
-        return factors if problem.moment is None else refitted(factors, problem.weight, problem.moment)
-
-    return fit
-
-
 def _blast_rank(layer: Layer, config: BlastLinearConfig) -> int:
     out_features, in_features = layer.weight.shape
     each = size_of(config.kind, in_features, out_features, config.num_blocks, 1)
@@ -224,9 +207,3 @@ def _blast_rank(layer: Layer, config: BlastLinearConfig) -> int:
     if rank < 1:
         raise InputError(f"budget={config.budget} is below {each / layer.size:.4f}, which rank 1 of {layer.name} takes")
     return rank
-
-
-def _fill(module: BlockLinearModule, factors: Factors) -> None:
-    for parameter, value in zip((module.first, module.second, module.coupling), factors, strict=True):
-        if parameter is not None and value is not None:
-            parameter.copy_(value)

@@ -17,12 +17,14 @@ class MonarchLinearConfig:
     One of these says how much is kept:
         rank: r of every layer, a multiple of num_blocks: r * (in_features + out_features) numbers.
         budget: share of the parameters of the chosen layers that all of them keep together, above 0 and below 1; each
-            layer gets the rank with which the errors, summed over layers, are least.
+            layer keeps this share of its own, and what a layer has no use for goes to others.
         max_error: largest relative error of each layer's output, or of its weight where there are no calls; each layer
             gets the least rank that keeps it.
     """
 
     kind: ClassVar[str] = MONARCH
+
+    iterations: ClassVar[int] = 1
 
     num_blocks: int
     rank: int | None = None

@@ -47,8 +47,10 @@ def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call])
     def noting(name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            rows = x.detach().reshape(-1, x.shape[-1]).double()
-            sums[name] = sums[name] + rows.mT @ rows if name in sums else rows.mT @ rows
+            rows = x.detach().reshape(-1, x.shape[-1])
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            found = (rows.mT @ rows).double()
+            sums[name] = sums[name] + found if name in sums else found
             counts[name] = counts.get(name, 0) + len(rows)
 
         return note
@@ -66,16 +68,3 @@ def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call])
         if not bool(moment.isfinite().all()):
             raise InputError(f"the input of {name} has an infinity or NaN in these calls")
     return found
-
-
-DAMPING = 1e-6
-"""Of the mean second moment: directions that the calls do not show are chosen by the weight."""
-
-
-def blocks_of_moment(moment: Tensor, num_blocks: int, damping: float = DAMPING) -> Tensor:
-    """(K, P, P): the second moments of each block of the input with itself."""
-    width = moment.shape[0] // num_blocks
-    by_block = moment.reshape(num_blocks, width, num_blocks, width)
-    blocks = torch.stack([by_block[b, :, b] for b in range(num_blocks)])
-    added = damping * float(moment.diagonal().mean())
-    return blocks + added * torch.eye(width, dtype=moment.dtype, device=moment.device)

@@ -109,10 +109,7 @@ class CompressionReport:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON to `path` and return the path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.to_json(), encoding="utf-8")
-        return target
+        return _saved(path, self.to_json())
 
     def table(self, tokens: Sequence[int] = TOKENS, device: str | None = None) -> str:
         """A row for each layer; predicted speed-ups against the dense product, for each number of tokens."""
@@ -135,6 +132,13 @@ class CompressionReport:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _saved(path: str | Path, text: str) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    return target
 
 
 def _as_dict(layer: CompressedLayer, tokens: Sequence[int], device: str | None) -> dict[str, Any]:
@@ -168,3 +172,56 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+@dataclass(frozen=True)
+class RefinedPart:
+    """A part of a model that `refine_` has refined.
+
+    layers: how many block linears it has. before, fitted, after: relative errors of its output on what the compressed
+    model gave it in the calls, against that of the dense model: at first, after the closed forms, and at last.
+    """
+
+    name: str
+    layers: int
+    before: float
+    fitted: float
+    after: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelErrors:
+    """Relative errors of the model's output, of all floating tensors in it, against the dense model's."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RefineReport:
+    """What `refine_` returns; `print` it, or `save` it.
+
+    parts: in the order in which they run. calls, held_out: errors of the whole model; None where there are no such
+    calls. steps: of Adam, for each part. seconds: all that it took.
+    """
+
+    parts: tuple[RefinedPart, ...]
+    calls: ModelErrors
+    held_out: ModelErrors | None
+    num_calls: int
+    num_held_out: int
+    steps: int
+    seconds: float
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON to `path` and return the path."""
+        return _saved(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    def __str__(self) -> str:
+        head = ("part", "layers", "before", "closed form", f"{self.steps} steps", "seconds")
+        rows = [(p.name, str(p.layers), *(f"{e:.4f}" for e in (p.before, p.fitted, p.after)), f"{p.seconds:.1f}")
+                for p in self.parts]  # fmt: skip
+        found = [(self.calls, f"{self.num_calls} calls"), (self.held_out, f"{self.num_held_out} held-out calls")]
+        said = [f"{x.before:.4f} -> {x.after:.4f} on {where}" for x, where in found if x is not None]
+        return "\n".join([*_aligned([head, *rows]), f"error of the model's output {', '.join(said)}"])

@@ -156,7 +156,7 @@ def test_what_is_no_call(calls: Any) -> None:
 # ---- how much is kept ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.6])
 @pytest.mark.parametrize("make", [MonarchLinearConfig, BlastLinearConfig])
 def test_a_parameter_budget_is_kept_and_used(make: Any, budget: float) -> None:
     model = Net(32, 64, 1)
@@ -166,7 +166,7 @@ def test_a_parameter_budget_is_kept_and_used(make: Any, budget: float) -> None:
     assert report.parameters <= budget * report.dense_parameters
     assert report.parameters > 0.8 * budget * report.dense_parameters
     if make is MonarchLinearConfig:
-        assert report.layers[0].rank == 2 < report.layers[1].rank or budget == 0.7
+        assert report.layers[0].rank == 2 < report.layers[1].rank
 
 
 def test_a_budget_below_the_least_rank_is_an_error() -> None:
