@@ -34,7 +34,7 @@ PROGRAMS = st.builds(
 @pytest.mark.timeout(0)
 @pytest.mark.filterwarnings("ignore")
 def test_random_programs() -> None:
-    wanted = max(200, settings().max_examples)
+    wanted = max(120, settings().max_examples)
     compared: set[RandomProgram] = set()
 
     @settings(max_examples=wanted + wanted // 10, deadline=None, suppress_health_check=list(HealthCheck))

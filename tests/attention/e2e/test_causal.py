@@ -270,7 +270,7 @@ def _ir(fn: Any, *args: Tensor) -> Any:
     return decisions_of(fn, *args, causal=True, block_size=4)[0].ir
 
 
-@pytest.mark.parametrize("chosen", [0, 2])
+@pytest.mark.parametrize("chosen", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_one_compilation_serves_several_lengths(chosen: int) -> None:
     options = {"policy": "always", "strict": True, **OPTIONS, "chosen": chosen}
     compiled = torch.compile(lambda *x: _by_flag(*x), backend="monarch", options=options)

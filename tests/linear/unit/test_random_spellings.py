@@ -85,7 +85,7 @@ class Layer(nn.Module):
         return self.moved(y, 1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.integers(0, 59), min_size=12, max_size=12), st.sampled_from([2, 3]),
     st.sampled_from(["monarch", "blast"]),
