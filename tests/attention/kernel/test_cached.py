@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from monarch_compile.attention.reference import reference
+from monarch_compile.codegen.attention import specialization
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import launch, sizes_of
 from monarch_compile.codegen.attention.launch import site as site_of
@@ -108,6 +109,26 @@ def test_pieces_of_a_prompt_give_exact_attention_where_all_blocks_are_chosen() -
     for begin, end in ((0, 2), (2, 7), (7, 19), (19, 20), (20, 33)):
         found = launch(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], None, **case.options)
         torch.testing.assert_close(found, exact[:, :, begin:end], rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_of_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for tensors of more than 2**31 elements, whose kernels are others."""
+    case = replace(CASES[6], batch=1)
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    narrow = launch(q, k, v, mask, **case.options)
+    monkeypatch.setattr(specialization, "MAX_POSITION", 0)
+    assert torch.equal(launch(q, k, v, mask, **case.options), narrow)
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+@pytest.mark.parametrize("length", [20, 7], ids=["several blocks", "one block"])
+def test_a_large_bias_of_a_later_key_leaves_the_rows_of_a_prefix_precise(cached: int, length: int) -> None:
+    """They do not see that key. Beside it, 16 bits would hold no difference of the others' biases."""
+    case = Case(length, 4, 16, 16, window=0, prefix=5, causal=True, batch=1, queries=length - cached)
+    q, k, v, _ = tensors(case, torch.float16, "cpu")
+    bias = torch.randn(1, length).index_fill(1, torch.tensor([length - 1]), 2000.0)
+    found = launch(q, k, v, bias, **case.options)
+    assert_close(found, reference(q.double(), k.double(), v.double(), bias, **case.options))
 
 
 def test_the_first_block_is_chosen_for_by_its_own_first_query() -> None:
