@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from monarch_compile.attention.reference import reference
-from monarch_compile.codegen.attention import specialization
+from monarch_compile.codegen.attention import rows, specialization
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import launch, sizes_of
 from monarch_compile.codegen.attention.launch import site as site_of
@@ -96,10 +97,10 @@ def test_any_offset_is_right_and_no_output_depends_on_a_later_token(case: Case, 
     found = launch(q, k, v, mask, **case.options)
     assert_close(found, reference(q.double(), k.double(), v.double(), mask, **case.options))
     last = data.draw(st.integers(case.seq_len - q.shape[2], case.seq_len - 1))
-    rows = last + 1 - (case.seq_len - q.shape[2])
-    for x, kept in ((q, rows), (k, last + 1), (v, last + 1)):
+    count = last + 1 - (case.seq_len - q.shape[2])
+    for x, kept in ((q, count), (k, last + 1), (v, last + 1)):
         x[:, :, kept:] = 5 * torch.randn_like(x[:, :, kept:])
-    assert torch.equal(launch(q, k, v, mask, **case.options)[:, :, :rows], found[:, :, :rows])
+    assert torch.equal(launch(q, k, v, mask, **case.options)[:, :, :count], found[:, :, :count])
 
 
 def test_pieces_of_a_prompt_give_exact_attention_where_all_blocks_are_chosen() -> None:
@@ -129,6 +130,24 @@ def test_a_large_bias_of_a_later_key_leaves_the_rows_of_a_prefix_precise(cached:
     bias = torch.randn(1, length).index_fill(1, torch.tensor([length - 1]), 2000.0)
     found = launch(q, k, v, bias, **case.options)
     assert_close(found, reference(q.double(), k.double(), v.double(), bias, **case.options))
+
+
+def test_a_negative_scale_of_the_rows_of_a_prefix_is_part_of_their_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some of torch's kernels take the largest score before they scale."""
+    scales = []
+
+    def attend(*args: Any, **options: Any) -> Tensor:
+        scales.append(options["scale"])
+        return F.scaled_dot_product_attention(*args, **options)
+
+    monkeypatch.setattr(rows, "scaled_dot_product_attention", attend)
+    for queries in (20, 18):
+        case = Case(20, 4, 16, 16, window=0, prefix=5, causal=True, batch=1, queries=queries)
+        q, k, v, _ = tensors(case, torch.float32, "cpu")
+        options = {**case.options, "scale": -0.5}
+        found = launch(q, k, v, None, **options)
+        assert_close(found, reference(q.double(), k.double(), v.double(), None, **options))
+    assert scales == [1.0, 1.0]
 
 
 def test_the_first_block_is_chosen_for_by_its_own_first_query() -> None:
