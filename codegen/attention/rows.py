@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from monarch_compile.attention.groups import split_mask
+from monarch_compile.attention.groups import HIDDEN, split_mask
 from monarch_compile.codegen.attention.specialization import is_known_to_be
 
 FEW_HEADS, FEW_ROWS = 64, 64
@@ -40,21 +40,17 @@ def exact_rows(
     the rows are those of the sequence after its `cached` first ones, and see no key after their own.
     """
     q, k, v = _aligned(q, k, v)
-    if causal:
-        return _causal_rows(q, k, v, key_mask, scale, cached)
     if scale <= 0:  # some kernels take the largest score before they scale
         q, scale = q * scale, 1.0
+    if causal:
+        return _causal_rows(q, k, v, key_mask, scale, cached)
     grouped = bool(q.shape[1] != k.shape[1])
     if key_mask is None and _is_to_share(q) and _flash_takes(q, k, v, grouped):
         found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
         return found
     if key_mask is None:
         return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    key_mask = key_mask.unsqueeze(1).unsqueeze(1)
-    seen, bias = split_mask(key_mask, q.dtype)
-    mask = key_mask if bias is None else bias.masked_fill(~seen, float("-inf"))
-    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return torch.where(seen.any(-1, keepdim=True), found, 0.0)
+    return _masked_rows(q, k, v, key_mask, None, scale, grouped)
 
 
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -79,9 +75,18 @@ def _causal_rows(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale
     triangle = place <= torch.arange(count, device=q.device)[:, None] + cached
     if key_mask is None:
         return scaled_dot_product_attention(q, k, v, attn_mask=triangle, scale=scale, enable_gqa=grouped)
-    seen, bias = split_mask(key_mask[:, None, None, :], q.dtype)
-    seen = seen & triangle
-    mask = seen if bias is None else bias.masked_fill(~seen, float("-inf"))
+    return _masked_rows(q, k, v, key_mask, triangle, scale, grouped)
+
+
+def _masked_rows(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, triangle: Tensor | None, scale: float, grouped: bool
+) -> Tensor:
+    """Rows that see the keys which both masks show; triangle (P, N_k): those that each may see, None: all."""
+    mask, bias = split_mask(key_mask[:, None, None, :], torch.float32)
+    seen = mask = mask if triangle is None else mask & triangle
+    if bias is not None:  # 0 for the largest that a row sees: 16 bits hold large biases badly, or not at all
+        top = bias.masked_fill(~seen, HIDDEN).amax(-1, keepdim=True)
+        mask = (bias - top).to(q.dtype).masked_fill(~seen, float("-inf"))
     found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return torch.where(seen.any(-1, keepdim=True), found, 0.0)
 

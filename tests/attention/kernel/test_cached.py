@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from monarch_compile.attention.reference import reference
+from monarch_compile.codegen.attention import rows, specialization
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import launch, sizes_of
 from monarch_compile.codegen.attention.launch import site as site_of
@@ -95,10 +97,10 @@ def test_any_offset_is_right_and_no_output_depends_on_a_later_token(case: Case, 
     found = launch(q, k, v, mask, **case.options)
     assert_close(found, reference(q.double(), k.double(), v.double(), mask, **case.options))
     last = data.draw(st.integers(case.seq_len - q.shape[2], case.seq_len - 1))
-    rows = last + 1 - (case.seq_len - q.shape[2])
-    for x, kept in ((q, rows), (k, last + 1), (v, last + 1)):
+    count = last + 1 - (case.seq_len - q.shape[2])
+    for x, kept in ((q, count), (k, last + 1), (v, last + 1)):
         x[:, :, kept:] = 5 * torch.randn_like(x[:, :, kept:])
-    assert torch.equal(launch(q, k, v, mask, **case.options)[:, :, :rows], found[:, :, :rows])
+    assert torch.equal(launch(q, k, v, mask, **case.options)[:, :, :count], found[:, :, :count])
 
 
 def test_pieces_of_a_prompt_give_exact_attention_where_all_blocks_are_chosen() -> None:
@@ -108,6 +110,44 @@ def test_pieces_of_a_prompt_give_exact_attention_where_all_blocks_are_chosen() -
     for begin, end in ((0, 2), (2, 7), (7, 19), (19, 20), (20, 33)):
         found = launch(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], None, **case.options)
         torch.testing.assert_close(found, exact[:, :, begin:end], rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_of_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for tensors of more than 2**31 elements, whose kernels are others."""
+    case = Case(14, 4, 16, 16, causal=True, window=0, chosen=1, batch=1, mask="some", queries=7)
+    q, k, v, mask = tensors(case, torch.float32, "cpu")
+    narrow = launch(q, k, v, mask, **case.options)
+    monkeypatch.setattr(specialization, "MAX_POSITION", 0)
+    assert torch.equal(launch(q, k, v, mask, **case.options), narrow)
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+@pytest.mark.parametrize("length", [20, 7], ids=["several blocks", "one block"])
+def test_a_large_bias_of_a_later_key_leaves_the_rows_of_a_prefix_precise(cached: int, length: int) -> None:
+    """They do not see that key. Beside it, 16 bits would hold no difference of the others' biases."""
+    case = Case(length, 4, 16, 16, window=0, prefix=5, causal=True, batch=1, queries=length - cached)
+    q, k, v, _ = tensors(case, torch.float16, "cpu")
+    bias = torch.randn(1, length).index_fill(1, torch.tensor([length - 1]), 2000.0)
+    found = launch(q, k, v, bias, **case.options)
+    assert_close(found, reference(q.double(), k.double(), v.double(), bias, **case.options))
+
+
+def test_a_negative_scale_of_the_rows_of_a_prefix_is_part_of_their_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some of torch's kernels take the largest score before they scale."""
+    scales = []
+
+    def attend(*args: Any, **options: Any) -> Tensor:
+        scales.append(options["scale"])
+        return F.scaled_dot_product_attention(*args, **options)
+
+    monkeypatch.setattr(rows, "scaled_dot_product_attention", attend)
+    for queries in (20, 18):
+        case = Case(20, 4, 16, 16, window=0, prefix=5, causal=True, batch=1, queries=queries)
+        q, k, v, _ = tensors(case, torch.float32, "cpu")
+        options = {**case.options, "scale": -0.5}
+        found = launch(q, k, v, None, **options)
+        assert_close(found, reference(q.double(), k.double(), v.double(), None, **options))
+    assert scales == [1.0, 1.0]
 
 
 def test_the_first_block_is_chosen_for_by_its_own_first_query() -> None:
