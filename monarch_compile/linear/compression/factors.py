@@ -137,8 +137,12 @@ def _own_moments(moment: Tensor, num_blocks: int) -> Tensor:
 
 
 def damped(moment: Tensor) -> Tensor:
-    """A second moment (n, n) that has an inverse: directions that no input shows are chosen by the weight."""
-    added = DAMPING * moment.diagonal().mean() + torch.finfo(moment.dtype).tiny
+    """A second moment (n, n) that has an inverse: directions that no input shows are chosen by the weight.
+
+    Of no inputs but zeros, all directions are.
+    """
+    mean = moment.diagonal().mean()
+    added = torch.where(mean > 0, DAMPING * mean, torch.ones_like(mean))
     return moment + added * torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
 
 
