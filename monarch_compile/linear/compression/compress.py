@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from monarch_compile.calibration.inputs import Call, calls_of
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.configs import BlastLinearConfig, Config, MonarchLinearConfig
-from monarch_compile.linear.compression.factors import Spectrum, fill, fitter, squared
+from monarch_compile.linear.compression.factors import Spectrum, fill, fitter, squared, stored_weight
 from monarch_compile.linear.compression.layers import FilterFn, Layer, block_module, find_layers
 from monarch_compile.linear.compression.moments import groups_of, moments_of
 from monarch_compile.linear.compression.ranks import Curve, ranks_within
@@ -161,7 +161,7 @@ class _Run:
         factors = fit(rank)
         module = block_module(layer, MODULES[config.kind], config.num_blocks, rank)
         fill(module, factors)
-        stored = module.weight.double()
+        stored = stored_weight(module)
         out_features, in_features = problem.weight.shape
         done = CompressedLayer(
             name=layer.name,

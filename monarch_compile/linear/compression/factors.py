@@ -50,6 +50,12 @@ def fill(module: BlockLinearModule, factors: Factors) -> None:
             parameter.data.copy_(value)
 
 
+def stored_weight(module: BlockLinearModule) -> Tensor:
+    """The dense weight (out_features, in_features) of a module's factors, as they are stored, in float64."""
+    held = (module.first, module.second, module.coupling)
+    return Factors(*(None if p is None else p.detach().double() for p in held)).weight  # type: ignore[arg-type]
+
+
 def grid_of(weight: Tensor, num_blocks: int) -> Tensor:
     """The blocks (L, K, Q, P) of a weight (out_features, in_features)."""
     rows, columns = (size // num_blocks for size in weight.shape)
@@ -113,7 +119,7 @@ class Spectrum:
 
 
 def fitter(kind: str, weight: Tensor, moment: Tensor | None, num_blocks: int, iterations: int) -> Fitter:
-    """What fits factors of a kind to a weight (out_features, in_features), for any rank r of the layer.
+    """What fits factors of a kind to a weight (out_features, in_features) in float64, for any rank r of the layer.
 
     moment: the second moment (in_features, in_features) of the inputs on which outputs are to be close; None: the
     weights are to be close. iterations: of BLAST.

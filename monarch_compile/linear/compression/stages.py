@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monarch_compile.errors import DistillationError
-from monarch_compile.linear.compression.factors import fill, fitter
+from monarch_compile.linear.compression.factors import fill, fitter, stored_weight
 from monarch_compile.linear.compression.parts import Given, run_on, seen_in, version_of
 from monarch_compile.linear.modules import BlockLinearModule
 
@@ -182,7 +182,7 @@ def _fit(layer: BlockLinearModule, weight: Tensor, halves: tuple[_Sums, _Sums], 
     factors = fitter(layer.kind, target, means.xx, layer.num_blocks, ITERATIONS)(layer.rank)
     fill(layer, factors)
     if layer.bias is not None:
-        layer.bias.data.copy_(means.y - layer.weight.double() @ means.x)
+        layer.bias.data.copy_(means.y - stored_weight(layer) @ means.x)
 
 
 def _pull(weight: Tensor, halves: tuple[_Sums, _Sums], name: str, *, centred: bool) -> float:
