@@ -75,7 +75,10 @@ class _Means:
     yx: Tensor
 
     def target(self, weight: Tensor, pull: float) -> Tensor:
-        """The dense weight that is best for the outputs, beside a `pull` towards another weight."""
+        """The dense weight (out_features, in_features) that is best for the outputs, beside a `pull` towards another one.
+
+        Ridge regression (Hoerl, Kennard, Technometrics 12, 1970) about that weight, by the mean second moment.
+        """
         added = pull * self.xx.diagonal().mean() + torch.finfo(self.xx.dtype).tiny
         eye = torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
         solved: Tensor = torch.linalg.solve(self.xx + added * eye, (self.yx + added * weight).mT)

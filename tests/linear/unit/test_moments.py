@@ -69,3 +69,12 @@ def test_of_zeros_the_weight_decides(config: Any) -> None:
 
 def test_a_moment_of_zeros_is_damped_to_the_identity() -> None:
     assert torch.equal(damped(torch.zeros(3, 3, dtype=torch.float64)), torch.eye(3, dtype=torch.float64))
+
+
+def test_what_is_compressed_in_inference_mode_can_be_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    with torch.inference_mode():
+        compress_(model, MONARCH, calls=[torch.randn(4, WIDTH)], progress=False)
+    model(drawn(2, WIDTH)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
