@@ -3,7 +3,8 @@ of them that have closed forms. All in float64.
 
 Errors are Frobenius norms; with second moments C of a layer's inputs they are those of its output, since
 E |D x|^2 = tr(D C D^T) for an error D of the weight. The best product of a rank is the truncated singular value
-decomposition (Eckart, Young, Psychometrika 1, 1936), of each block by itself for Monarch (Dao et al., arXiv 2204.00595).
+decomposition (Eckart, Young, Psychometrika 1, 1936); of each block by itself for Monarch (Dao et al., arXiv
+2204.00595).
 """
 
 from __future__ import annotations

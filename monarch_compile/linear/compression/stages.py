@@ -75,9 +75,9 @@ class _Means:
     yx: Tensor
 
     def target(self, weight: Tensor, pull: float) -> Tensor:
-        """The dense weight (out_features, in_features) that is best for the outputs, beside a `pull` towards another one.
+        """The weight (out_features, in_features) that is best for the outputs, beside a `pull` towards the dense one.
 
-        Ridge regression (Hoerl, Kennard, Technometrics 12, 1970) about that weight, by the mean second moment.
+        Ridge regression (Hoerl, Kennard, Technometrics 12, 1970) about the dense weight, by the mean second moment.
         """
         added = pull * self.xx.diagonal().mean() + torch.finfo(self.xx.dtype).tiny
         eye = torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)

@@ -122,6 +122,19 @@ def test_what_a_cache_holds_is_put_back_after_each_run_of_a_part() -> None:
     assert report.calls.after < report.calls.before
 
 
+def test_a_language_model_with_a_cache_of_keys_and_values() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+    assert config.use_cache
+    model, teacher = pair(seeded(lambda: transformers.LlamaForCausalLM(config)))
+    generator = torch.Generator().manual_seed(1)
+    calls = [{"input_ids": torch.randint(0, 50, (2, 12), generator=generator)} for _ in range(3)]
+    report = refine_(model, teacher, calls, steps=5, progress=False)
+    assert [part.name for part in report.parts] == ["model.layers.0", "model.layers.1", "lm_head"]
+    assert report.calls.after < report.calls.before
+
+
 class WithoutGradients(Block):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         with torch.no_grad():
