@@ -32,6 +32,7 @@ from monarch_compile.linear.compression.moments import moments_of
 
 NUM_BLOCKS = 4
 BUDGETS = (0.5, 0.25, 0.75)
+RETRAINED = "retrained"
 RESULTS = Path(__file__).parents[1] / "results"
 
 Method = Callable[[Pretrained, float, int], nn.Module]
@@ -51,7 +52,7 @@ def low_rank(pretrained: Pretrained, budget: float, *, with_calls: bool) -> nn.M
             weight = layer.weight.double()
             rank = int(budget * weight.numel() / sum(weight.shape))
             weighed = weight
-            if with_calls:
+            if layer.name in moments:
                 weighed = weight @ torch.linalg.cholesky(damped(moments[layer.name]))
             kept = torch.linalg.svd(weighed, full_matrices=False).U[:, :rank]
             layer.weight.copy_(kept @ (kept.mT @ weight))
@@ -78,7 +79,7 @@ def _of_kind(name: str, make: Any) -> dict[str, Method]:
         name: lambda p, budget, steps: block_linears(p, budget, make, with_calls=False),
         f"{name}, data-aware": lambda p, budget, steps: block_linears(p, budget, make, with_calls=True),
         f"{name}, closed forms in turn": lambda p, budget, steps: refined(p, budget, make, 0),
-        f"{name}, retrained": lambda p, budget, steps: refined(p, budget, make, steps),
+        f"{name}, {RETRAINED}": lambda p, budget, steps: refined(p, budget, make, steps),
     }
 
 
@@ -103,8 +104,10 @@ def error_of(pretrained: Pretrained, model: nn.Module, references: Sequence[Tens
 
 
 def run(names: Sequence[str], budgets: Sequence[float], methods: Sequence[str], steps: int, path: Path) -> Any:
-    """Measure the rows that `path` does not hold yet; its content after the last of them."""
+    """Measure the rows that `path` does not hold yet; its content after the last of them. Rows of training with another
+    number of steps are measured anew."""
     content = opened(path, {"environment": machine("cpu"), "clocks": [], "rows": []}, fresh=False)
+    content["rows"] = [row for row in content["rows"] if not _is_of_other_steps(row, names, budgets, methods, steps)]
     held = {(row["model"], row["budget"], row["method"]) for row in content["rows"]}
     for name in names:
         wanted = [(b, m) for b in budgets for m in methods if (name, b, m) not in held]
@@ -120,11 +123,18 @@ def run(names: Sequence[str], budgets: Sequence[float], methods: Sequence[str], 
             row = {"model": name, "budget": budget, "method": method}
             row |= {"error": error_of(pretrained, model, references), "seconds": seconds}
             row |= {"fit": pretrained.num_fit, "judged": pretrained.num_judged, "inputs": pretrained.inputs}
-            row |= {"steps": steps if method.endswith("retrained") else 0}
+            row |= {"steps": steps if method.endswith(RETRAINED) else 0}
             content["rows"].append(row)
             write(path, content)
             print(f"{name}, {budget:.0%}, {method}: error {row['error']:.4f}, {seconds:.0f} s", flush=True)
     return content
+
+
+def _is_of_other_steps(
+    row: Mapping[str, Any], names: Sequence[str], budgets: Sequence[float], methods: Sequence[str], steps: int
+) -> bool:
+    is_asked = row["model"] in names and row["budget"] in budgets and row["method"] in methods
+    return is_asked and row["method"].endswith(RETRAINED) and row["steps"] != steps
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,15 @@ def relative_error(reference_output: Any, output: Any) -> float:
     Raises:
         InputError: there is no floating tensor, or the structures differ.
     """
+    return ratio(*outputs_apart(reference_output, output))
+
+
+def outputs_apart(reference_output: Any, output: Any) -> tuple[float, float]:
+    """`squares_apart` over all floating tensors of two outputs of one structure.
+
+    Raises:
+        InputError: there is no floating tensor, or the structures differ.
+    """
     references, outputs = (_floating_tensors(x) for x in (reference_output, output))
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (references, outputs)]
     if not references or shapes[0] != shapes[1]:
@@ -25,8 +34,8 @@ def relative_error(reference_output: Any, output: Any) -> float:
             f"outputs must hold floating tensors of the same shapes; found {shapes[0]} in {type(reference_output)} "
             f"and {shapes[1]} in {type(output)}"
         )
-    difference = sum(_squares(x.double() - y.double()) for x, y in zip(outputs, references, strict=True))
-    return ratio(difference, sum(_squares(y.double()) for y in references))
+    pairs = [squares_apart(x, y) for x, y in zip(references, outputs, strict=True)]
+    return sum(difference for difference, _ in pairs), sum(norm for _, norm in pairs)
 
 
 def ratio(difference: float, norm: float) -> float:

@@ -75,11 +75,16 @@ class Descent:
         """Take a step, counted from 0, down a loss; its value before.
 
         Raises:
-            DistillationError: the loss or a gradient is not finite.
+            DistillationError: the loss or a gradient is not finite, or no gradient reaches a tensor.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = loss_of()
+            if not loss.requires_grad:
+                raise DistillationError(
+                    f"{self.name}: no gradient reaches what is to learn, of {len(self.leaves)} tensors; the model's "
+                    "weights are as they were. Look for torch.no_grad, detach or integers in its forward"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
         grads = [leaf.grad for leaf in self.leaves]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from monarch_compile.calibration.inputs import Call, calls_of
 from monarch_compile.errors import InputError
 from monarch_compile.linear.compression.configs import BlastLinearConfig, Config, MonarchLinearConfig
-from monarch_compile.linear.compression.factors import Spectrum, fill, fitter, squared
+from monarch_compile.linear.compression.factors import Spectrum, fill, fitter, squared, stored_weight
 from monarch_compile.linear.compression.layers import FilterFn, Layer, block_module, find_layers
 from monarch_compile.linear.compression.moments import groups_of, moments_of
 from monarch_compile.linear.compression.ranks import Curve, ranks_within
 from monarch_compile.linear.compression.report import CompressedLayer, CompressionReport
 from monarch_compile.linear.modules import MODULES, common_divisors, size_of
+from monarch_compile.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def compress_(
     given = None if calls is None else calls_of(calls)
     layers, kept = find_layers(model, filter_fn)
     _require_fit(layers, config)
-    with torch.no_grad():
-        run = _Run(model, config, given, progress)
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be trained
+        run = _Run(model, config, given, Progress("compress_", progress))
         done = tuple(run.over(layers))
     return CompressionReport(done, tuple(kept))
 
@@ -114,8 +114,8 @@ class _Problem:
 class _Run:
     """One call of `compress_`."""
 
-    def __init__(self, model: nn.Module, config: Config, calls: Sequence[Call] | None, progress: bool) -> None:
-        self._model, self._config, self._calls, self._progress = model, config, calls, progress
+    def __init__(self, model: nn.Module, config: Config, calls: Sequence[Call] | None, say: Progress) -> None:
+        self._model, self._config, self._calls, self._say = model, config, calls, say
 
     def over(self, layers: Sequence[Layer]) -> Iterator[CompressedLayer]:
         """Compress the layers, one by one."""
@@ -125,7 +125,7 @@ class _Run:
                 self._say(f"{number + 1} of {len(layers)}: {problem.layer.name}")
                 yield self._compressed(problem, ranks.get(problem.layer.name))
         finally:
-            self._say("", end="")
+            self._say.end()
 
     def _problems(self, layers: Sequence[Layer]) -> Iterator[_Problem]:
         for group in groups_of(layers):
@@ -161,7 +161,7 @@ class _Run:
         factors = fit(rank)
         module = block_module(layer, MODULES[config.kind], config.num_blocks, rank)
         fill(module, factors)
-        stored = module.weight.double()
+        stored = stored_weight(module)
         out_features, in_features = problem.weight.shape
         done = CompressedLayer(
             name=layer.name,
@@ -192,11 +192,6 @@ class _Run:
             else:
                 low = middle + 1
         return low * step
-
-    def _say(self, what: str, end: str = "") -> None:
-        if self._progress:
-            print(f"\rcompress_: {what}".ljust(100)[:100] if what else "\r".ljust(101) + "\r", end=end, file=sys.stderr)
-            sys.stderr.flush()
 
 
 def _blast_rank(layer: Layer, config: BlastLinearConfig) -> int:

@@ -2,7 +2,9 @@
 of them that have closed forms. All in float64.
 
 Errors are Frobenius norms; with second moments C of a layer's inputs they are those of its output, since
-E |D x|^2 = tr(D C D^T) for an error D of the weight.
+E |D x|^2 = tr(D C D^T) for an error D of the weight. The best product of a rank is the truncated singular value
+decomposition (Eckart, Young, Psychometrika 1, 1936); of each block by itself for Monarch (Dao et al., arXiv
+2204.00595).
 """
 
 from __future__ import annotations
@@ -48,6 +50,12 @@ def fill(module: BlockLinearModule, factors: Factors) -> None:
     for parameter, value in zip((module.first, module.second, module.coupling), factors, strict=True):
         if parameter is not None and value is not None:
             parameter.data.copy_(value)
+
+
+def stored_weight(module: BlockLinearModule) -> Tensor:
+    """The dense weight (out_features, in_features) of a module's factors, as they are stored, in float64."""
+    held = (module.first, module.second, module.coupling)
+    return Factors(*(None if p is None else p.detach().double() for p in held)).weight  # type: ignore[arg-type]
 
 
 def grid_of(weight: Tensor, num_blocks: int) -> Tensor:
@@ -113,7 +121,7 @@ class Spectrum:
 
 
 def fitter(kind: str, weight: Tensor, moment: Tensor | None, num_blocks: int, iterations: int) -> Fitter:
-    """What fits factors of a kind to a weight (out_features, in_features), for any rank r of the layer.
+    """What fits factors of a kind to a weight (out_features, in_features) in float64, for any rank r of the layer.
 
     moment: the second moment (in_features, in_features) of the inputs on which outputs are to be close; None: the
     weights are to be close. iterations: of BLAST.
@@ -137,8 +145,12 @@ def _own_moments(moment: Tensor, num_blocks: int) -> Tensor:
 
 
 def damped(moment: Tensor) -> Tensor:
-    """A second moment (n, n) that has an inverse: directions that no input shows are chosen by the weight."""
-    added = DAMPING * moment.diagonal().mean() + torch.finfo(moment.dtype).tiny
+    """A second moment (n, n) that has an inverse: directions that no input shows are chosen by the weight.
+
+    Of no inputs but zeros, all directions are.
+    """
+    mean = moment.diagonal().mean()
+    added = torch.where(mean > 0, DAMPING * mean, torch.ones_like(mean))
     return moment + added * torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
 
 

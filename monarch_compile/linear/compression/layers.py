@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def find_layers(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Laye
         if isinstance(module, BlockLinearModule):
             kept.append(Kept(name, "compressed", "it is a block linear already"))
             continue
-        if not _is_linear(module) or (filter_fn is not None and not filter_fn(module, name)):
+        if not is_linear(module) or (filter_fn is not None and not filter_fn(module, name)):
             continue
         refusal = _refusal(parent, module, uses, owners)
         if refusal is None:
@@ -97,7 +97,7 @@ def conv1d_type() -> type[nn.Module] | None:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: Any) -> TypeGuard[nn.Module]:
     """Whether a module is a linear layer, or of a class made of one."""
     own = conv1d_type()
     return isinstance(module, nn.Linear) or (own is not None and isinstance(module, own))

@@ -47,9 +47,8 @@ def moments_of(model: nn.Module, layers: Sequence[Layer], calls: Sequence[Call])
     def noting(name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            rows = x.detach().reshape(-1, x.shape[-1])
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            found = (rows.mT @ rows).double()
+            rows = x.detach().reshape(-1, x.shape[-1]).double()  # rounded to less, products may have no inverse
+            found = rows.mT @ rows
             sums[name] = sums[name] + found if name in sums else found
             counts[name] = counts.get(name, 0) + len(rows)
 

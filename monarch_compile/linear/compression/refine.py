@@ -14,12 +14,15 @@ from torch.utils import _pytree as pytree
 
 from monarch_compile import autocast
 from monarch_compile.calibration.inputs import Call, calls_of
-from monarch_compile.calibration.metrics import ratio, relative_error, squares_apart
-from monarch_compile.calibration.snapshot import Snapshot
+from monarch_compile.calibration.instrument import uncompiled
+from monarch_compile.calibration.metrics import outputs_apart, ratio, squares_apart
+from monarch_compile.calibration.snapshot import Snapshot, kept
 from monarch_compile.distillation.descent import Descent, Schedule, in_eval_mode
 from monarch_compile.distillation.widened import widened
-from monarch_compile.errors import DistillationError, InputError
-from monarch_compile.linear.compression.parts import Feeds, Given, Part, parts_of
+from monarch_compile.errors import InputError
+from monarch_compile.linear.compression.layers import is_linear
+from monarch_compile.linear.compression.ownership import refinable
+from monarch_compile.linear.compression.parts import Feeds, Given, Part, run_on
 from monarch_compile.linear.compression.report import ModelErrors, RefinedPart, RefineReport
 from monarch_compile.linear.compression.stages import fit_stage, stages_of
 from monarch_compile.linear.modules import BlockLinearModule
@@ -55,7 +58,8 @@ def refine_(
     stay refined, and all others are as they were; after an error, all are.
 
     Args:
-        model: what `compress_` made of a copy of `teacher`. Block linears whose requires_grad is False learn too.
+        model: what `compress_` made of a copy of `teacher`. Block linears whose requires_grad is False learn too; those
+            that the first call does not run, and those that share weights with other modules or parts, stay.
         teacher: the dense model.
         calls: what to learn from, as in `compress_`. A step learns from one of them.
         held_out: other calls, to measure the error of the model's output on only.
@@ -66,9 +70,12 @@ def refine_(
         progress: say on stderr what is being done.
 
     Raises:
-        InputError: an argument is not allowed, or the models differ otherwise than by block linears.
-        DistillationError: a loss, or what a layer is given, is not finite; it names the part.
+        InputError: an argument is not allowed, the teacher has no dense linear of the same sizes at the path of a block
+            linear, a part runs more often in one call than in another, or gives no floating tensor.
+        DistillationError: a loss, or what a layer is given, is not finite, or no gradient reaches the factors; it names
+            the part.
     """
+    model, teacher = _module_of(model, "model"), _module_of(teacher, "teacher")
     schedule = Schedule.of(steps, lr, seed, least_steps=0)
     given = calls_of(calls)
     unseen = calls_of(held_out) if isinstance(held_out, Tensor) or held_out else []
@@ -76,6 +83,14 @@ def refine_(
     eval_mode = in_eval_mode(nn.ModuleList([model, teacher]))
     with torch.inference_mode(False), eval_mode, Snapshot(model, teacher, given, unseen) as state:
         return _Run(model, teacher, given, unseen, state, schedule, Progress("refine_", progress)).report()
+
+
+def _module_of(model: Any, what: str) -> nn.Module:
+    """The module that was compiled, of one that was."""
+    inner: Any = uncompiled(model)
+    if not isinstance(inner, nn.Module):
+        raise InputError(f"{what} must be a torch.nn.Module; found {type(model)}")
+    return inner
 
 
 def _require_pair(model: nn.Module, teacher: nn.Module) -> None:
@@ -86,12 +101,14 @@ def _require_pair(model: nn.Module, teacher: nn.Module) -> None:
         if not isinstance(module, BlockLinearModule):
             continue
         found, own = True, dense.get(name)
-        sizes = None if own is None else tuple(getattr(own, "weight", torch.empty(0)).shape)
+        weight: Any = own.weight if is_linear(own) else None
+        sizes = None if weight is None else tuple(weight.shape)
         wanted = (module.out_features, module.in_features)
-        if isinstance(own, BlockLinearModule) or sizes not in (wanted, wanted[::-1]):
+        if sizes != (wanted if isinstance(own, nn.Linear) else wanted[::-1]):
             raise InputError(
                 f"the teacher must have a dense linear {module.in_features} -> {module.out_features} at {name!r}; "
-                f"found {type(own).__name__}" + ("" if sizes is None else f" with a weight of {sizes}")
+                f"found {'nothing' if own is None else type(own).__name__}"
+                + ("" if sizes is None else f" with a weight of {sizes}")
             )
     if not found:
         raise InputError("the model has no block linear: compress_ makes them")
@@ -116,45 +133,45 @@ class _Run:
     def report(self) -> RefineReport:
         """Refine all parts."""
         start = time.perf_counter()
-        wanted = [self._outputs(self._teacher, calls) for calls in (self._calls, self._unseen)]
-        before = self._errors(wanted)
-        learned = _learned(self._model)
-        kept = [p.detach().clone() for p in learned.values()]
+        before = [self._error(calls) for calls in (self._calls, self._unseen)]
+        feeds = Feeds((self._teacher, self._model), self._calls, self._state)
+        parts, left = refinable(self._model, self._teacher, feeds.called())
+        learned = [p for part in parts for p in _learned(self._model.get_submodule(part.name), part).values()]
+        values = [p.detach().clone() for p in learned]
         try:
-            parts = tuple(self._parts())
-        except (DistillationError, InputError):
-            _write(learned.values(), kept)
+            done = tuple(self._refined(feeds, parts))
+        except Exception:
+            _write(learned, values)
             raise
         finally:
             self._say.end()
-        pairs = zip(before, self._errors(wanted), strict=True)
-        calls, held_out = (None if x is None or y is None else ModelErrors(x, y) for x, y in pairs)
+        after = [self._error(calls) for calls in (self._calls, self._unseen)]
+        calls, held_out = (
+            None if x is None or y is None else ModelErrors(x, y) for x, y in zip(before, after, strict=True)
+        )
         assert calls is not None
         numbers, seconds = (len(self._calls), len(self._unseen)), time.perf_counter() - start
-        return RefineReport(parts, calls, held_out, *numbers, self._schedule.steps, seconds)
+        return RefineReport(done, calls, held_out, *numbers, self._schedule.steps, seconds, tuple(left))
 
-    def _parts(self) -> Iterator[RefinedPart]:
-        parts = parts_of(self._model)
-        feeds = Feeds((self._teacher, self._model), self._calls, self._state)
+    def _refined(self, feeds: Feeds, parts: Sequence[Part]) -> Iterator[RefinedPart]:
         for number, (part, (theirs, ours)) in enumerate(feeds.over(parts)):
             place = f"{number + 1} of {len(parts)}: {part.name}"
             self._say(place)
             yield _Refining(part, self._teacher, self._model, theirs, ours, self._schedule).done(self._say, place)
 
-    def _outputs(self, model: nn.Module, calls: Sequence[Call]) -> list[Any]:
-        found = []
-        with torch.no_grad():
-            for args, kwargs in calls:
-                self._state.restore()
-                found.append(model(*args, **kwargs))
-        return found
+    def _error(self, calls: Sequence[Call]) -> float | None:
+        """Relative error of the model's output on some calls; None where there are none. One call's are in memory."""
+        difference = norm = 0.0
+        for call in calls:
+            own, square = outputs_apart(self._output(self._teacher, call), self._output(self._model, call))
+            difference, norm = difference + own, norm + square
+        return ratio(difference, norm) if calls else None
 
-    def _errors(self, wanted: Sequence[Sequence[Any]]) -> list[float | None]:
-        """Relative errors of the model's output on the calls and on the held-out ones."""
-        errors: list[float | None] = []
-        for expected, calls in zip(wanted, (self._calls, self._unseen), strict=True):
-            errors.append(relative_error(list(expected), self._outputs(self._model, calls)) if calls else None)
-        return errors
+    def _output(self, model: nn.Module, call: Call) -> Any:
+        args, kwargs = call
+        self._state.restore()
+        with torch.no_grad():
+            return kept(model(*args, **kwargs))
 
 
 class _Refining:
@@ -172,14 +189,16 @@ class _Refining:
         self._part, self._schedule = part, schedule
         self._dense, self._module = teacher.get_submodule(part.name), model.get_submodule(part.name)
         self._theirs, self._ours = theirs, ours
-        self._learned = _learned(self._module)
+        self._learned = _learned(self._module, part)
         with torch.no_grad():
-            self._targets = [_floats(self._dense(*args, **kwargs)) for args, kwargs in theirs]
+            self._targets = [_floats(kept(run_on(self._dense, given))) for given in theirs]
+        if not all(self._targets):
+            raise InputError(f"{part.name} must give a floating tensor in all calls; found none in what it gives")
 
     def done(self, say: Progress, place: str) -> RefinedPart:
         """Refine it; where that is not finished, its weights are as they were."""
         start = time.perf_counter()
-        kept = [p.detach().clone() for p in self._learned.values()]
+        values = [p.detach().clone() for p in self._learned.values()]
         errors = [self._error()]
         try:
             for improve in (self._fit, self._descend):
@@ -190,7 +209,7 @@ class _Refining:
                     _write(self._learned.values(), before)
                     errors[-1] = errors[-2]
         except BaseException:
-            _write(self._learned.values(), kept)
+            _write(self._learned.values(), values)
             raise
         logger.info("refined %s: errors %s", self._part.name, errors)
         first, fitted, last = errors
@@ -199,8 +218,8 @@ class _Refining:
     def _error(self) -> float:
         difference = norm = 0.0
         with torch.no_grad():
-            for (args, kwargs), target in zip(self._ours, self._targets, strict=True):
-                for x, y in zip(target, _floats(self._module(*args, **kwargs)), strict=True):
+            for given, target in zip(self._ours, self._targets, strict=True):
+                for x, y in zip(target, _floats(run_on(self._module, given)), strict=True):
                     own, square = squares_apart(x, y)
                     difference, norm = difference + own, norm + square
         return ratio(difference, norm)
@@ -230,21 +249,20 @@ class _Refining:
         _write(self._learned.values(), [masters[name].detach() for name in self._learned])
 
     def _loss(self, masters: Mapping[str, Tensor], place: int) -> Tensor:
-        args, kwargs = pytree.tree_map(widened, self._ours[place])
-        outputs = _floats(functional_call(self._module, dict(masters), args, kwargs))
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self._module, dict(masters), args, kwargs)
+
+        outputs = _floats(run_on(run, pytree.tree_map(widened, self._ours[place])))
         targets = [widened(x) for x in self._targets[place]]
         missed = torch.stack([(x - y).square().sum() for x, y in zip(outputs, targets, strict=True)]).sum()
         norm = torch.stack([y.square().sum() for y in targets]).sum()
         return missed / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
-def _learned(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors and biases of the block linears in a module, each once."""
-    found: dict[str, nn.Parameter] = {}
-    for name, own in module.named_modules():
-        if isinstance(own, BlockLinearModule):
-            found |= {f"{name}.{key}".lstrip("."): p for key, p in own.named_parameters()}
-    return found
+def _learned(module: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+    """The factors and biases of the block linears of a part, by their paths in its module."""
+    own = [(name, module.get_submodule(name)) for name in part.layers]
+    return {f"{name}.{key}".lstrip("."): p for name, layer in own for key, p in layer.named_parameters()}
 
 
 def _write(parameters: Any, values: Sequence[Tensor]) -> None:

@@ -117,7 +117,7 @@ class CompressionReport:
         rows = [(*head, *(f"{count} tokens" for count in tokens))]
         rows += [_cells(layer, tokens, device) for layer in self.layers]
         lines = _aligned(rows) if self.layers else []
-        lines += [f"{kept.name} stays: {kept.reason} [{kept.code}]" for kept in self.kept]
+        lines += [_stays(kept) for kept in self.kept]
         return "\n".join([*lines, self._summary(tokens, device)])
 
     def _summary(self, tokens: Sequence[int], device: str | None) -> str:
@@ -168,6 +168,10 @@ def _cells(layer: CompressedLayer, tokens: Sequence[int], device: str | None) ->
     )
 
 
+def _stays(kept: Kept) -> str:
+    return f"{kept.name} stays: {kept.reason} [{kept.code}]"
+
+
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -203,7 +207,7 @@ class RefineReport:
     """What `refine_` returns; `print` it, or `save` it.
 
     parts: in the order in which they run. calls, held_out: errors of the whole model; None where there are no such
-    calls. steps: of Adam, for each part. seconds: all that it took.
+    calls. steps: of Adam, for each part. seconds: all that it took. kept: block linears that stay, with the reasons.
     """
 
     parts: tuple[RefinedPart, ...]
@@ -213,6 +217,7 @@ class RefineReport:
     num_held_out: int
     steps: int
     seconds: float
+    kept: tuple[Kept, ...] = ()
 
     def save(self, path: str | Path) -> Path:
         """Write JSON to `path` and return the path."""
@@ -224,4 +229,5 @@ class RefineReport:
                 for p in self.parts]  # fmt: skip
         found = [(self.calls, f"{self.num_calls} calls"), (self.held_out, f"{self.num_held_out} held-out calls")]
         said = [f"{x.before:.4f} -> {x.after:.4f} on {where}" for x, where in found if x is not None]
-        return "\n".join([*_aligned([head, *rows]), f"error of the model's output {', '.join(said)}"])
+        stays = [_stays(kept) for kept in self.kept]
+        return "\n".join([*_aligned([head, *rows]), *stays, f"error of the model's output {', '.join(said)}"])

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from monarch_compile.errors import DistillationError
-from monarch_compile.linear.compression.factors import fill, fitter
-from monarch_compile.linear.compression.parts import Given, seen_in
+from monarch_compile.linear.compression.factors import fill, fitter, stored_weight
+from monarch_compile.linear.compression.parts import Given, run_on, seen_in, version_of
 from monarch_compile.linear.modules import BlockLinearModule
 
 PULLS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Of the mean second moment: how much the dense weight may count beside the least squares."""
 ITERATIONS = 20
 """Of BLAST."""
+FLOOR = 1e-11
+"""Of the mean second moment, added to each of those about the means: what is left of equal inputs is rounding."""
 
 
 Stage = tuple[str, ...]
@@ -27,26 +29,32 @@ Stage = tuple[str, ...]
 
 def stages_of(module: nn.Module, layers: Sequence[str], given: Given) -> list[Stage]:
     """The layers of a part, in the order in which they run; without those that do not run, or more than once."""
-    args, kwargs = given
-    order: list[tuple[str, Tensor]] = []
+    order: list[tuple[str, Tensor, int | None]] = []
 
     def noting(name: str) -> Any:
-        return lambda module, args, kwargs: order.append((name, input_of((args, kwargs))))
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of((args, kwargs))
+            order.append((name, x, version_of(x)))
+
+        return note
 
     with ExitStack() as stack, torch.no_grad():
         for name in layers:
             handle = module.get_submodule(name).register_forward_pre_hook(noting(name), with_kwargs=True)
             stack.callback(handle.remove)
-        module(*args, **kwargs)
-    names = [name for name, _ in order]
+        run_on(module, given)
+    names = [name for name, _, _ in order]
     stages: list[Stage] = []
-    last: Tensor | None = None
-    for name, x in order:
-        if names.count(name) == 1 and x is last:
+    last: tuple[Tensor, int | None] | None = None
+    for name, x, version in order:
+        if names.count(name) != 1:
+            last = None
+            continue
+        if last is not None and x is last[0] and version == last[1]:
             stages[-1] = (*stages[-1], name)
-        elif names.count(name) == 1:
+        else:
             stages.append((name,))
-        last = x if names.count(name) == 1 else None
+        last = (x, version)
     return stages
 
 
@@ -67,7 +75,10 @@ class _Means:
     yx: Tensor
 
     def target(self, weight: Tensor, pull: float) -> Tensor:
-        """The dense weight that is best for the outputs, beside a `pull` towards another weight."""
+        """The weight (out_features, in_features) that is best for the outputs, beside a `pull` towards the dense one.
+
+        Ridge regression (Hoerl, Kennard, Technometrics 12, 1970) about the dense weight, by the mean second moment.
+        """
         added = pull * self.xx.diagonal().mean() + torch.finfo(self.xx.dtype).tiny
         eye = torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
         solved: Tensor = torch.linalg.solve(self.xx + added * eye, (self.yx + added * weight).mT)
@@ -97,16 +108,19 @@ class _Sums:
         """The moments of a layer, about the means where they are `centred`."""
         x, y = self.x / self.rows, self.y[name] / self.rows
         xx, yx = self.xx / self.rows, self.yx[name] / self.rows
-        return _Means(x, y, xx - x[:, None] * x, yx - y[:, None] * x) if centred else _Means(x, y, xx, yx)
+        if not centred:
+            return _Means(x, y, xx, yx)
+        floor = FLOOR * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        return _Means(x, y, xx - x[:, None] * x + floor, yx - y[:, None] * x)
 
     def add(self, x: Tensor, wanted: Mapping[str, Tensor]) -> None:
-        """x (rows, in_features), and outputs (rows, out_features) by the names of their layers."""
+        """x (rows, in_features), and outputs (rows, out_features) by the names of their layers; both in float64."""
         self.rows += len(x)
-        self.x = self.x + x.double().sum(0)
-        self.xx = self.xx + (x.mT @ x).double()
+        self.x = self.x + x.sum(0)
+        self.xx = self.xx + x.mT @ x
         for name, y in wanted.items():
-            self.y[name] = self.y.get(name, 0) + y.double().sum(0)
-            self.yx[name] = self.yx.get(name, 0) + (y.mT @ x).double()
+            self.y[name] = self.y.get(name, 0) + y.sum(0)
+            self.yx[name] = self.yx.get(name, 0) + y.mT @ x
 
 
 def fit_stage(
@@ -116,8 +130,10 @@ def fit_stage(
 
     With x the inputs in the compressed part `module` and y = W x' the outputs in the dense one, both over all calls,
     the best dense weight is T = E[y x^T] E[x x^T]^-1, damped towards W as much as makes the T of either half of the
-    calls best for the other; the factors are the best for T under the second
-    moment of x. Where there is a bias, the moments are those about the means, and the bias makes up for these.
+    calls best for the other; the factors are the best for T under the second moment of x. Where there is a bias, the
+    moments are those about the means, and the bias makes up for these. All in float64.
+
+    Layers stay that are given more rows in one module than in the other, as experts are: their rows do not correspond.
 
     Raises:
         DistillationError: an input is not finite.
@@ -128,8 +144,14 @@ def fit_stage(
     with torch.no_grad():
         for number, (their, our) in enumerate(zip(theirs, ours, strict=True)):
             x, given = _input_in(module, stage[0], our), _input_in(dense, stage[0], their)
-            halves[number % 2].add(_wide(x), {name: _wide(layer(given)) for name, layer in layers.items()})
+            if x is None and given is None:
+                continue
+            if x is None or given is None or x.shape != given.shape:
+                return
+            halves[number % 2].add(x.double(), {name: layer(given).double() for name, layer in layers.items()})
         whole = halves[0] + halves[1]
+        if not whole.rows:
+            return
         for name in stage:
             if not bool(whole.xx.isfinite().all() and whole.yx[name].isfinite().all()):
                 raise DistillationError(
@@ -137,22 +159,20 @@ def fit_stage(
                     "they were. Look for inputs with nan or inf"
                 )
         for name, layer in own.items():
-            _fit(layer, _weight_of(layers[name], layer), halves, name)
+            _fit(layer, _weight_of(layers[name]), halves, name)
 
 
-def _input_in(module: nn.Module, layer: str, given: Given) -> Tensor:
-    """What a layer of a module is given, (rows, in_features): the rest of the module does not run."""
-    args, kwargs = given
-    (seen,) = seen_in(lambda: module(*args, **kwargs), {layer: module.get_submodule(layer)}, 1)[layer]
-    x = input_of(seen.given)
+def _input_in(module: nn.Module, layer: str, given: Given) -> Tensor | None:
+    """What a layer of a module is given, (rows, in_features): the rest of the module does not run. None where the layer
+    does not."""
+    seen = seen_in(lambda: run_on(module, given), {layer: module.get_submodule(layer)}, 1)
+    if layer not in seen:
+        return None
+    x = input_of(seen[layer][0].given)
     return x.reshape(-1, x.shape[-1])
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _weight_of(layer: Any, own: BlockLinearModule) -> Tensor:
+def _weight_of(layer: Any) -> Tensor:
     """(out_features, in_features) of a Linear or a Conv1D."""
     weight: Tensor = layer.weight.detach().double()
     return weight if isinstance(layer, nn.Linear) else weight.mT
@@ -165,7 +185,7 @@ def _fit(layer: BlockLinearModule, weight: Tensor, halves: tuple[_Sums, _Sums], 
     factors = fitter(layer.kind, target, means.xx, layer.num_blocks, ITERATIONS)(layer.rank)
     fill(layer, factors)
     if layer.bias is not None:
-        layer.bias.data.copy_(means.y - layer.weight.double() @ means.x)
+        layer.bias.data.copy_(means.y - stored_weight(layer) @ means.x)
 
 
 def _pull(weight: Tensor, halves: tuple[_Sums, _Sums], name: str, *, centred: bool) -> float:

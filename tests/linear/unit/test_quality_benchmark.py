@@ -50,3 +50,19 @@ def test_low_rank_keeps_the_share_that_it_is_given() -> None:
             rank = int(torch.linalg.matrix_rank(layer.weight, rtol=1e-5))
             assert rank == 5
             assert rank * (16 + 32) <= 0.5 * 16 * 32
+
+
+def test_rows_of_another_number_of_steps_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "MODELS", {"tiny": tiny})
+    path = tmp_path / "found.json"
+    for steps in (2, 3):
+        content = quality.run(["tiny"], [0.5], ["monarch", "monarch, retrained"], steps, path)
+    assert [(row["method"], row["steps"]) for row in content["rows"]] == [("monarch", 0), ("monarch, retrained", 3)]
+
+
+def test_low_rank_of_a_layer_that_no_call_reaches_is_that_of_its_weight() -> None:
+    pretrained = tiny()
+    pretrained.model.add_module("3", nn.Linear(16, 16))
+    pretrained.model.forward = lambda x: pretrained.model[0](x)  # type: ignore[index,method-assign]
+    found, plain = (quality.low_rank(pretrained, 0.5, with_calls=with_calls) for with_calls in (True, False))
+    assert torch.equal(found[3].weight, plain[3].weight)  # type: ignore[index]

@@ -148,7 +148,7 @@ def test_what_parts_are_given_is_what_the_model_gives_them() -> None:
     model, teacher = pair()
     models = (teacher, model)
     feeds = Feeds(models, [((x,), {}) for x in CALLS[:2]], Snapshot(model, teacher))
-    for part, given in feeds.over(parts_of(model)):
+    for part, given in feeds.over(parts_of(model, feeds.called())):
         for own, ours in zip(models, given, strict=True):
             for x, (args, kwargs) in zip(CALLS, ours, strict=False):
                 module = own.get_submodule(part.name)
@@ -159,7 +159,7 @@ def test_what_parts_are_given_is_what_the_model_gives_them() -> None:
 
 def test_layers_on_one_tensor_are_a_stage() -> None:
     model, _ = pair()
-    part = parts_of(model)[0]
+    part = parts_of(model, {name for name, _ in model.named_modules()})[0]
     found = stages_of(model.get_submodule(part.name), part.layers, ((CALLS[0],), {}))
     assert found == [("gate", "value"), ("up",), ("down",)]
 
