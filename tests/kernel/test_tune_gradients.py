@@ -68,7 +68,7 @@ def search(ir: GradientsOf = IR, **options: Any) -> tuple[Tuned, dict[str, str]]
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("mask", [MaskKind.NONE, MaskKind.KEY_PADDING])
+@pytest.mark.parametrize("mask", [pytest.param(MaskKind.NONE, marks=pytest.mark.nightly), MaskKind.KEY_PADDING])
 def test_every_gradient_is_checked_and_the_step_timed(mask: MaskKind) -> None:
     timed = []
 
