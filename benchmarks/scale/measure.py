@@ -99,26 +99,25 @@ def _timed(call: Call, inputs: Any) -> tuple[dict[str, float], Tensor]:
     times: list[float] = []
     for _ in range(_rounds(call)):
         dist.barrier()
-        event: Any = torch.cuda.Event
-        start, end = (event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(_milliseconds(call))
     slowest = torch.tensor([statistics.median(times), float(memory)], device=output.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return {"ms": float(slowest[0]), "memory": float(slowest[1])}, output
 
 
-def _rounds(call: Call) -> int:
-    """As many on all ranks."""
+def _milliseconds(call: Call) -> float:
+    """Of one call, on this rank's device."""
     event: Any = torch.cuda.Event
     start, end = (event(enable_timing=True) for _ in range(2))
     start.record()
     call()
     end.record()
     end.synchronize()
-    most = torch.tensor([start.elapsed_time(end)], device="cuda")
+    return float(start.elapsed_time(end))
+
+
+def _rounds(call: Call) -> int:
+    """As many on all ranks."""
+    most = torch.tensor([_milliseconds(call)], device="cuda")
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, ROUNDS_S * 1e3 / float(most))))

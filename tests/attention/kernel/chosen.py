@@ -17,7 +17,7 @@ from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import outputs, site
 from monarch_compile.codegen.attention.schedule import choose_schedule
 from monarch_compile.codegen.launcher import Launcher, capability_of
-from tests.attention.kernel.problems import Case, tensors
+from tests.attention.kernel.problems import Case, tensors, through_operator
 
 SHOWS_CHOICE = replace(EMITTER, program=lambda *given: replace(EMITTER.program(*given), outputs=("z", "taken")))
 
@@ -52,3 +52,21 @@ def check_with_choice(case: Case, dtype: torch.dtype, device: str) -> None:
     exact = attend_exactly_where_chosen(*given, replace(form, chosen=10**3), **options)[0]
     errors = [torch.linalg.vector_norm(x - exact) for x in (found.double(), own)]
     assert errors[0] <= 1.05 * errors[1] + 1e-2 * torch.linalg.vector_norm(exact)
+
+
+def check_replay_of_choice(case: Case) -> None:
+    """A captured CUDA graph follows its inputs: blocks are chosen anew at each replay."""
+    q, k, v, mask = tensors(case, torch.bfloat16, "cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        through_operator(case, q, k, v, mask)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = through_operator(case, q, k, v, mask)
+    k.copy_(k.flip(2))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, through_operator(case, q, k, v, mask))
+    assert torch.equal(with_choice(case, q, k, v, mask)[0], captured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.attention.kernel.chosen import check_with_choice, with_choice
+from tests.attention.kernel.chosen import check_replay_of_choice, check_with_choice, with_choice
 from tests.attention.kernel.problems import DTYPES, Case, check, tensors, through_operator
 
 pytestmark = [
@@ -64,18 +64,4 @@ def test_heads_that_share_keys_share_their_blocks(group: int) -> None:
 
 def test_a_cuda_graph_replays_the_choice() -> None:
     """Blocks are chosen on the device: a captured call follows its inputs."""
-    case = CHOSEN[1]
-    q, k, v, mask = tensors(case, torch.bfloat16, "cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        through_operator(case, q, k, v, mask)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = through_operator(case, q, k, v, mask)
-    k.copy_(k.flip(2))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(captured, through_operator(case, q, k, v, mask))
-    assert torch.equal(with_choice(case, q, k, v, mask)[0], captured)
+    check_replay_of_choice(CHOSEN[1])
