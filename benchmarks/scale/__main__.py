@@ -1,9 +1,11 @@
 """One attention over several GPUs.
 
     python -m benchmarks.scale --simulate [result.json] [--fabric nvlink]
-    torchrun --nproc-per-node 2 -m benchmarks.scale result.json [--tokens 65536 262144 1048576] [--train]
+    torchrun --nproc-per-node 2 -m benchmarks.scale result.json [--tokens 65536 262144 1048576] [--graphs]
+        [--models] [--train]
 
-The first prints what the cost model says of 1 to 1,024 GPUs; the second measures on those of torchrun.
+The first prints what the cost model says of 1 to 1,024 GPUs; the second measures on those of torchrun. With
+TORCH_NCCL_HIGH_PRIORITY=1, sending goes on while kernels run.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.models.problems import DIT, VIT
 from benchmarks.resumable import machine
 from benchmarks.scale.simulate import Attention, limits, rows, table
 from benchmarks.tables import markdown_table
@@ -27,6 +30,8 @@ RING_MOST = 2**18
 
 
 TRAINED_TOKENS = 4096
+MODEL_TOKENS = 16384
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**16, 2**18, 2**20])
+    parser.add_argument("--graphs", action="store_true", help="times of CUDA-graph replays instead of plain calls")
+    parser.add_argument("--models", action="store_true", help=f"encoders of {MODEL_TOKENS} tokens, too")
     parser.add_argument("--train", action="store_true", help="steps of ViT-L under FSDP2 beside one GPU, too")
     given = parser.parse_args(arguments)
     attention = Attention(given.heads, given.head_dim)
@@ -48,34 +55,39 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(limits(found)))
         _write(given.result, {"device": given.device, "fabric": given.fabric, "rows": found})
         return
-    _measure(attention, given.tokens, given.result, trains=given.train)
+    _measure(attention, given)
 
 
-def _measure(attention: Attention, lengths: list[int], result: Path | None, *, trains: bool) -> None:
+def _measure(attention: Attention, given: argparse.Namespace) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from benchmarks.scale.measure import measured, ring
+    from benchmarks.scale.measure import measured, model_measured, ring
     from benchmarks.scale.train import losses_of_both
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mesh = init_device_mesh("cuda", (int(os.environ["WORLD_SIZE"]),))
-    content: dict[str, Any] = {"environment": machine("cuda"), "gpus": mesh.size(), "rows": []}
+    content: dict[str, Any] = {"environment": machine("cuda"), "gpus": mesh.size(), PRIORITY: os.environ.get(PRIORITY)}
+    content |= {"clock": "graph" if given.graphs else "plain", "rows": [], "models": []}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        content[name].append(found)
+        if mesh.get_rank() == 0:
+            print(json.dumps(found), flush=True)
+            _write(given.result, content)
+
     try:
-        for tokens in lengths:
-            row = measured(attention, tokens, mesh)
-            content["rows"].append(row)
-            if mesh.get_rank() == 0:
-                print(json.dumps(row), flush=True)
-                _write(result, content)
+        for tokens in given.tokens:
+            keep("rows", measured(attention, tokens, mesh, graphs=given.graphs))
+        for architecture in (VIT, DIT) if given.models else ():
+            keep("models", model_measured(architecture, MODEL_TOKENS, mesh, graphs=given.graphs))
         for row in content["rows"]:
-            row["ring"] = ring(attention, row["tokens"], mesh) if row["tokens"] <= RING_MOST else None
-            if mesh.get_rank() == 0:
-                _write(result, content)
-        if trains:
-            content["training"] = losses_of_both(mesh, TRAINED_TOKENS)
-            if mesh.get_rank() == 0:
-                print(json.dumps(content["training"]), flush=True)
-                _write(result, content)
+            is_short = row["tokens"] <= RING_MOST
+            row["ring"] = ring(attention, row["tokens"], mesh) if is_short and not given.graphs else None
+        if given.train:
+            content["training"] = []
+            keep("training", losses_of_both(mesh, TRAINED_TOKENS))
+        if mesh.get_rank() == 0:
+            _write(given.result, content)
     finally:
         torch.distributed.destroy_process_group()
     if int(os.environ["RANK"]) == 0:

@@ -1,4 +1,4 @@
-"""One attention on the ranks of torchrun, beside one GPU alone and exact attention under torch's ring."""
+"""Attention and whole models on the ranks of torchrun, beside one GPU alone and exact attention under torch's ring."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.scale.simulate import Attention, best_block_size
 from monarch_compile.attention.functional import monarch_attention
+from monarch_compile.attention.lengths import auto_block_size
 from monarch_compile.attention.parallel.costs import METHODS, cost_of
+from monarch_compile.backend import monarch as backend  # by name it would have to be installed
 from monarch_compile.cost.devices import installed
 from monarch_compile.cost.links import fabric_of
 from monarch_compile.distributed import sequence_parallel
@@ -25,11 +27,12 @@ Call = Callable[[], Tensor]
 WARM_UPS, LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_S = 3, 3, 30, 0.5
 
 
-def measured(attention: Attention, tokens: int, mesh: Any) -> dict[str, Any]:
+def measured(attention: Attention, tokens: int, mesh: Any, *, graphs: bool = False) -> dict[str, Any]:
     """Milliseconds and bytes of one attention: one GPU alone, and both ways to share the work; their errors against one
     GPU.
 
-    Times are the slowest rank's medians. Memory is the most that a call allocates beside its inputs, with them.
+    Times are the slowest rank's medians of plain calls, or of CUDA-graph replays. Memory is the most that a call
+    allocates beside its inputs, with them.
     """
     place, rank = mesh.device_type, mesh.get_local_rank()
     block_size = best_block_size(attention, tokens, installed(place))
@@ -40,7 +43,7 @@ def measured(attention: Attention, tokens: int, mesh: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"tokens": tokens, "block_size": block_size, "heads": attention.heads}
     found |= {"head_dim": attention.head_dim, "dtype": str(attention.dtype).removeprefix("torch.")}
     with torch.no_grad():
-        found["one"], expected = _timed(lambda: monarch_attention(q, k, v, **options), (q, k, v))
+        found["one"], expected = _timed(lambda: monarch_attention(q, k, v, **options), (q, k, v), graphs=graphs)
         piece = slice(rank * tokens // mesh.size(), (rank + 1) * tokens // mesh.size())
         own = [x[:, :, piece].contiguous() for x in (q, k, v)]
         wanted = expected[:, :, piece].contiguous()
@@ -53,16 +56,42 @@ def measured(attention: Attention, tokens: int, mesh: Any) -> dict[str, Any]:
                     return scaled_dot_product_attention(*own)
 
             try:
-                found[method], output = _timed(shared, own)
+                found[method], output = _timed(shared, own, graphs=graphs)
             except InputError as error:
                 found[method] = str(error)
                 continue
-            error = torch.stack([(output - wanted).float().norm() ** 2, wanted.float().norm() ** 2])
-            dist.all_reduce(error)
-            found[method]["error"] = float((error[0] / error[1]).sqrt())
+            found[method]["error"] = _error(output, wanted)
             ir = attention.ir(tokens, block_size)
             cost = cost_of(ir, mesh.size(), installed(place), fabric_of(place), method)
             found[method]["predicted_ms"] = cost.total_s * 1e3
+    return found
+
+
+def model_measured(
+    architecture: Any, tokens: int, mesh: Any, dtype: torch.dtype = torch.bfloat16, *, graphs: bool = False
+) -> dict[str, Any]:
+    """As `measured`, of a compiled model whose tokens lie on the ranks: "one" GPU, and "shared"."""
+    place = mesh.device_type
+    options = {"block_size": auto_block_size(tokens, place, 1), "window": 1}
+    found: dict[str, Any] = {"model": architecture.name, "tokens": tokens, **options}
+    x, *rest = architecture.inputs(1, tokens, place, dtype)
+    model = architecture.model(place, dtype)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, options={"policy": "always", **options}, fullgraph=True)
+        found["one"], expected = _timed(lambda: compiled(x, *rest), (x,), graphs=graphs)
+        torch._dynamo.reset()
+        parallel = sequence_parallel(mesh, seq_len=tokens, **options)
+        own = parallel.shard(x, 1).contiguous()
+        wanted = parallel.shard(expected, 1)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+
+        def shared() -> Tensor:
+            with parallel:
+                output: Tensor = compiled(own, *rest)
+                return output
+
+        found["shared"], output = _timed(shared, (own,), graphs=graphs)
+    found["shared"]["error"] = _error(output, wanted)
     return found
 
 
@@ -79,12 +108,19 @@ def ring(attention: Attention, tokens: int, mesh: Any) -> Any:
             sdpa_kernel(SDPBackend.FLASH_ATTENTION),
             context_parallel(mesh, buffers=whole, buffer_seq_dims=[2] * 3),
         ):
-            return _timed(lambda: scaled_dot_product_attention(*whole), whole)[0]
+            return _timed(lambda: scaled_dot_product_attention(*whole), whole, graphs=False)[0]
     except Exception as error:  # another part of torch, which may lack what this machine needs
         return f"{type(error).__name__}: {error}"[:300]
 
 
-def _timed(call: Call, inputs: Any) -> tuple[dict[str, float], Tensor]:
+def _error(output: Tensor, wanted: Tensor) -> float:
+    """Relative, over all ranks."""
+    squares = torch.stack([(output - wanted).float().norm() ** 2, wanted.float().norm() ** 2])
+    dist.all_reduce(squares)
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def _timed(call: Call, inputs: Any, *, graphs: bool) -> tuple[dict[str, float], Tensor]:
     """Milliseconds and bytes of a call, and what it gives."""
     given = sum(x.numel() * x.element_size() for x in inputs)
     for _ in range(WARM_UPS):
@@ -96,13 +132,31 @@ def _timed(call: Call, inputs: Any) -> tuple[dict[str, float], Tensor]:
     output = call()
     torch.cuda.synchronize()
     memory = torch.cuda.max_memory_allocated() - before + given
+    slowest = torch.tensor([_median(_captured(call) if graphs else call), float(memory)], device=output.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return {"ms": float(slowest[0]), "memory": float(slowest[1])}, output
+
+
+def _captured(call: Call) -> Call:
+    """`call` as a CUDA graph, which is replayed. Other threads watch collectives meanwhile: they may call CUDA."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _median(call: Call) -> float:
+    """Milliseconds of a call."""
     times: list[float] = []
     for _ in range(_rounds(call)):
         dist.barrier()
         times.append(_milliseconds(call))
-    slowest = torch.tensor([statistics.median(times), float(memory)], device=output.device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return {"ms": float(slowest[0]), "memory": float(slowest[1])}, output
+    return statistics.median(times)
 
 
 def _milliseconds(call: Call) -> float:

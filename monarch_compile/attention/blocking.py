@@ -73,6 +73,9 @@ class Blocking(Protocol):
     def is_far(self, device: torch.device) -> Tensor:
         """(b, l) bool: whether block b is in the far field of the rows of block l, outside their window."""
 
+    def all_have_far(self) -> bool:
+        """Whether each block is known to have others in its far field; symbolic counts take no guard."""
+
 
 def may_pad(missing: Any) -> bool:
     """Whether whole blocks may hold more than the sequence: always so for a symbolic length, which takes no guard."""
@@ -150,6 +153,9 @@ class Pieces:
         block = torch.arange(self.num_blocks, device=device)
         far: Tensor = (block[:, None] - block[None, :]).abs() > self.window
         return far
+
+    def all_have_far(self) -> bool:
+        return _reaches_beyond(self.num_blocks, self.window)
 
 
 def _overlapping_pieces(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -347,6 +353,14 @@ class Tiles:
             near = near & (functools.reduce(torch.add, [(x > 0).to(torch.int32) for x in apart]) <= 1)
         far: Tensor = ~near
         return far
+
+    def all_have_far(self) -> bool:
+        return any(map(_reaches_beyond, self.counts, self.reaches))
+
+
+def _reaches_beyond(count: Any, reach: int) -> bool:
+    """Whether each of `count` blocks in a row has one that is further away than `reach`."""
+    return isinstance(count, int) and count >= 2 * reach + 2
 
 
 def _may_lead_inside(step: int, count: Any) -> bool:

@@ -50,16 +50,22 @@ def biased(scores: Tensor, bias: Tensor | None) -> Tensor:
     return scores if bias is None else scores + bias
 
 
-def softmax_lse(scores: Tensor, visible: Tensor | None, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Softmax over `dim` and its logsumexp; a row that sees nothing gives zeros and a finite, unused lse."""
+def softmax_lse(
+    scores: Tensor, visible: Tensor | None, dim: int = -1, *, all_rows_see: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Softmax over `dim` and its logsumexp; a row that sees nothing gives zeros and a finite, unused lse.
+
+    all_rows_see: each row is known to see something, so that no code is needed for one that does not.
+    """
+    may_be_blind = visible is not None and not all_rows_see
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     top = scores.detach().amax(dim, keepdim=True)
-    if visible is not None:
+    if may_be_blind:
         top = top.masked_fill(top == float("-inf"), 0.0)
     weights = (scores - top).exp()
     total = weights.sum(dim, keepdim=True)
-    if visible is not None:
+    if may_be_blind:
         total = total.masked_fill(total == 0, 1.0)
     return weights / total, (top + total.log()).squeeze(dim)
 
@@ -86,13 +92,14 @@ def window_group(
     `values_near` as in `Blocking.with_neighbours`; `visible` broadcasts to (E, H, b, 1, i). Returns values
     (E, H, l, j, D_v) and logsumexps (E, H, l, j), -inf where a row sees no key.
     """
+    is_masked = visible is not None  # else each row sees its own block
     if visible is None:
         visible = torch.ones((1, 1, scores.shape[2], 1, blocks.size), dtype=torch.bool, device=scores.device)
     # As numbers: Inductor's C++ for padded comparisons does not compile (torch 2.13).
     seen = blocks.of_neighbours(visible.to(torch.float32)) > 0
-    weights, lse = softmax_lse(scores, seen)
+    weights, lse = softmax_lse(scores, seen, all_rows_see=not is_masked)
     value = torch.unflatten(torch.bmm(weights.flatten(0, 2), values_near), 0, scores.shape[:3])
-    return value, lse.masked_fill(~seen.any(-1), float("-inf"))
+    return value, lse.masked_fill(~seen.any(-1), float("-inf")) if is_masked else lse
 
 
 def prefix_group(
@@ -128,22 +135,28 @@ def exact_rows(
     return tuple(torch.unflatten(x, 2, (group, -1)).flatten(1, 2) for x in (weights @ v, lse))  # type: ignore[return-value]
 
 
-def shares(lses: Sequence[Tensor]) -> list[Tensor]:
+def shares(lses: Sequence[Tensor], *, all_rows_see: bool = False) -> list[Tensor]:
     """What a row gives each of its groups, from their logsumexps; -inf is a group without keys.
 
-    Computed group by group: stacking the logsumexps would allocate one more buffer.
+    Computed group by group: stacking the logsumexps would allocate one more buffer. all_rows_see: as of `softmax_lse`.
     """
     top = functools.reduce(torch.maximum, lses).detach()
-    top = top.masked_fill(top == float("-inf"), 0.0)
+    if not all_rows_see:
+        top = top.masked_fill(top == float("-inf"), 0.0)
     weights = [(lse - top).exp() for lse in lses]
     total = sum(weights[1:], start=weights[0])
-    total = total.masked_fill(total == 0, 1.0)
+    if not all_rows_see:
+        total = total.masked_fill(total == 0, 1.0)
     return [weight / total for weight in weights]
 
 
-def merge(values: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
-    """Attention over disjoint groups of keys from attention within each: values (..., D_v), logsumexps (...)."""
-    first, *rest = (value * share.unsqueeze(-1) for value, share in zip(values, shares(lses), strict=True))
+def merge(values: Sequence[Tensor], lses: Sequence[Tensor], *, all_rows_see: bool = False) -> Tensor:
+    """Attention over disjoint groups of keys from attention within each: values (..., D_v), logsumexps (...).
+
+    all_rows_see: as of `softmax_lse`.
+    """
+    parts = shares(lses, all_rows_see=all_rows_see)
+    first, *rest = (value * share.unsqueeze(-1) for value, share in zip(values, parts, strict=True))
     return sum(rest, start=first)
 
 

@@ -50,8 +50,9 @@ LISTED_KEYS_FROM = 32768
 """The least length at which kernels of causal attention and of chosen blocks were timed beside exact attention's
 (benchmarks/results/causal_h100.json)."""
 
-CACHED_KEYS_FROM = sys.maxsize
-"""The same of the keys that causal queries see after a cache: these kernels were not timed at any length yet."""
+CACHED_KEYS_FROM, CACHED_QUERIES_FROM = 8192, 2048
+"""The same of the keys that causal queries see after a cache, and of these queries
+(benchmarks/results/cached_h200.json)."""
 
 NEVER = sys.maxsize
 """The crossover of a site that does not pay even at the last of `LENGTHS`."""
@@ -163,16 +164,27 @@ def cost_refusal(
 
     sizes: `auto`, `batch`, `seq_len` and `queries` of `exact_wins`. note: what the reason ends with.
     """
-    if device.kind == "cuda" and ir.follows_cache and sizes["seq_len"] < CACHED_KEYS_FROM:
-        return Refusal("unmeasured_kernels", "kernels of causal queries after a cache of keys were not timed yet")
-    if device.kind == "cuda" and ir.lists_exact_keys and sizes["seq_len"] < LISTED_KEYS_FROM:
-        timed = f"kernels of causal attention and of chosen blocks were timed from {LISTED_KEYS_FROM} tokens on"
-        return Refusal("unmeasured_kernels", timed)
+    if device.kind == "cuda":
+        unmeasured = _unmeasured(ir, sizes["seq_len"], sizes["queries"])
+        if unmeasured is not None:
+            return Refusal("unmeasured_kernels", unmeasured)
     reason = exact_wins(ir, device, calls=calls, **sizes)
     if reason is None:
         return None
     code = what_decides(ir, device, hints, calls)
     return Refusal(code, "; ".join(part for part in (reason, WHY[code], note) if part))
+
+
+def _unmeasured(ir: MonarchAttention, keys: Size, queries: Size | None) -> str | None:
+    """From which sizes on kernels were timed, where these are less."""
+    if ir.follows_cache:
+        if keys >= CACHED_KEYS_FROM and queries is not None and queries >= CACHED_QUERIES_FROM:
+            return None
+        least = f"{CACHED_QUERIES_FROM} queries and {CACHED_KEYS_FROM} keys"
+        return f"kernels of causal queries after a cache were timed from {least} on"
+    if ir.lists_exact_keys and keys < LISTED_KEYS_FROM:
+        return f"kernels of causal attention and of chosen blocks were timed from {LISTED_KEYS_FROM} tokens on"
+    return None
 
 
 @lru_cache(maxsize=256)

@@ -136,6 +136,8 @@ def _attend(
         near.append(prefix_group(q_blocks, k_lead, v_lead, mask_lead, bias_lead, scale))
     near_lses = [lse.transpose(2, 3) for _, lse in near]
     far_blocks = _far_blocks(visible, key_blocks, window is not None, q.device)
+    all_rows_see = visible is None
+    all_see_far = all_rows_see and (window is None or key_blocks.all_have_far())
 
     # Operands of the batched products are laid out once, rows contiguous: `*_at` by query offset, the others by block.
     q_at = _by_offset(q_blocks)  # (E, H, j, l, D)
@@ -148,16 +150,16 @@ def _attend(
         a_at = _by_offset(scale * _bmm(right, keys))  # (E, H, j, b, D)
         c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)
         logits = _bmm(a_at, q_at, transposed=True) - c.unsqueeze(-1)  # (E, H, j, b, l)
-        left, far_lse = softmax_lse(logits, far_blocks, dim=-2)
-        if (near or wants_lse) and far_blocks is not None:
+        left, far_lse = softmax_lse(logits, far_blocks, dim=-2, all_rows_see=all_see_far)
+        if (near or wants_lse) and far_blocks is not None and not all_see_far:
             far_lse = far_lse.masked_fill(~far_blocks.any(-2), float("-inf"))
         if step < num_iters - 1:
-            far_share = shares([far_lse, *near_lses])[0].unsqueeze(-2) if near else None
+            far_share = shares([far_lse, *near_lses], all_rows_see=all_rows_see)[0].unsqueeze(-2) if near else None
             qhat_at = _next_query(left, far_share, q_at, row_is_real)
     z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
     lses = [far_lse, *near_lses]
     if near:
-        z = merge([z, *(value.transpose(2, 3) for value, _ in near)], lses)
+        z = merge([z, *(value.transpose(2, 3) for value, _ in near)], lses, all_rows_see=all_rows_see)
     output = _from_blocks(z, query_blocks, group)
     if prefix:
         output = _around(rows.transpose(1, 2), output.transpose(1, 2), 1, prefix_at_end).transpose(1, 2)

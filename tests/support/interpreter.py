@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +29,16 @@ def prefer_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer that kernels write starts as NaN, so that whatever they fail to write is seen."""
+    """Every buffer that kernels write starts as NaN, so that whatever they fail to write is seen.
+
+    Not where sizes are symbolic: Inductor merges equal constants and copies those that kernels write, and that of torch
+    2.11 cannot trace such a copy.
+    """
     from monarch_compile.codegen import launcher  # late: it may import triton, which tests/conftest.py must do first
 
-    def allocate(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(like: torch.Tensor, shape: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+        if any(isinstance(size, torch.SymInt) for size in shape):
+            return like.new_empty(tuple(shape), dtype=dtype)
         poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
         return like.new_full(tuple(shape), poison, dtype=dtype)
 

@@ -10,7 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor import compile_fx
 
+from benchmarks.models.problems import TINY_DIT, TINY_VIT
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale import measure
 from benchmarks.scale.simulate import GPUS, TOKENS, Attention, best_block_size, limits, rows
@@ -90,14 +93,28 @@ def test_a_fabric_sends_slower_between_hosts() -> None:
         fabric_of("cuda", "rope")
 
 
+def timed(call: Any, inputs: Any, *, graphs: bool) -> tuple[dict[str, float], Any]:
+    """As `measure._timed`, without a clock."""
+    assert not graphs
+    return {"ms": 1.0, "memory": 1.0}, call()
+
+
 def measure_without_a_clock(mesh: Any) -> dict[str, Any]:
     """A row of the measurements, on a CPU."""
-
-    def timed(call: Any, inputs: Any) -> tuple[dict[str, float], Any]:
-        return {"ms": 1.0, "memory": 1.0}, call()
-
     with mock.patch.object(measure, "_timed", timed):
         return measure.measured(Attention(heads=4, head_dim=8, dtype=torch.float32), 2048, mesh["own"])
+
+
+def measure_a_model_without_a_clock(mesh: Any, place: int) -> dict[str, Any]:
+    eager = mock.patch.object(compile_fx, "compile_fx", lambda gm, inputs, config_patches=None: aot_eager(gm, inputs))
+    with mock.patch.object(measure, "_timed", timed), eager:
+        return measure.model_measured((TINY_VIT, TINY_DIT)[place], 256, mesh["own"], torch.float32)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["vit", "dit"])
+def test_a_model_on_all_ranks_gives_what_it_gives_on_one(pool: Pool, place: int) -> None:
+    for row in pool.run(measure_a_model_without_a_clock, place):
+        assert row["shared"]["error"] < 1e-5
 
 
 def test_both_ways_are_right_where_they_are_measured(pool: Pool) -> None:

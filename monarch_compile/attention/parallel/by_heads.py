@@ -13,8 +13,9 @@ from monarch_compile.calls import is_trained
 
 MOST_TURNS = 4
 LEAST_BYTES = 4 * 2**20
-MOST_MESSAGES = 256
-"""The most heads of all batch entries that are sent one by one."""
+LEAST_MESSAGE = 8 * 2**20
+"""Bytes of a head's rows from which on they are sent from where they lie. Each such head is a message of its own, which
+takes the host longer than copies of less than this take the device."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a key mask of the whole sequence."""
@@ -89,13 +90,14 @@ Joined = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 def _lies_by_heads(tensors: tuple[Tensor, ...], spread: Spread) -> bool:
-    """Whether rows of one head are side by side on all ranks, so that a head can be sent from where it lies. Ranks must
-    agree: pieces that differ in size are not asked about."""
-    few = tensors[0].shape[0] * tensors[0].shape[1] <= MOST_MESSAGES
+    """Whether rows of one head are many, and side by side on all ranks, so that a head is sent from where it lies.
+
+    Ranks must agree: pieces that differ in size are not asked about.
+    """
     return (
-        few
-        and not spread.has_empty_places
+        not spread.has_empty_places
         and not spread.prefix
+        and all(spread.places * x.shape[3] * x.element_size() >= LEAST_MESSAGE for x in tensors)
         and all(x.stride(3) == 1 and x.stride(2) == x.shape[3] for x in tensors)
     )
 

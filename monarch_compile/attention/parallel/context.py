@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from monarch_compile import autocast
@@ -25,6 +25,8 @@ from monarch_compile.errors import ConfigError, InputError, IRError
 from monarch_compile.version import __version__
 
 OPTIONS = (*FORM_OPTIONS, "grid")
+ATTENTION = ("scaled_dot_product", "multi_head_attention", "transformer_encoder_layer", "flex_attention")
+"""Parts of the names of PyTorch's functions and operators that compute attention."""
 
 
 class SequenceParallel(TorchFunctionMode):
@@ -76,9 +78,21 @@ class SequenceParallel(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run any other function as it is."""
+        """Run any function but attention as it is.
+
+        Raises:
+            InputError: it computes attention inside, which would be that of a rank's own tokens.
+        """
         if func is scaled_dot_product_attention:
             return self._attend(*args, **(kwargs or {}))
+        # Dynamo knows functions by identity, and not all of them by name.
+        if func is multi_head_attention_forward or (not torch.compiler.is_compiling() and _attends(func)):
+            raise InputError(
+                f"{func.__name__} computes attention of a rank's own tokens alone; attention over several ranks takes "
+                "calls of torch.nn.functional.scaled_dot_product_attention"
+            )
+        if func is Tensor.unflatten or func is torch.unflatten:
+            func = torch.ops.aten.unflatten.int  # Dynamo does not trace these, inside of a mode
         return func(*args, **(kwargs or {}))
 
     def _attend(
@@ -121,6 +135,12 @@ class SequenceParallel(TorchFunctionMode):
             if self._seq_len is None:
                 block_size = even_block_size(seq_len // ranks, block_size)
         return Spread(seq_len, ranks, block_size, form.prefix, form.prefix_at_end)
+
+
+def _attends(func: Any) -> bool:
+    """Whether a function computes attention, by its name."""
+    name = getattr(func, "__name__", "")
+    return any(part in name for part in ATTENTION)
 
 
 def _key_mask(mask: Tensor | None, k: Tensor) -> Tensor | None:

@@ -189,12 +189,16 @@ def test_queries_after_a_cache_are_lowered_on_every_device() -> None:
             assert (refused and refused.code) == code
 
 
-def test_on_a_gpu_policy_auto_waits_for_kernels_after_a_cache_to_be_timed() -> None:
+@pytest.mark.parametrize(("queries", "keys", "lowers"), [(2048, 8192, True), (2047, 8192, False), (2048, 8191, False)])
+def test_on_a_gpu_policy_auto_lowers_queries_after_a_cache_where_they_were_timed(
+    queries: int, keys: int, lowers: bool
+) -> None:
     sizes = {"batch": 1, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128}
-    form, lengths = Form(64, window=1, chosen=8), {"seq_len_q": 2048, "seq_len_k": 65536}
+    form, lengths = Form(64, window=2, chosen=8), {"seq_len_q": queries, "seq_len_k": keys}
     ir = MonarchAttention(**sizes, **lengths, dtype=torch.bfloat16, form=form, scale=0.1, is_causal=True)
-    weighed = {"auto": False, "batch": 1, "seq_len": 65536, "queries": 2048}
+    weighed = {"auto": False, "batch": 1, "seq_len": keys, "queries": queries}
     refused = cost_refusal(ir, DEVICES["h100"], {}, "", calls=DEVICE_ALONE, **weighed)
-    assert refused is not None
-    assert refused.code == "unmeasured_kernels"
-    assert "after a cache" in refused.reason
+    assert (refused is None) == lowers
+    if refused is not None:
+        assert refused.code == "unmeasured_kernels"
+        assert "after a cache" in refused.reason

@@ -132,6 +132,34 @@ def test_compiled_models_run_in_the_context(pool: Pool, method: str) -> None:
     assert pool.run(train_compiled, method) == [(1, 0)] * RANKS
 
 
+def attending_functions() -> dict[str, Any]:
+    """Functions of (1, 2, 16, 8) that compute attention otherwise than by scaled_dot_product_attention."""
+    heads = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+    aten = torch.ops.aten
+    return {
+        "multi-head": lambda x: heads(x[0], x[0], x[0])[0],
+        "encoder": lambda x: layer(x[0]),
+        "aten": lambda x: aten.scaled_dot_product_attention(x, x, x),
+        "overload": lambda x: aten.scaled_dot_product_attention.default(x, x, x),
+        "flash on a CPU": lambda x: aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0],
+        "its formula": lambda x: torch._scaled_dot_product_attention_math(x, x, x)[0],
+    }
+
+
+def attend_inside_of_functions(mesh: Any) -> None:
+    parallel, x = sequence_parallel(mesh_of(mesh, 4)), torch.randn(1, 2, 16, 8)
+    for name, function in attending_functions().items():
+        with pytest.raises(InputError, match="own tokens alone"), parallel, torch.no_grad():
+            print(name, function(x))
+        with pytest.raises(Exception), parallel, torch.no_grad():  # noqa: B017, PT011 (Dynamo may have its own reason)
+            print(name, torch.compile(function, backend="eager")(x))
+
+
+def test_attention_of_a_piece_alone_is_refused(pool: Pool) -> None:
+    pool.run(attend_inside_of_functions)
+
+
 def infer_by_default(mesh: Any) -> None:
     """Equal pieces, block size and method left to the context: whole blocks of the pieces."""
     x = torch.randn(1, 3, 4 * 60, 8, generator=torch.Generator().manual_seed(0))
@@ -270,7 +298,7 @@ def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], in_place: b
     mask = parallel.shard(key_mask, 1)[:, None, None, :]
     assert by_heads.turns_of(own[0], own[1], spread, 4) == 1
     with (
-        mock.patch.object(by_heads, "LEAST_BYTES", 1),
+        mock.patch.multiple(by_heads, LEAST_BYTES=1, LEAST_MESSAGE=1),
         mock.patch.object(by_heads, "_send_in_place", wraps=by_heads._send_in_place) as sends,
         parallel,
     ):

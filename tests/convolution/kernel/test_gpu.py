@@ -111,22 +111,37 @@ def untraced_pair(tensors: list[Any], options: dict[str, Any]) -> tuple[Tensor, 
     return found[0]
 
 
-@pytest.mark.parametrize(
-    ("batch", "channels", "length"),
-    [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000), (1, 8, 100000)],
-)
-def test_compiled_with_gradients(batch: int, channels: int, length: int) -> None:
+def spelled(u: Tensor, k: Tensor, skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    length = u.shape[-1]
+    v = u * before
+    spectrum = torch.fft.rfft(v.float(), n=2 * length) * torch.fft.rfft(k, n=2 * length)
+    y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + v * skip[:, None]
+    return y.to(u.dtype) * after
+
+
+OPTIONS = {"policy": "always", "strict": True}
+SIZES = [(4, 3, 1000), (1, 768, 256), (4, 768, 4096), (2, 3, 20000), (1, 8, 100000)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_compiled_with_gradients(size: tuple[int, int, int]) -> None:
     """A filter that does not decay leaves sequences to be computed again; few sequences leave tiles not full."""
+    torch._dynamo.reset()
+    compare_gradients(torch.compile(spelled, backend="monarch", options=OPTIONS), *size)
 
-    def spelled(u: Tensor, k: Tensor, skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        v = u * before
-        spectrum = torch.fft.rfft(v.float(), n=2 * length) * torch.fft.rfft(k, n=2 * length)
-        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + v * skip[:, None]
-        return y.to(u.dtype) * after
 
+def test_compiled_with_gradients_for_changing_sizes() -> None:
+    """From the second size on, the compiled function has symbolic ones."""
+    torch._dynamo.reset()
+    compiled = torch.compile(spelled, backend="monarch", options=OPTIONS)
+    for size in SIZES[:3]:
+        compare_gradients(compiled, *size)
+
+
+def compare_gradients(compiled: Any, batch: int, channels: int, length: int) -> None:
     given, _ = tensors(Case(batch, channels, length, length, 2 * length, length, terms="daz"), "cuda")
     results: list[list[Any]] = []
-    for function in (spelled, torch.compile(spelled, backend="monarch", options={"policy": "always", "strict": True})):
+    for function in (spelled, compiled):
         own = [x.detach().clone().requires_grad_() for x in given]
         y = function(*own)
         y.backward(torch.ones_like(y))
