@@ -1,6 +1,6 @@
 """Pieces of a prompt after a cache, attention alone, on a CUDA device: emitted kernels and exact attention.
 
-    python -m benchmarks.cached_prefill result.json
+    python -m benchmarks.cached_prefill result.json [--queries 2048 8192]
 
 Times are medians of CUDA-graph replays, in milliseconds; memory is what a call allocates at its peak beside q, k and v,
 in MiB. `predicted` is the cost model's exact and Monarch milliseconds on an H100. Errors of each exact subject are
@@ -9,10 +9,10 @@ relative, against the float64 triangle of the last queries. The file is written 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,18 @@ CHECKED = (300, 1500)
 Call = Callable[[], Tensor]
 
 
-def main(path: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cached_prefill", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--queries", type=int, nargs="+", default=QUERIES)
+    given = parser.parse_args()
     results: dict[str, Any] = {"environment": machine("cuda"), "what": __doc__, "form": FORM, "pieces": []}
     results |= {"heads": HEADS, "key_heads": KEY_HEADS, "head_dim": HEAD_DIM, "errors": _errors()}
     print(results["errors"], flush=True)
-    for rows, keys in (*itertools.product(QUERIES, KEYS), *AT_ODD_PLACES):
+    for rows, keys in (*itertools.product(given.queries, KEYS), *AT_ODD_PLACES):
         if rows < keys:
             results["pieces"].append(_timed(rows, keys))
-            Path(path).write_text(json.dumps(results, indent=1) + "\n")
+            given.path.write_text(json.dumps(results, indent=1) + "\n")
             print(json.dumps(results["pieces"][-1]), flush=True)
 
 
@@ -125,4 +129,4 @@ def _errors() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

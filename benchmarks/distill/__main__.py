@@ -111,7 +111,8 @@ def _run_task(task: str, limits: Limits, content: dict[str, Any], args: argparse
     """Make the task's missing rows."""
     problem = PROBLEMS[task]
     done = {(row["task"], row["form"], row["kind"]) for row in content["rows"]}
-    rows = [(form, kind) for kind in args.kinds for form in _forms(kind, tuple(problem.forms))]
+    forms = tuple(form for form in problem.forms if args.forms is None or form in args.forms)
+    rows = [(form, kind) for kind in args.kinds for form in _forms(kind, forms)]
     wanted = [(form, kind) for form, kind in rows if (task, form, kind) not in done]
     if not wanted:
         return
@@ -212,6 +213,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distill", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="TASK")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--forms", nargs="+", metavar="FORM", help="tiles, rows, paper: only these of a task's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--packs", type=Path, metavar="DIR", help="read models and data from the files of a folder")
     parser.add_argument("--output", type=Path, metavar="PATH", help="results file (JSON)")
