@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.quality.metrics import cosine_distance, relative_error
 from benchmarks.quality.photographs import CALIBRATION, SCENES, WALLPAPERS, Photograph, read_photograph
 from benchmarks.quality.task import TaskUnavailable
+from examples.images.dinov2 import name_of_any_version
 
 PATCH = 14
 SIDE = 64
@@ -103,7 +104,8 @@ def load_dinov2(pack: Path | None, limits: Limits) -> Data:
     else:
         tensors = safetensors.load((pack / "dinov2.safetensors").read_bytes())
         model = Dinov2Model(Dinov2Config(**DINOV2_SIZES))
-        model.load_state_dict(_weights(tensors))
+        names = model.state_dict()
+        model.load_state_dict({name: tensors[f"weights.{name_of_any_version(name)}"].float() for name in names})
         learned, unseen = (
             [_decoded(tensors[f"{kind}.{i}"], limits.side * PATCH) for i in range(number)]
             for kind, number in (("calls", limits.number), ("unseen", limits.unseen))
@@ -188,15 +190,12 @@ def _decoded(data: Tensor, size: int) -> Tensor:
 def pack_dinov2(folder: Path, limits: Limits) -> list[Path]:
     """Write what `load_dinov2` needs, weights in float16, made of the installed packages."""
     learned, unseen = ([encoded(image) for image in images] for images in photographs(limits))
-    tensors = {f"weights.{key}": x.half() for key, x in packaged_dinov2().state_dict().items()}
+    weights = packaged_dinov2().state_dict()
+    tensors = {f"weights.{name_of_any_version(name)}": x.half() for name, x in weights.items()}
     tensors |= {f"calls.{i}": x for i, x in enumerate(learned)} | {f"unseen.{i}": x for i, x in enumerate(unseen)}
     path = folder / "dinov2.safetensors"
     path.write_bytes(safetensors.save({key: x.contiguous().clone() for key, x in tensors.items()}))
     return [path]
-
-
-def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("weights."): x.float() for key, x in tensors.items() if key.startswith("weights.")}
 
 
 def mean_metrics(metrics: Metrics, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:

