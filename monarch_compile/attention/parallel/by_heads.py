@@ -63,15 +63,19 @@ def _whole_mask(key_mask: Tensor | None, sizes: list[int], ranks: Ranks) -> Tens
 def _in_turns(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, spread: Spread, ranks: Ranks, attend: Attend
 ) -> Tensor:
-    """The attention, some heads of each rank at a time: all are sent at once, and each result while the next heads are
-    computed."""
+    """The attention, some heads of each rank at a time: the next ones, and results, are sent while heads are computed.
+
+    No more is sent ahead, since the host takes its time for it, in which it launches no kernel.
+    """
     sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
     turns = turns_of(q, k, spread, ranks.size)
     split = [_heads_of(x, turns, ranks.size) for x in (q, k, v)]
     send = _send_in_place if _lies_by_heads((q, k, v), spread) else _send_copies
-    there = [send([x[:, :, turn] for x in split], sizes, ranks) for turn in range(turns)]
+    there: list[Joined] = []
     back = []
-    while there:
+    for turn in range(turns):
+        ahead = range(turn + len(there), min(turn + 2, turns))
+        there += [send([x[:, :, next_turn] for x in split], sizes, ranks) for next_turn in ahead]
         output = attend(*there.pop(0)(), key_mask)
         batch, heads, _, dim = output.shape
         own = [[(batch, sizes[ranks.rank], heads, dim)]] * ranks.size  # sent in the output's memory order

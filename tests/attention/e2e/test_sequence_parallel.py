@@ -286,10 +286,10 @@ def test_a_spread_of_nonsense_raises() -> None:
 
 
 def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], in_place: bool) -> None:
-    """Heads of a rank in two turns, grouped."""
+    """Heads of a rank in three turns, grouped."""
     from unittest import mock
 
-    leaves, key_mask = tensors(5, (2, 16, 8, seq_len, 8, 6), "padding")
+    leaves, key_mask = tensors(5, (2, 24, 12, seq_len, 8, 6), "padding")
     q, k, v = (x.detach() for x in leaves)
     expected = reference(q, k, v, key_mask, scale=0.3, window=1, **options)
     parallel = sequence_parallel(mesh_of(mesh, 4), seq_len=seq_len, method="heads", **options)
@@ -302,9 +302,9 @@ def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], in_place: b
         mock.patch.object(by_heads, "_send_in_place", wraps=by_heads._send_in_place) as sends,
         parallel,
     ):
-        assert by_heads.turns_of(own[0], own[1], spread, 4) == 2
+        assert by_heads.turns_of(own[0], own[1], spread, 4) == 3
         output = F.scaled_dot_product_attention(*own, mask, scale=0.3, enable_gqa=True)
-    assert sends.call_count == (2 if in_place else 0)
+    assert sends.call_count == (3 if in_place else 0)
     torch.testing.assert_close(output, parallel.shard(expected, 2), **TOLERANCE)
 
 
