@@ -51,6 +51,16 @@ def rounded(value: Any, dtype: torch.dtype | None) -> Any:
     return number(held) if held is not None and is_held(value, torch.float64) else None
 
 
+def overflowed(value: Any, dtype: torch.dtype | None) -> Any:
+    """A value whose numbers that are too large for a float dtype are infinite, as they are there."""
+    if isinstance(value, sympy.Piecewise):
+        return sympy.Piecewise(*((overflowed(x, dtype), condition) for x, condition in value.args))
+    if dtype not in FLOATS or not (value.is_number and value.is_extended_real):
+        return value
+    held = held_by(float(value), dtype)
+    return number(held) if held is not None and math.isinf(held) else value
+
+
 def is_held(value: Any, dtype: torch.dtype | None) -> bool:
     """Whether the dtype holds a number, or an expression of places wherever these are, as it is.
 
@@ -61,7 +71,7 @@ def is_held(value: Any, dtype: torch.dtype | None) -> bool:
         return bool(value.is_extended_real) and _is_number_held(value, dtype)
     if _is_unknown(value) and not (value.is_integer and dtype in DIGITS):
         return True
-    if dtype not in DIGITS:
+    if dtype not in DIGITS or value.has(sympy.oo, -sympy.oo):
         return False
     bound = 0
     parts = 2 if dtype in FLOATS else 1

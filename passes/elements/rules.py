@@ -17,7 +17,15 @@ from torch.fx import Node
 
 from monarch_compile.passes.capture.enclosed import given_value, name_of
 from monarch_compile.passes.constants import constant_of, held_by
-from monarch_compile.passes.elements.holding import EXACT_CASTS, is_carried, is_held, is_kept, leaves, rounded
+from monarch_compile.passes.elements.holding import (
+    EXACT_CASTS,
+    is_carried,
+    is_held,
+    is_kept,
+    leaves,
+    overflowed,
+    rounded,
+)
 from monarch_compile.passes.elements.values import (
     CASTS_AND_COPIES,
     Index,
@@ -160,11 +168,11 @@ def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
         given = [e.carried(n, place, i, dtype) for place in (0, 1)]
         if any(value is None for value in given):
             return None
-        x, y = map(as_number, given)
-        if _overflows(n, x, y) or math.prod(len(v.args) for v in (x, y) if isinstance(v, sympy.Piecewise)) > MAX_PIECES:
+        x, y = (overflowed(as_number(v), _computed_in(dtype)) for v in given)
+        if math.prod(len(v.args) for v in (x, y) if isinstance(v, sympy.Piecewise)) > MAX_PIECES:
             return None
         result = combine(x, y)
-        result = sympy.piecewise_fold(result) if result.has(sympy.Piecewise) else result
+        result = overflowed(sympy.piecewise_fold(result) if result.has(sympy.Piecewise) else result, dtype)
         if dtype == torch.bool:
             return as_bool(result)
         exact = _is_exact(result, dtype, x, y) and all(
@@ -198,20 +206,9 @@ def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: to
     return not is_held(result, dtype)
 
 
-def _overflows(n: Node, *values: Any) -> bool:
-    """Whether a finite number in an operand is infinite where it is kept, or where the op computes: times 0 it is NaN.
-
-    Scalars are not rounded to 16 bits.
-    """
-    if dtype_of(n) not in FLOATS:
-        return False
-    computed = torch.finfo(torch.float64 if dtype_of(n) == torch.float64 else torch.float32).max
-    for given, value in zip(inputs(n), values, strict=False):
-        own = dtype_of(given) if isinstance(given, Node) else None
-        limit = min(computed, torch.finfo(own).max) if own in FLOATS else computed
-        if any(x.is_number and x.is_finite and bool(abs(x) > limit) for x in leaves(value)):
-            return True
-    return False
+def _computed_in(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype in which arithmetic that gives a dtype is done: scalars are not rounded to 16 bits."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _terms(*values: Any) -> set[Any]:
@@ -285,10 +282,10 @@ def _rule_divide(e: Evaluator, n: Node, i: Index) -> Any:
     dtype, given = dtype_of(n), e.carried(n, 0, i, dtype_of(n))
     if given is None:
         return None
-    by, given = number(divisor), as_number(given)
-    value = sympy.piecewise_fold(given / by)
+    by, given = number(divisor), overflowed(as_number(given), _computed_in(dtype))
+    value = overflowed(sympy.piecewise_fold(given / by), dtype)
     known = [leaf for leaf in leaves(value) if is_held(leaf, dtype)] if not is_held(by, dtype) else []
-    if any(leaf != 0 for leaf in known) or not held_by(divisor, torch.float32) or _overflows(n, given):
+    if any(leaf != 0 for leaf in known) or held_by(divisor, torch.float32) in (0, math.inf, -math.inf):
         return None  # numbers that the divisor, which is rounded itself, would not give
     exact = _is_exact(value, dtype, given) and all(_is_exact_pair(_quotient, x, by, dtype) for x in leaves(given))
     return value if exact else None
