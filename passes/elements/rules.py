@@ -197,13 +197,13 @@ def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
 
 
 def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: torch.dtype | None) -> bool:
-    """Whether two numbers of which one is rounded, such as -1e9 in 16 bits, give no number that hides that."""
-    if not (x.is_number and y.is_number):
-        return True
-    result = combine(x, y)
-    if result is sympy.nan or x == 0 or y == 0 or (is_held(x, dtype) and is_held(y, dtype)):
+    """Whether two values of which one is rounded, such as -1e9 in 16 bits, give none that hides that."""
+    result, inexact = combine(x, y), [v for v in (x, y) if not is_held(v, dtype)]
+    if result is sympy.nan or x == 0 or y == 0 or not inexact or x.is_infinite or y.is_infinite:
         return result is not sympy.nan
-    return not is_held(result, dtype)
+    if x.is_number and y.is_number:
+        return not is_held(result, dtype)
+    return _terms(*inexact) <= _terms(result)
 
 
 def _computed_in(dtype: torch.dtype | None) -> torch.dtype | None:
