@@ -23,7 +23,7 @@ IGNORED = 1e2
 def constant_of(value: Any) -> float | None:
     """The value of a number, or of a closed expression of one element; None when it depends on an input."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if isinstance(value, float) or int(float(value)) == value else None
     if not isinstance(value, Node):
         return None
     if value.op == "get_attr":
@@ -34,7 +34,7 @@ def constant_of(value: Any) -> float | None:
         return None
     if value.target is FULL:
         fill = inputs(value)[1]
-        number = float(fill) if isinstance(fill, (bool, int, float)) else None
+        number = float(fill) if isinstance(fill, bool) else constant_of(fill)
     else:
         operands = [constant_of(a) for a in inputs(value) if isinstance(a, (Node, int, float))]
         rule = CONSTANT_OPS.get(value.target)
@@ -56,7 +56,10 @@ def _attribute_constant(value: Node) -> float | None:
     held = getattr(value.graph.owning_module, str(value.target), None)
     if not isinstance(held, torch.Tensor) or held.numel() != 1 or not str(value.target).startswith("_tensor_constant"):
         return None
-    return None if is_written(value) else float(held)
+    number = held.item()
+    if is_written(value) or isinstance(number, complex):
+        return None
+    return float(number) if isinstance(number, bool) else constant_of(number)
 
 
 FULL = aten.full.default

@@ -16,8 +16,16 @@ from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from monarch_compile.passes.capture.enclosed import given_value, name_of
-from monarch_compile.passes.constants import DROPPED, constant_of
-from monarch_compile.passes.elements.holding import EXACT_CASTS, is_held, is_kept, leaves, rounded
+from monarch_compile.passes.constants import constant_of, held_by
+from monarch_compile.passes.elements.holding import (
+    EXACT_CASTS,
+    is_carried,
+    is_held,
+    is_kept,
+    leaves,
+    overflowed,
+    rounded,
+)
 from monarch_compile.passes.elements.values import (
     CASTS_AND_COPIES,
     Index,
@@ -26,6 +34,7 @@ from monarch_compile.passes.elements.values import (
     as_bool,
     as_number,
     broadcast,
+    exactly,
     number,
 )
 from monarch_compile.passes.elements.views import VIEW_RULES
@@ -44,7 +53,7 @@ class Evaluator:
     def value(self, node: Any, index: Index) -> Any:
         """The element of a node, or a plain number."""
         if not isinstance(node, Node):
-            return as_bool(node) if isinstance(node, bool) else number(float(node))
+            return as_bool(node) if isinstance(node, bool) else exactly(node)
         key = (node, index)
         if key not in self._known:
             self._known[key] = self._compute(node, index)
@@ -75,11 +84,30 @@ class Evaluator:
         given = inputs(node)[place]
         return self.value(given, broadcast(given, index))
 
+    def carried(self, node: Node, place: int, index: Index, dtype: torch.dtype | None) -> Any:
+        """The element of the operand of an op that reads it as a dtype; None where its own dtype rounded it before, so
+        that the number is not known."""
+        given, value = inputs(node)[place], self.operand(node, place, index)
+        if not isinstance(given, Node):
+            return value
+        own = torch.int64 if isinstance(given.meta.get("val"), torch.SymInt) else dtype_of(given)
+        return value if is_carried(as_number(value), own, dtype) else None
+
+    def depending(self, node: Node, index: Index, *values: Any) -> Any:
+        """`opaque`, as a function of those parts of the index alone that some values depend on."""
+        symbols = {symbol for v in values for symbol in v.free_symbols}
+        kept = (not getattr(at, "free_symbols", None) or at.free_symbols & symbols for at in index)
+        return self.opaque(
+            node, tuple(at if is_kept else sympy.Integer(0) for at, is_kept in zip(index, kept, strict=True))
+        )
+
 
 def _same(e: Evaluator, n: Node, i: Index) -> Any:
     """A copy or a cast; a cast that may round or wrap is followed only for values it keeps."""
-    value = e.operand(n, 0, i)
     source, target = dtype_of(inputs(n)[0]), dtype_of(n)
+    value = e.carried(n, 0, i, target)
+    if value is None:
+        return e.depending(n, i, as_number(e.operand(n, 0, i)))
     if target == torch.bool:
         return as_bool(value)
     value = as_number(value)
@@ -95,8 +123,12 @@ def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
         x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
         dtype = _compared_in(n)
-        is_known = not _unknown_floats(x, y) and all(is_held(leaf, dtype) for v in (x, y) for leaf in leaves(v))
-        return relation(x, y) if is_known else e.opaque(n, _symbols(x, y))
+        is_known = (
+            not _unknown_floats(x, y)
+            and all(e.carried(n, place, i, dtype) is not None for place in (0, 1))
+            and all(is_held(leaf, dtype) for v in (x, y) for leaf in leaves(v))
+        )
+        return relation(x, y) if is_known else e.depending(n, i, x, y)
 
     return rule
 
@@ -122,7 +154,8 @@ def _logical(combine: Callable[..., Any]) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
         if dtype_of(n) != torch.bool:
             return None
-        return combine(*(as_bool(e.operand(n, place, i)) for place in range(len(inputs(n)))))
+        given = [e.carried(n, place, i, torch.bool) for place in range(len(inputs(n)))]
+        return None if any(value is None for value in given) else combine(*map(as_bool, given))
 
     return rule
 
@@ -131,12 +164,15 @@ def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
         if n.kwargs.get("alpha", 1) != 1 or len(inputs(n)) != 2:
             return None
-        x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
+        dtype = dtype_of(n)
+        given = [e.carried(n, place, i, dtype) for place in (0, 1)]
+        if any(value is None for value in given):
+            return None
+        x, y = (overflowed(as_number(v), _computed_in(dtype)) for v in given)
         if math.prod(len(v.args) for v in (x, y) if isinstance(v, sympy.Piecewise)) > MAX_PIECES:
             return None
         result = combine(x, y)
-        result = sympy.piecewise_fold(result) if result.has(sympy.Piecewise) else result
-        dtype = dtype_of(n)
+        result = overflowed(sympy.piecewise_fold(result) if result.has(sympy.Piecewise) else result, dtype)
         if dtype == torch.bool:
             return as_bool(result)
         exact = _is_exact(result, dtype, x, y) and all(
@@ -156,20 +192,33 @@ def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
         return not _unknown_floats(*operands) and all(leaf.is_number for leaf in inexact)
     if dtype in (torch.float32, torch.float64):
         lost = _symbols(*operands) != _symbols(result) or _unknown_floats(*operands) - _unknown_floats(result)
-        return not lost and _magnitudes(*inexact) <= _magnitudes(result)
+        return not lost and _terms(*inexact) <= _terms(*leaves(result))
     return dtype == torch.int64 and all(is_held(leaf, dtype) for leaf in leaves(result))
 
 
 def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: torch.dtype | None) -> bool:
-    """Whether two numbers of which one is rounded, such as -1e9 in 16 bits, give no number that hides that."""
-    if not (x.is_number and y.is_number) or x == 0 or y == 0 or (is_held(x, dtype) and is_held(y, dtype)):
-        return True
-    result = combine(x, y)
-    return bool(result <= DROPPED) or not is_held(result, dtype)
+    """Whether two values of which one is rounded, such as -1e9 in 16 bits, give none that hides that."""
+    result, inexact = combine(x, y), [v for v in (x, y) if not is_held(v, dtype)]
+    if result is sympy.nan or x == 0 or y == 0 or not inexact or x.is_infinite or y.is_infinite:
+        return result is not sympy.nan
+    if x.is_number and y.is_number:
+        return not is_held(result, dtype)
+    return _terms(*inexact) <= _terms(result)
 
 
-def _magnitudes(*values: Any) -> set[Any]:
-    return {abs(x) for v in values for x in v.atoms(sympy.Number)} - {1}
+def _computed_in(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype in which arithmetic that gives a dtype is done: scalars are not rounded to 16 bits."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _terms(*values: Any) -> set[Any]:
+    """The terms of sums, each as what is multiplied by a number, and the magnitude of that; 1 is none."""
+    found = set()
+    for value in values:
+        for term in sympy.Add.make_args(sympy.expand(value)):
+            factor, rest = term.as_coeff_Mul()
+            found |= {rest, abs(factor)} if rest != 1 else {("number", abs(factor))}
+    return found - {sympy.Integer(1), ("number", sympy.Integer(0))}
 
 
 def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype | None) -> Any:
@@ -182,13 +231,13 @@ def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _rule_where(e: Evaluator, n: Node, i: Index) -> Any:
-    condition, x, y = (e.operand(n, place, i) for place in range(3))
-    return _where(condition, x, y, dtype_of(n))
+    x, y = (e.carried(n, place, i, dtype_of(n)) for place in (1, 2))
+    return None if x is None or y is None else _where(e.operand(n, 0, i), x, y, dtype_of(n))
 
 
 def _rule_masked_fill(e: Evaluator, n: Node, i: Index) -> Any:
-    old, mask, fill = (e.operand(n, place, i) for place in range(3))
-    return _where(mask, fill, old, dtype_of(n))
+    old, fill = (e.carried(n, place, i, dtype_of(n)) for place in (0, 2))
+    return None if old is None or fill is None else _where(e.operand(n, 1, i), fill, old, dtype_of(n))
 
 
 def _filled(number: int) -> Rule:
@@ -230,9 +279,20 @@ def _rule_divide(e: Evaluator, n: Node, i: Index) -> Any:
     divisor = constant_of(inputs(n)[1])
     if not divisor or not math.isfinite(divisor):
         return None
-    given = as_number(e.operand(n, 0, i))
-    value = sympy.piecewise_fold(given / number(divisor))
-    return value if _is_exact(value, dtype_of(n), given) else None
+    dtype, given = dtype_of(n), e.carried(n, 0, i, dtype_of(n))
+    if given is None:
+        return None
+    by, given = number(divisor), overflowed(as_number(given), _computed_in(dtype))
+    value = overflowed(sympy.piecewise_fold(given / by), dtype)
+    known = [leaf for leaf in leaves(value) if is_held(leaf, dtype)] if not is_held(by, dtype) else []
+    if any(leaf != 0 for leaf in known) or held_by(divisor, torch.float32) in (0, math.inf, -math.inf):
+        return None  # numbers that the divisor, which is rounded itself, would not give
+    exact = _is_exact(value, dtype, given) and all(_is_exact_pair(_quotient, x, by, dtype) for x in leaves(given))
+    return value if exact else None
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    return x / y
 
 
 def _rule_log(e: Evaluator, n: Node, i: Index) -> Any:
@@ -248,7 +308,10 @@ def _rule_log(e: Evaluator, n: Node, i: Index) -> Any:
 def _rule_abs(e: Evaluator, n: Node, i: Index) -> Any:
     """The magnitude of an index or a small integer."""
     given = as_number(e.operand(n, 0, i))
-    return sympy.Abs(given) if dtype_of(n) == torch.int64 and not _unknown_floats(given) else None
+    if dtype_of(n) != torch.int64:
+        return None
+    value = sympy.piecewise_fold(sympy.Abs(given))
+    return value if all(is_held(leaf, torch.int64) for leaf in leaves(value)) else None
 
 
 def _rule_floor_divide(e: Evaluator, n: Node, i: Index) -> Any:
@@ -257,11 +320,12 @@ def _rule_floor_divide(e: Evaluator, n: Node, i: Index) -> Any:
     rounded = n.target is aten.floor_divide.default or n.kwargs.get("rounding_mode") == "floor"
     if not rounded or dtype_of(n) != torch.int64 or not divisor or divisor < 1 or not divisor.is_integer():
         return None
-    return sympy.floor(as_number(e.operand(n, 0, i)) / int(divisor))
+    return sympy.piecewise_fold(sympy.floor(as_number(e.operand(n, 0, i)) / int(divisor)))
 
 
 def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
-    return sympy.Not(as_bool(e.operand(n, 0, i))) if dtype_of(n) == torch.bool else None
+    given = e.carried(n, 0, i, torch.bool)
+    return None if given is None or dtype_of(n) != torch.bool else sympy.Not(as_bool(given))
 
 
 def _rule_cumsum(e: Evaluator, n: Node, i: Index) -> Any:

@@ -77,6 +77,11 @@ def as_number(value: Any) -> Any:
     return sympy.sympify(value)
 
 
+def exactly(value: float) -> Any:
+    """A literal of a program: integers beyond 2**53 are no floats."""
+    return sympy.Integer(value) if isinstance(value, int) else number(float(value))
+
+
 def number(value: float) -> Any:
     return sympy.Integer(int(value)) if math.isfinite(value) and float(value).is_integer() else sympy.Float(value)
 

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from monarch_compile.passes.elements.holding import EXACT_CASTS
+from monarch_compile.passes.elements.holding import EXACT_CASTS, is_held
 from monarch_compile.passes.elements.values import Index, Rule, as_number, broadcast
 from monarch_compile.passes.graph import arg, aten, dtype_of, inputs, normal_dim, shape_of
 
@@ -22,7 +22,8 @@ def _rule_arange(e: Evaluator, n: Node, i: Index) -> Any:
     step = arg(n, 2, "step", 1) if n.target is aten.arange.start_step else 1
     if not isinstance(start, int) or not isinstance(step, int) or dtype_of(n) not in EXACT_CASTS:
         return None
-    return start + step * i[0]
+    value = sympy.sympify(start + step * i[0])
+    return value if is_held(value, dtype_of(n)) else None
 
 
 def _rule_expand(e: Evaluator, n: Node, i: Index) -> Any:
