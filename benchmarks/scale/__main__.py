@@ -1,4 +1,4 @@
-"""One attention over several GPUs.
+"""Attention and whole models over several GPUs.
 
     python -m benchmarks.scale --simulate [result.json] [--fabric nvlink]
     torchrun --nproc-per-node 2 -m benchmarks.scale result.json [--tokens 65536 262144 1048576] [--graphs]
@@ -69,25 +69,26 @@ def _measure(attention: Attention, given: argparse.Namespace) -> None:
     content: dict[str, Any] = {"environment": machine("cuda"), "gpus": mesh.size(), PRIORITY: os.environ.get(PRIORITY)}
     content |= {"clock": "graph" if given.graphs else "plain", "rows": [], "models": []}
 
-    def keep(name: str, found: dict[str, Any]) -> None:
-        content[name].append(found)
+    def save(found: dict[str, Any]) -> None:
+        """Print what was found last, and write all."""
         if mesh.get_rank() == 0:
             print(json.dumps(found), flush=True)
             _write(given.result, content)
 
     try:
         for tokens in given.tokens:
-            keep("rows", measured(attention, tokens, mesh, graphs=given.graphs))
+            content["rows"].append(measured(attention, tokens, mesh, graphs=given.graphs))
+            save(content["rows"][-1])
         for architecture in (VIT, DIT) if given.models else ():
-            keep("models", model_measured(architecture, MODEL_TOKENS, mesh, graphs=given.graphs))
+            content["models"].append(model_measured(architecture, MODEL_TOKENS, mesh, graphs=given.graphs))
+            save(content["models"][-1])
         for row in content["rows"]:
             is_short = row["tokens"] <= RING_MOST
             row["ring"] = ring(attention, row["tokens"], mesh) if is_short and not given.graphs else None
+            save(row)
         if given.train:
-            content["training"] = []
-            keep("training", losses_of_both(mesh, TRAINED_TOKENS))
-        if mesh.get_rank() == 0:
-            _write(given.result, content)
+            content["training"] = losses_of_both(mesh, TRAINED_TOKENS)
+            save(content["training"])
     finally:
         torch.distributed.destroy_process_group()
     if int(os.environ["RANK"]) == 0:

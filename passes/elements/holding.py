@@ -106,7 +106,7 @@ def is_carried(value: Any, own: torch.dtype | None, dtype: torch.dtype | None) -
         if not is_held(leaf, own):
             return False
         unknown = any(_is_unknown(atom) for atom in leaf.atoms(AppliedUndef, sympy.Symbol))
-        is_narrowed = dtype not in DIGITS or (own in FLOATS and dtype != torch.float64 and own == torch.float64)
+        is_narrowed = dtype not in DIGITS or own == torch.float64
         if unknown and dtype != torch.bool and is_narrowed:
             return False
     return True

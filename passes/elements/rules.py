@@ -34,7 +34,7 @@ from monarch_compile.passes.elements.values import (
     as_bool,
     as_number,
     broadcast,
-    exactly,
+    literal,
     number,
 )
 from monarch_compile.passes.elements.views import VIEW_RULES
@@ -53,7 +53,7 @@ class Evaluator:
     def value(self, node: Any, index: Index) -> Any:
         """The element of a node, or a plain number."""
         if not isinstance(node, Node):
-            return as_bool(node) if isinstance(node, bool) else exactly(node)
+            return as_bool(node) if isinstance(node, bool) else literal(node)
         key = (node, index)
         if key not in self._known:
             self._known[key] = self._compute(node, index)

@@ -77,8 +77,8 @@ def as_number(value: Any) -> Any:
     return sympy.sympify(value)
 
 
-def exactly(value: float) -> Any:
-    """A literal of a program: integers beyond 2**53 are no floats."""
+def literal(value: float) -> Any:
+    """A number that a program spells: integers beyond 2**53 are no floats."""
     return sympy.Integer(value) if isinstance(value, int) else number(float(value))
 
 

@@ -1,6 +1,6 @@
 """Never silently wrong: random programs, most of them no attention that can be lowered, give eager's numbers.
 
-With block_size=1 Monarch attention is exact. CI compares 200 programs; `--hypothesis-profile=nightly`, 2000 new ones. A
+With block_size=1 Monarch attention is exact. CI compares 120 programs; `--hypothesis-profile=nightly`, 2000 new ones. A
 row that sees no key is NaN or a mixture in eager, by its spelling, and 0 when lowered: programs with NaN in them are
 not compared, and not counted.
 """
