@@ -117,11 +117,14 @@ def _attend(
     if seq_len_q != seq_len_k:
         query_blocks = Pieces(seq_len_q, num_blocks, _literal_one(-(-seq_len_q // num_blocks)), pad)
     q_blocks = _grouped(query_blocks.split(q), group).contiguous()
-    keys, values = key_blocks.split(k), key_blocks.split(v)
+    features = (k.shape[-1], v.shape[-1])
+    both = key_blocks.split(torch.cat([k, v], -1))  # side by side: laid out at once, and one product sums up both
     if window is None:
-        keys, values = keys.contiguous(), values.contiguous()
+        both = both.contiguous()
     else:
-        (keys, keys_near), (values, values_near) = map(key_blocks.with_neighbours, (keys, values))
+        both, both_near = key_blocks.with_neighbours(both)
+        keys_near, values_near = both_near.split_with_sizes(features, -1)
+    keys = both.narrow(-1, 0, features[0])
     visible = _far_keys(key_blocks, key_mask, q.device)
     key_bias = None if bias is None else _by_block(bias, key_blocks)
     row_is_real = _rows(query_blocks, group, q.device)
@@ -147,16 +150,18 @@ def _attend(
             qhat = qhat_at.transpose(2, 3).expand(-1, -1, num_blocks, -1, -1)  # (E, H, b, j, D)
             scores = biased(scale * _bmm(qhat, keys, transposed=True), key_bias)  # (E, H, b, j, i)
         right, local_lse = softmax_lse(scores, visible)
-        a_at = _by_offset(scale * _bmm(right, keys))  # (E, H, j, b, D)
+        is_last = step == num_iters - 1
+        a, *y = _bmm(right, both).split_with_sizes(features, -1) if is_last else (_bmm(right, keys),)
+        a_at = _by_offset(scale * a)  # (E, H, j, b, D)
         c = (qhat_at * a_at).sum(-1) - local_lse.transpose(2, 3)  # (E, H, j, b)
         logits = _bmm(a_at, q_at, transposed=True) - c.unsqueeze(-1)  # (E, H, j, b, l)
         left, far_lse = softmax_lse(logits, far_blocks, dim=-2, all_rows_see=all_see_far)
         if (near or wants_lse) and far_blocks is not None and not all_see_far:
             far_lse = far_lse.masked_fill(~far_blocks.any(-2), float("-inf"))
-        if step < num_iters - 1:
+        if not is_last:
             far_share = shares([far_lse, *near_lses], all_rows_see=all_rows_see)[0].unsqueeze(-2) if near else None
             qhat_at = _next_query(left, far_share, q_at, row_is_real)
-    z = _bmm(left.transpose(-1, -2), _by_offset(_bmm(right, values)))  # (E, H, j, l, D_v)
+    z = _bmm(left.transpose(-1, -2), _by_offset(*y))  # (E, H, j, l, D_v)
     lses = [far_lse, *near_lses]
     if near:
         z = merge([z, *(value.transpose(2, 3) for value, _ in near)], lses, all_rows_see=all_rows_see)
