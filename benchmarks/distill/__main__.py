@@ -4,9 +4,9 @@
 
 Each row is a form of a model's attention: its sites and its output before and after. Beside them stand, of the first
 form of each model, two controls, which must not gain: weights that cannot move ("frozen"), and random targets
-("random"); and what `calibrate` gives, which is free to choose forms and to keep sites exact under a budget, without
-and with distillation under its plan. All are rows of one table, with the model's own metric: the error of patches, the
-KL of Whisper's decoder.
+("random"); sites that learn together after each has learned by itself; and what `calibrate` gives, which is free to
+choose forms and to keep sites exact under a budget, without and with distillation under its plan. All are rows of one
+table, with the model's own metric: the error of patches, the KL of Whisper's decoder.
 
 Results go to a JSON file after each row. After --seconds a row is stopped where it is; the next run goes on from its
 checkpoint, beside that file. `python -m benchmarks.distill.pack` makes files for a machine without the packages
@@ -45,7 +45,8 @@ from monarch_compile.family import SiteCall
 RESULTS = Path(__file__).parents[1] / "results"
 LEARNS, FROZEN, RANDOM = "distilled", "control: frozen", "control: random targets"
 CALIBRATED, BOTH = "calibrated", "calibrated, distilled"
-KINDS = (LEARNS, FROZEN, RANDOM, CALIBRATED, BOTH)
+TOGETHER = "distilled, then together"
+KINDS = (LEARNS, TOGETHER, FROZEN, RANDOM, CALIBRATED, BOTH)
 CONTROLS = (FROZEN, RANDOM)
 FREE = "free"
 """The form of a row whose forms `calibrate` chose."""
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     torch.set_num_threads(args.threads)
     limits = Limits(args.calls, args.unseen, args.side)
-    names = ("steps", "lr", "seed", "calls", "unseen", "side", "budget", "calibration_calls")
+    names = ("steps", "lr", "joint_steps", "joint_lr", "seed", "calls", "unseen", "side", "budget", "calibration_calls")
     empty = {"environment": machine(args.device), "clocks": {n: getattr(args, n) for n in names}, "rows": []}
     content = opened(args.output, empty, fresh=args.fresh)
     with contextlib.suppress(TimeIsUp), stopped_after(args.seconds):
@@ -135,7 +136,7 @@ def _forms(kind: str, forms: Sequence[str]) -> Sequence[str]:
     """The forms of which there is a row of a kind."""
     if kind in (CALIBRATED, BOTH):
         return (FREE,)
-    return forms if kind == LEARNS else forms[:1]
+    return forms if kind in (LEARNS, TOGETHER) else forms[:1]
 
 
 def _files_of(stem: Path) -> tuple[Path, Path]:
@@ -156,7 +157,9 @@ def measure(data: Data, options: Mapping[str, Any], kind: str, stem: Path, args:
         CALIBRATED: Schedule(1, 0.0, args.seed),  # the report of a plan: nothing moves
     }.get(kind, Schedule(args.steps, args.lr, args.seed))
     target: Behaviour = random_target if kind == RANDOM else exact
-    settings = Settings(parse_options(options)[0], schedule, checkpoint=checkpoint, progress=False, target=target)
+    joint = Schedule(args.joint_steps, args.joint_lr, args.seed) if kind == TOGETHER else None
+    config, more = parse_options(options)[0], {"progress": False, "target": target, "joint": joint}
+    settings = Settings(config, schedule, checkpoint=checkpoint, **more)
     report = distilled(copy.deepcopy(data.model), calls, unseen, settings)
     references = _outputs(data.model, unseen)
     before, after = (
@@ -220,6 +223,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget the results that the file holds")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--joint-steps", type=int, default=1000)
+    parser.add_argument("--joint-lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calls", type=int, default=16, help="inputs to learn from")
     parser.add_argument("--unseen", type=int, default=6, help="inputs to be judged by")

@@ -27,7 +27,7 @@ def outputs_apart(reference_output: Any, output: Any) -> tuple[float, float]:
     Raises:
         InputError: there is no floating tensor, or the structures differ.
     """
-    references, outputs = (_floating_tensors(x) for x in (reference_output, output))
+    references, outputs = (floating_tensors(x) for x in (reference_output, output))
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (references, outputs)]
     if not references or shapes[0] != shapes[1]:
         raise InputError(
@@ -54,5 +54,6 @@ def _squares(x: Tensor) -> float:
     return float(x.detach().square().sum())
 
 
-def _floating_tensors(output: Any) -> list[Tensor]:
+def floating_tensors(output: Any) -> list[Tensor]:
+    """Those of an output, in their order."""
     return [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]

@@ -28,16 +28,16 @@ class Schedule:
     seed: int
 
     @staticmethod
-    def of(steps: Any, lr: Any, seed: Any, least_steps: int = 1) -> Schedule:
-        """That of a user's arguments.
+    def of(steps: Any, lr: Any, seed: Any, least_steps: int = 1, prefix: str = "") -> Schedule:
+        """That of a user's arguments, the names of the first two beginning with a prefix.
 
         Raises:
             InputError: one is not allowed.
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < least_steps:
-            raise InputError(f"steps must be an int of at least {least_steps}; found {steps!r}")
+            raise InputError(f"{prefix}steps must be an int of at least {least_steps}; found {steps!r}")
         if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not 0 < lr < math.inf:
-            raise InputError(f"lr must be a positive number; found {lr!r}")
+            raise InputError(f"{prefix}lr must be a positive number; found {lr!r}")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InputError(f"seed must be an int; found {seed!r}")
         return Schedule(steps, float(lr), seed)

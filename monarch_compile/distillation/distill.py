@@ -33,6 +33,8 @@ def distill(
     held_out: Any = None,
     steps: int = 300,
     lr: float = 3e-3,
+    joint_steps: int = 0,
+    joint_lr: float = 1e-3,
     seed: int = 0,
     inplace: bool = False,
     train_frozen: bool = False,
@@ -66,6 +68,10 @@ def distill(
         steps: of Adam, for each site.
         lr: what the first step changes, as a share of the root mean square of a weight's elements; falls to 0 along
             half a cosine.
+        joint_steps: of Adam, for all sites together at the end: the weights that have learned go on to learn, now to
+            give the exact model's output, of all floating tensors in it. The activations of the whole model are in
+            memory for that, and the model must be one without graph breaks that gradients do not pass.
+        joint_lr: as `lr`, of these steps.
         seed: of the order of the calls. The same arguments give the same weights, on a CPU bit for bit.
         inplace: change `model` itself; else a copy, which the report holds.
         train_frozen: also change weights whose requires_grad is False.
@@ -86,11 +92,14 @@ def distill(
     if not isinstance(inner, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, whose weights can change; found {type(model)}")
     schedule = Schedule.of(steps, lr, seed)
+    joint = Schedule.of(joint_steps, joint_lr, seed, least_steps=0, prefix="joint_")
     hold = torch.device("cpu") if offload else None
     config = _config(options, plan)
     # Of the model itself: a copy's parameters have memory of their own, but its weights may be loaded into the model.
     tied = sharers(inner)
-    settings = Settings(config, schedule, train_frozen, hold, checkpoint, progress, tied=tied)
+    settings = Settings(
+        config, schedule, train_frozen, hold, checkpoint, progress, tied=tied, joint=joint if joint_steps else None
+    )
     report = distilled(inner if inplace else _copied(inner), calls, held_out, settings)
     return replace(report, model=model) if inplace else report
 

@@ -56,6 +56,11 @@ class Sample:
         return Sample(self.feed, to(dict(self.leaves)), to(self.arguments), self.given, self.target.to(device))
 
 
+def reference(call: SiteCall) -> Tensor:
+    """What the options ask for, of torch's operators."""
+    return call.reference()
+
+
 def family_of(op: Node) -> str:
     """The family of a lowered site's operator."""
     from monarch_compile.passes.frontends import frontends
@@ -69,7 +74,8 @@ class Tape(Switch):
 
     graphs: every graph that was captured. feeds: of the sites to record, by their operators. leaves: theirs. left: how
     many runs of such sites are to come in this call. teacher: what gives the targets. hold: where samples are kept,
-    None for the model's own device. seen: feeds of which a run was recorded.
+    None for the model's own device. seen: feeds of which a run was recorded. learned: values in place of some
+    parameters, which alone get gradients; None: nothing does.
     """
 
     graphs: list[Recorder] = field(default_factory=list)
@@ -80,6 +86,7 @@ class Tape(Switch):
     hold: torch.device | None = None
     samples: list[Sample] = field(default_factory=list)
     seen: set[Feed] = field(default_factory=set)
+    learned: Mapping[nn.Parameter, Tensor] | None = None
 
     def record(self, feeds: Iterable[Feed]) -> None:
         """From now on, record these."""
@@ -105,6 +112,11 @@ class Recorder(SiteInterpreter):
         self.values: dict[Node, Any] = {}
         tape.graphs.append(self)
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As the interpreter's own; gradients are the tape's matter, since graphs are captured for none."""
+        with torch.set_grad_enabled(self._tape.learned is not None):
+            return super().run(*args, **kwargs)
+
     def run_node(self, n: Node) -> Any:
         """As the interpreter's own; a site that is recorded notes its arguments first."""
         feed = self._tape.feeds.get(n)
@@ -116,6 +128,9 @@ class Recorder(SiteInterpreter):
             known = self.parameters.setdefault(n, result)
             if known is not result:
                 self.varied |= {known, result}
+        if self._tape.learned is not None and isinstance(result, Tensor) and result.is_leaf:
+            learned = self._tape.learned.get(result) if isinstance(result, nn.Parameter) else None
+            result = result.detach() if learned is None else learned
         if n in self._tape.leaves:
             self.values[n] = result if isinstance(result, nn.Parameter) else self._kept(result)
         return result
@@ -160,6 +175,17 @@ class Teacher:
         args, kwargs = self._calls[number]
         with torch.no_grad():
             return self._run(*args, **kwargs)
+
+    def learning_output(self, number: int, values: Mapping[nn.Parameter, Tensor]) -> Any:
+        """The lowered model's output of a call with other values of some parameters, which gradients go through.
+
+        Sites run as the reference: the graphs were captured for no gradients, and so were their operators chosen.
+        """
+        self.tape.learned = values
+        try:
+            return self.output(number, reference)
+        finally:
+            self.tape.learned = None
 
     def count(self, number: int) -> Any:
         """The exact model's output of a call, which notes how often each site runs; calls are counted in order."""

@@ -52,12 +52,29 @@ class DistilledSite:
 
 
 @dataclass(frozen=True)
+class JointReport:
+    """What became of the steps that all sites took together.
+
+    calls, held_out: errors of the model's output before and after them. kept: whether the new weights were: the error
+    over the calls fell. seconds: of the steps.
+    """
+
+    calls: Errors
+    held_out: Errors
+    kept: bool
+    steps: int
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class DistillReport:
     """What `distill` returns; `print` it, or `save` it.
 
     sites: in the order in which they were found. calls, held_out: errors of the model's output, of all floating
     tensors in it. model: the module with the new weights. plan: under which it is to be compiled.
-    num_calls, num_held_out, steps, lr, seed: what was asked for. seconds: all that `distill` took in this process.
+    num_calls, num_held_out, steps, lr, seed: what was asked for. joint: of the steps that all sites took together; None
+    where they took none. seconds: all that `distill` took in this process.
     """
 
     sites: tuple[DistilledSite, ...]
@@ -71,6 +88,7 @@ class DistillReport:
     seconds: float
     plan: Plan = field(repr=False, compare=False)
     model: nn.Module = field(repr=False, compare=False)
+    joint: JointReport | None = None
 
     @property
     def num_distilled(self) -> int:
@@ -92,7 +110,8 @@ class DistillReport:
         """Plain values for JSON, without the model; the plan has a file of its own (`Plan.save`)."""
         names = ("num_calls", "num_held_out", "steps", "lr", "seed", "seconds")
         sites = [asdict(site) | {"remedy": site.remedy} for site in self.sites]
-        errors = {"calls": asdict(self.calls), "held_out": asdict(self.held_out)}
+        joint = None if self.joint is None else asdict(self.joint)
+        errors = {"calls": asdict(self.calls), "held_out": asdict(self.held_out), "joint": joint}
         return {"sites": sites, **errors, **{name: getattr(self, name) for name in names}}
 
     def save(self, path: str | Path) -> Path:
@@ -114,6 +133,9 @@ class DistillReport:
         for what, errors in (("output", self.calls), (f"output of {self.num_held_out} unseen calls", self.held_out)):
             if errors.before is not None:
                 texts.append(f"relative error of the {what} {_number(errors.before)} -> {_number(errors.after)}")
+        if self.joint is not None:
+            pair = f"{_number(self.joint.calls.before)} -> {_number(self.joint.calls.after)}"
+            texts.append(f"{self.joint.steps} steps together, {pair}{'' if self.joint.kept else ', not kept'}")
         return f"{'; '.join(texts)}; {self.seconds:.1f} s"
 
 

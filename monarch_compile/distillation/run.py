@@ -21,7 +21,7 @@ from monarch_compile.calibration.snapshot import Snapshot, kept
 from monarch_compile.config import MonarchConfig
 from monarch_compile.cost.devices import installed
 from monarch_compile.decision import LOWERED, Decision
-from monarch_compile.distillation import training
+from monarch_compile.distillation import joint, training
 from monarch_compile.distillation.checkpoint import Checkpoint, digest
 from monarch_compile.distillation.descent import Schedule
 from monarch_compile.distillation.groups import (
@@ -33,9 +33,10 @@ from monarch_compile.distillation.groups import (
     masters_of,
     require_finite,
 )
+from monarch_compile.distillation.joint import Elements, joint_training
 from monarch_compile.distillation.recording import Sample, Teacher
-from monarch_compile.distillation.report import DISTILLED, DistilledSite, DistillReport, Errors
-from monarch_compile.distillation.training import Training
+from monarch_compile.distillation.report import DISTILLED, DistilledSite, DistillReport, Errors, JointReport
+from monarch_compile.distillation.training import Training, loss_of_sites
 from monarch_compile.distillation.unlearned import Unlearned
 from monarch_compile.distillation.widened import widened
 from monarch_compile.errors import InputError
@@ -44,6 +45,8 @@ from monarch_compile.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+Pair = tuple[float | None, float | None]
+"""The error of the output over the calls, and over the held-out ones; None where unknown."""
 SAVE_EVERY = 50
 """Steps between two writes of the checkpoint."""
 
@@ -52,7 +55,8 @@ SAVE_EVERY = 50
 class Settings:
     """What a run is asked for beside the model and its calls.
 
-    train_frozen: whether weights that want no gradient may change. hold: where the teacher's inputs are kept, None for
+    joint: of the steps that all sites take together at the end; None: there are none. train_frozen: whether weights
+    that want no gradient may change. hold: where the teacher's inputs are kept, None for
     the model's device. target: what a site is to give. tied: names of parameters whose memory is another tensor's, too,
     with the name of that.
     """
@@ -65,6 +69,7 @@ class Settings:
     progress: bool = True
     target: Behaviour = exact
     tied: Mapping[str, str] = field(default_factory=dict)
+    joint: Schedule | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +99,28 @@ class Run:
         for failure in self._teacher.probe.failures:
             logger.warning("the passes failed on a graph, which stays exact: %s", failure)
         before = self._output_errors(references, "lowered model")
-        rows, weights = self._learn_all()
+        groups, rows = self._groups()
+        path = self._settings.checkpoint
+        checkpoint = Checkpoint.open(path, "" if path is None else self._key(groups))
+        weights: dict[nn.Parameter, Tensor] = {}
+        for outcome in self._outcomes(groups, checkpoint):
+            rows |= {row.name: row for row in outcome.rows}
+            weights |= outcome.weights
+        elements = {p: value.to(p.device) != p for p, value in weights.items()}
         with written(weights):
             after = self._output_errors(references, "distilled model") if weights else before
+            found, after = self._learn_jointly(elements, references, after, checkpoint)
             self._say.end()
             calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
-            return self._reported(rows, calls, held_out, time.perf_counter() - start)
+            return self._reported(rows, calls, held_out, found, time.perf_counter() - start)
 
     def _reported(
-        self, rows: Mapping[str, DistilledSite], calls: Errors, held_out: Errors, seconds: float
+        self,
+        rows: Mapping[str, DistilledSite],
+        calls: Errors,
+        held_out: Errors,
+        found: JointReport | None,
+        seconds: float,
     ) -> DistillReport:
         return DistillReport(
             sites=tuple(rows.values()),
@@ -111,29 +129,49 @@ class Run:
             num_calls=self._num_calls,
             num_held_out=len(self._calls) - self._num_calls,
             **asdict(self._settings.schedule),
+            joint=found,
             seconds=seconds,
             plan=self._settings.config.plan or self._plan(rows, calls.after),
             model=self._model,
         )
 
-    def _learn_all(self) -> tuple[dict[str, DistilledSite], dict[nn.Parameter, Tensor]]:
-        """What became of every site, by its name in the order found, and the new values of parameters."""
+    def _groups(self) -> tuple[list[Group], dict[str, DistilledSite]]:
+        """The groups that may learn, and a row of every site, by its name in the order found: why it did not, so
+        far."""
         decisions = self._decisions()
         lowered = [name for name, decision in decisions.items() if decision.status == LOWERED]
         if not lowered:
             logger.warning("nothing to distill: no site is lowered under these options")
         groups, refused = groups_of(self._teacher.tape.graphs, lowered, self._known)
-        outcomes = self._outcomes(groups)
         rows = {name: _left(name, Unlearned("exact", decision.reason)) for name, decision in decisions.items()}
-        rows |= {name: _left(name, unlearned) for name, unlearned in refused.items()}
-        rows |= {row.name: row for outcome in outcomes for row in outcome.rows}
-        return rows, {p: value for outcome in outcomes for p, value in outcome.weights.items()}
+        return groups, rows | {name: _left(name, unlearned) for name, unlearned in refused.items()}
+
+    def _learn_jointly(
+        self, elements: Elements, references: Sequence[Any], before: Pair, checkpoint: Checkpoint
+    ) -> tuple[JointReport | None, Pair]:
+        """Let all that has learned, and is written in the model, learn together; what came of it, and the errors of the
+        output then. The new weights are kept if the error over the calls fell."""
+        schedule = self._settings.joint
+        if schedule is None or not elements or before[0] is None:
+            return None, before
+        own = joint_training(self._teacher, references[: self._num_calls], elements, schedule)
+        old = {p: p.detach().clone() for p in elements}
+        self._train(joint.NUMBER, own, checkpoint)
+        with written(own.learned()):
+            after = self._output_errors(references, joint.NAME)
+        is_better = after[0] is not None and after[0] < before[0]
+        if not is_better:
+            with written(old):
+                pass
+        calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
+        found = JointReport(calls, held_out, is_better, schedule.steps, schedule.lr, own.seconds)
+        return found, after if is_better else before
 
     def _output(self, number: int, what: str, run: Callable[[int], Any]) -> Any:
         self._say(f"{what}, call {number + 1} of {len(self._calls)}")
         return kept(run(number))
 
-    def _output_errors(self, references: Sequence[Any], what: str) -> tuple[float | None, float | None]:
+    def _output_errors(self, references: Sequence[Any], what: str) -> Pair:
         """Relative error of the lowered model's output over the calls, and over the held-out ones."""
         outputs = [self._output(n, what, lambda n: self._teacher.output(n, monarch)) for n in range(len(references))]
         cut = self._num_calls
@@ -148,10 +186,8 @@ class Run:
                     found[decision.name] = decision
         return found
 
-    def _outcomes(self, groups: Sequence[Group]) -> list[Outcome]:
+    def _outcomes(self, groups: Sequence[Group], checkpoint: Checkpoint) -> list[Outcome]:
         """What became of each group: learned now, or read from the checkpoint."""
-        path = self._settings.checkpoint
-        checkpoint = Checkpoint.open(path, "" if path is None else self._key(groups))
         outcomes = []
         for number, group in enumerate(groups):
             if number not in checkpoint.done:
@@ -173,7 +209,13 @@ class Run:
         """A hash of all that the new weights depend on."""
         decisions = [decision for result in self._teacher.probe.rewrites for decision in result.decisions]
         lowered = [(d.name, str(d.ir)) for d in decisions if d.status == LOWERED]
-        own = (self._settings.schedule, self._settings.train_frozen, [group.sites for group in groups], lowered)
+        own = (
+            self._settings.schedule,
+            self._settings.joint,
+            self._settings.train_frozen,
+            [group.sites for group in groups],
+            lowered,
+        )
         return digest([repr(own), self._num_calls, self._calls, list(self._model.state_dict().items())])
 
     def _learn(self, number: int, group: Group, checkpoint: Checkpoint) -> Outcome:
@@ -183,7 +225,14 @@ class Run:
         elements = self._elements(group, calls, held_out)
         if isinstance(elements, Unlearned):
             return Outcome(tuple(_left(site, elements) for site in group.sites))
-        own = Training(names, [call for call in calls if call], group.parameters, elements, self._settings.schedule)
+        ran = [call for call in calls if call]
+        own = Training(names, loss_of_sites(ran), len(ran), group.parameters, elements, self._settings.schedule)
+        self._train(number, own, checkpoint)
+        self._say(f"{names}: errors")
+        return self._judged(group, own, calls, held_out)
+
+    def _train(self, number: int, own: Training, checkpoint: Checkpoint) -> None:
+        """Take all steps that are left, from where the checkpoint is."""
         if checkpoint.current is not None and checkpoint.current[0] == number:
             own.resume(checkpoint.current[1])
 
@@ -192,8 +241,6 @@ class Run:
             checkpoint.write()
 
         own.run(self._say, save, SAVE_EVERY)
-        self._say(f"{names}: errors")
-        return self._judged(group, own, calls, held_out)
 
     def _samples(self, names: str, group: Group) -> tuple[list[list[Sample]], list[list[Sample]]]:
         """What the group's sites are given in each of the calls, and in each of the held-out ones."""

@@ -1,4 +1,4 @@
-"""One group of sites learns: Adam on the weights that lead to it, against the exact model's outputs."""
+"""Weights learn: Adam on a loss of each call, that of a group of sites or of the whole model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from monarch_compile.distillation.descent import Descent, Schedule
 from monarch_compile.distillation.groups import Masters, learned_values, masters_of
 from monarch_compile.distillation.recording import Sample
 
+Loss = Callable[[int, Masters], Tensor]
+"""What is to fall, () float, in the call of a place, with some values of the parameters."""
+
 
 @dataclass
 class Progressed:
-    """Where the training of a group is: the number of steps taken, what they made, and the seconds they took."""
+    """Where a training is: the number of steps taken, what they made, and the seconds they took."""
 
     step: int
     masters: list[Tensor]
@@ -30,14 +33,15 @@ class Progressed:
 
 @dataclass(eq=False)
 class Training:
-    """A group while it learns.
+    """Parameters while some of them learn.
 
-    samples: of each call that the group runs in. elements: which elements of each parameter learn, as bool.
-    name: what messages call the group. masters: the values of all parameters that lead to the group.
+    name: what messages call it. loss_of: what is to fall, in each of `num_calls` calls. elements: which elements of
+    each parameter learn, as bool. masters: the values of all parameters.
     """
 
     name: str
-    samples: Sequence[Sequence[Sample]]
+    loss_of: Loss
+    num_calls: int
     parameters: Sequence[nn.Parameter]
     elements: Mapping[nn.Parameter, Tensor]
     schedule: Schedule
@@ -71,23 +75,15 @@ class Training:
         """
         while self.step < self.schedule.steps:
             start = time.perf_counter()
-            loss = self._take_step(self.samples[self.schedule.place(self.step, len(self.samples))])
+            loss = self._take_step(self.schedule.place(self.step, self.num_calls))
             self.step += 1
             self.seconds += time.perf_counter() - start
             say(f"{self.name}: step {self.step} of {self.schedule.steps}, relative error {math.sqrt(loss):.4f}")
             if self.step % every == 0:
                 save()
 
-    def _take_step(self, samples: Sequence[Sample]) -> float:
-        def loss() -> Tensor:
-            return torch.stack([relative_square(sample, self.masters) for sample in samples]).mean()
-
-        with autocast.switched_off(self._device.type):
-            return self.descent.take(self.step, loss)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.masters.values())).device
+    def _take_step(self, place: int) -> float:
+        return self.descent.take(self.step, lambda: self.loss_of(place, self.masters))
 
     def learned(self) -> dict[nn.Parameter, Tensor]:
         """The new values of the parameters, in their dtypes; what leads to nothing that learns is bit-identical."""
@@ -98,11 +94,23 @@ class Training:
         return found
 
 
-def relative_square(sample: Sample, masters: Masters) -> Tensor:
-    """The squared relative error of what a site gives with these weights; () float."""
-    output, target = _both(sample, masters)
-    norm = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
-    return (output - target).square().sum() / norm
+def loss_of_sites(calls: Sequence[Sequence[Sample]]) -> Loss:
+    """The mean squared relative error over the runs of sites in a call."""
+
+    def loss_of(place: int, masters: Masters) -> Tensor:
+        with autocast.switched_off(next(iter(masters.values())).device.type):
+            pairs = [_both(sample, masters) for sample in calls[place]]
+            return torch.stack([relative_square([output], [target]) for output, target in pairs]).mean()
+
+    return loss_of
+
+
+def relative_square(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """The squared relative error of outputs against targets, over all of them, which gradients go through; () float."""
+    pairs = list(zip(outputs, targets, strict=True))
+    difference = torch.stack([(output - target).square().sum() for output, target in pairs]).sum()
+    norm = torch.stack([target.square().sum() for target in targets]).sum()
+    return difference / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def relative_error(samples: Sequence[Sequence[Sample]], masters: Masters) -> float:

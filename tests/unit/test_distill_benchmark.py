@@ -47,16 +47,18 @@ def small(monkeypatch):
 
 def run(path, *more):
     arguments = ["--tasks", "whisper", "--output", str(path), "--calls", "8", "--unseen", "2", *more]
-    return driver.main([*arguments, "--steps", "60", "--lr", "0.03"])
+    return driver.main([*arguments, "--steps", "60", "--lr", "0.03", "--joint-steps", "30"])
 
 
 def test_a_model_gains_and_controls_do_not(small, tmp_path, capsys):
     path = tmp_path / "results.json"
     assert run(path) == 0
-    learned, frozen, random, calibrated, both = json.loads(path.read_text())["rows"]
+    learned, together, frozen, random, calibrated, both = json.loads(path.read_text())["rows"]
     assert learned["kind"] == "distilled"
     assert learned["after"]["state_error"] < learned["before"]["state_error"]
     assert learned["after"]["state_error"] == pytest.approx(learned["report"]["held_out"]["after"], rel=0.05)
+    assert together["kind"] == "distilled, then together"
+    assert together["after"]["state_error"] < learned["after"]["state_error"]
     assert frozen["after"] == frozen["before"]
     assert random["after"]["state_error"] >= random["before"]["state_error"]
     assert (calibrated["form"], calibrated["kind"]) == ("free", "calibrated")
@@ -66,12 +68,13 @@ def test_a_model_gains_and_controls_do_not(small, tmp_path, capsys):
     assert both["after"] == learned["after"]
     assert both["options"] == {"policy": "always"}
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| small")]
-    assert [line[1:5] for line in table][:3] == [
+    assert [line[1:5] for line in table][:4] == [
         ["paper", "distilled", "2 of 2", "2 of 2"],
+        ["paper", "distilled, then together", "2 of 2", "2 of 2"],
         ["paper", "control: frozen", "0 of 2", "2 of 2"],
-        ["paper", "control: random targets", table[2][3], "2 of 2"],
+        ["paper", "control: random targets", table[3][3], "2 of 2"],
     ]
-    assert [line[1:5] for line in table][3:] == [
+    assert [line[1:5] for line in table][4:] == [
         ["free", "calibrated", "0 of 2", "2 of 2"],
         ["free", "calibrated, distilled", "2 of 2", "2 of 2"],
     ]

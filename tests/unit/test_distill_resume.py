@@ -41,11 +41,11 @@ def stop_after(patch, steps, error):
     """Raise `error` at the step after so many, of all groups together."""
     taken, take = [], Training._take_step
 
-    def counted(self, samples):
+    def counted(self, place):
         if len(taken) == steps:
             raise error
         taken.append(self.name)
-        return take(self, samples)
+        return take(self, place)
 
     patch.setattr(Training, "_take_step", counted)
     return taken
@@ -89,9 +89,9 @@ def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(calls, unbroken, tmp
         "from monarch_compile.distillation import run\n"
         "from monarch_compile.distillation.training import Training\n"
         "run.SAVE_EVERY, take, taken = 5, Training._take_step, []\n"
-        "def counted(self, samples):\n"
+        "def counted(self, place):\n"
         "    taken.append(0)\n"
-        "    return take(self, samples) if len(taken) < 8 else os.kill(os.getpid(), 9)\n"
+        "    return take(self, place) if len(taken) < 8 else os.kill(os.getpid(), 9)\n"
         "Training._take_step = counted\n"
         f"distill(Transformer(), batches(3), **quick(steps={STEPS}, checkpoint={str(path)!r}))\n"
     )
