@@ -34,6 +34,18 @@ LEARNED = (
     Photograph(None, "Picture_0B_by_freespace.jpg"),
     Photograph(None, "aitzgorri_by_Aitzol_Berasategi.jpg"),
     Photograph(None, "Dragonfly_by_Bolly.jpg"),
+    Photograph(None, "sunset_by_Aitzol_Berasategi.jpg"),
+    Photograph(None, "greentock_by_Peter_Nerlich.jpg"),
+    Photograph(None, "Picture_1A_by_freespace.jpg"),
+    Photograph(None, "mate/nature/Dune.jpg"),
+    Photograph(None, "mate/nature/FreshFlower.jpg"),
+    Photograph(None, "mate/nature/GreenMeadow.jpg"),
+    Photograph(None, "mate/nature/RainDrops.jpg"),
+    Photograph(None, "mate/nature/Storm.jpg"),
+    Photograph(None, "mate/nature/YellowFlower.jpg"),
+    Photograph(None, "mate/nature/Wood.jpg"),
+    Photograph(None, "mate/nature/Aqua.jpg"),
+    Photograph(None, "mate/nature/Blinds.jpg"),
 )
 """Photographs to learn from; none of them is in `SCENES`, by which is judged."""
 DINOV2_SIZES = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "patch_size": PATCH,
@@ -106,10 +118,12 @@ def load_dinov2(pack: Path | None, limits: Limits) -> Data:
         model = Dinov2Model(Dinov2Config(**DINOV2_SIZES))
         names = model.state_dict()
         model.load_state_dict({name: tensors[f"weights.{name_of_any_version(name)}"].float() for name in names})
+        packed = sum(name.startswith("calls.") for name in tensors)
         learned, unseen = (
             [_decoded(tensors[f"{kind}.{i}"], limits.side * PATCH) for i in range(number)]
-            for kind, number in (("calls", limits.number), ("unseen", limits.unseen))
+            for kind, number in (("calls", min(limits.number, packed)), ("unseen", limits.unseen))
         )
+        learned += parts_of(learned, limits.number - len(learned))
     calls, judged = ([_normalized(image) for image in images] for images in (learned, unseen))
     return Data(Output(model).eval(), calls, judged, image_metrics)
 
@@ -152,6 +166,22 @@ def photographs(limits: Limits) -> tuple[list[Tensor], list[Tensor]]:
             top, left = random.integers(large.shape[-1] - size + 1, size=2)
             learned.append(large[:, top : top + size, left : left + size].flip(-1))
     return learned, [read_photograph(source, size) for source in SCENES[: limits.unseen]]
+
+
+def parts_of(images: Sequence[Tensor], number: int) -> list[Tensor]:
+    """So many square parts of images (3, size, size), in turn, each enlarged to the size of its image; half of them
+    mirrored."""
+    random = np.random.default_rng(1)
+    found = []
+    for turn in range(number):
+        image = images[turn % len(images)]
+        size = image.shape[-1]
+        side = int(random.integers(size // 2, size))
+        top, left = random.integers(size - side + 1, size=2)
+        part = image[None, :, top : top + side, left : left + side]
+        part = nn.functional.interpolate(part, (size, size), mode="bicubic", align_corners=False)[0].clamp(0, 1)
+        found.append(part.flip(-1) if random.random() < 0.5 else part)
+    return found
 
 
 def _is_there(photograph: Photograph) -> bool:

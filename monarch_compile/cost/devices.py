@@ -30,6 +30,8 @@ class Rates:
 
 WIDE = 128
 """Heads of this many features or more fill the tensor cores better."""
+SHORT_BLOCK = 64
+"""Blocks of more keys keep the tensor cores busy for longer."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Device:
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
+    block_gain: what each doubling of blocks beyond `SHORT_BLOCK` adds to the Monarch form's FLOP rate, as a share.
     exact_back, monarch_back: rates of their backward passes, of the Monarch form's without kernels.
     gradients: rates of the kernels of the Monarch form's backward pass; None where there are none.
     dense: FLOP per second of products with weights and what is fused beside them, rather too high than too low.
@@ -147,6 +150,7 @@ class Device:
     gradients: Form | None = None
     pad_penalty: float = 1.0
     wide_gain: float = 1.0
+    block_gain: float = 0.0
     dense: Rates = Rates(math.inf, math.inf, math.inf)
     replayed: Host | None = None
     compiled: Host | None = None
@@ -239,6 +243,7 @@ DEVICES: dict[str, Device] = {
         monarch=Form(Rates(half=238e12, single=27e12, double=20e12), bytes_per_s=4.5e12, launch_s=2.2e-6),
         overlap=2.0,
         wide_gain=1.36,
+        block_gain=0.17,  # benchmarks/results/scale_graphs_h200.json, of blocks of 128 to 512
         ceiling=Ceiling(half_flops=790e12, bytes_per_s=4.27e12),
     ),
     # A data-centre GPU that cannot be measured, because it is not there: guesses.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
@@ -135,6 +136,15 @@ def test_a_packed_photograph_is_nearly_the_same():
     data = problems.encoded(image)
     assert (problems._decoded(data, 28) - image).abs().max() < 0.03
     assert problems._decoded(data, 14).shape == (3, 14, 14)
+
+
+def test_parts_of_photographs_are_enlarged_and_never_the_same():
+    images = [torch.rand(3, 28, 28) for _ in range(2)]
+    parts = problems.parts_of(images, 5)
+    assert [part.shape for part in parts] == [(3, 28, 28)] * 5
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations([*images, *parts], 2))
+    assert all(torch.equal(one, other) for one, other in zip(parts, problems.parts_of(images, 5), strict=True))
+    assert problems.parts_of(images, 0) == []
 
 
 def test_metrics_tell_features_apart():

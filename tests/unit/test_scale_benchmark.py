@@ -23,6 +23,7 @@ from monarch_compile.cost.links import FABRICS, fabric_of
 from monarch_compile.errors import InputError
 from tests.support.ranks import RANKS, Pool, pool_of_ranks
 
+RESULTS = Path(scale.__file__).parents[1] / "results"
 H100, NVLINK = DEVICES["h100"], FABRICS["nvlink"]
 
 
@@ -115,6 +116,17 @@ def measure_a_model_without_a_clock(mesh: Any, place: int) -> dict[str, Any]:
 def test_a_model_on_all_ranks_gives_what_it_gives_on_one(pool: Pool, place: int) -> None:
     for row in pool.run(measure_a_model_without_a_clock, place):
         assert row["shared"]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["scale_h200", "scale_graphs_h200"])
+def test_predictions_are_near_what_two_gpus_took(name: str) -> None:
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    for row in found["rows"]:
+        for method in METHODS:
+            ir = Attention(row["num_heads"], row["head_dim"]).ir(row["tokens"], row["block_size"])
+            cost = cost_of(ir, found["gpus"], DEVICES["h200"], NVLINK, method)
+            predicted_s = cost.total_s if found["clock"] == "graph" else cost.called_s
+            assert predicted_s * 1e3 == pytest.approx(row[method]["ms"], rel=0.15)
 
 
 def test_both_ways_are_right_where_they_are_measured(pool: Pool) -> None:

@@ -16,24 +16,34 @@ from monarch_compile.errors import InputError
 HEADS, OFFSETS = "heads", "offsets"
 METHODS = (HEADS, OFFSETS)
 FLOAT_BYTES = 4
+CALL_S = 4.4e-3
+"""What a shared call takes the host, where no CUDA graph replays it: 4.3 to 5.0 ms on two H200 for as little work as
+64K tokens (benchmarks/results/scale_h200.json)."""
+COPIED_BY_OFFSETS = 28
+"""How often, by offsets, what is sent would have to be written for the time that is neither the kernels' nor the
+links': of the same runs. It stands for kernels that read summaries of far strides, too."""
 
 
 @dataclass(frozen=True)
 class ParallelCost:
     """Of one rank, forward. compute_s, send_s: seconds. sent: bytes in all exchanges. memory: bytes of inputs, output
-    and what is alive beside them at most. turns: parts of the work, of which some are sent while others are computed.
+    and what is alive beside them at most.
     """
 
     compute_s: float
     send_s: float
     sent: int
     memory: int
-    turns: int = 1
 
     @property
     def total_s(self) -> float:
-        """Seconds, where all but one of the turns overlap."""
-        return max(self.compute_s, self.send_s) + min(self.compute_s, self.send_s) / self.turns
+        """Seconds of the device. Turns that are sent while others are computed did not shorten this on two H200."""
+        return self.compute_s + self.send_s
+
+    @property
+    def called_s(self) -> float:
+        """Seconds of a plain call, whose kernels the host launches one by one."""
+        return max(self.total_s, CALL_S)
 
 
 def method_of(ir: MonarchAttention, ranks: int, device: Device, fabric: Fabric, method: str = "auto") -> str:
@@ -78,7 +88,7 @@ def _by_heads(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabr
     alive = sent if ranks == 1 else 2 * sent + sent - inputs  # the pieces, what was received, and the output, sent
     summaries = int(ir.num_heads) * batch * spread.places * ((ir.head_dim + ir.value_dim) * item + FLOAT_BYTES)
     crossing = sent * (ranks - 1) // ranks
-    return ParallelCost(predict(own, device).monarch_s + moved_s, sends, crossing, alive + summaries // turns, turns)
+    return ParallelCost(predict(own, device).monarch_s + moved_s, sends, crossing, alive + summaries // turns)
 
 
 def _by_offsets(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabric) -> ParallelCost:
@@ -87,7 +97,7 @@ def _by_offsets(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fa
     wide = ir.head_dim + ir.value_dim
     there = heads * batch * places * ((wide + ir.head_dim) * item + FLOAT_BYTES)
     back = heads * batch * places * (ir.value_dim * item + FLOAT_BYTES)
-    moved_s = 0.0 if ranks == 1 else 4 * (there + back) / device.monarch.bytes_per_s
+    moved_s = 0.0 if ranks == 1 else COPIED_BY_OFFSETS * (there + back) / device.monarch.bytes_per_s
     launch_s = 2 * device.monarch.launch_s
     compute_s = max(0.0, predict(ir, device).monarch_s - launch_s) / ranks + launch_s + moved_s
     halo = 0
