@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,11 +37,13 @@ class Step(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A program as it is launched. given: the caller's tensors whose strides its kernels take, all of them in order."""
+    """A program as it is launched. given: the caller's tensors whose strides its kernels take, all of them in order.
+    outputs: what the caller gets. between: buffers that kernels alone use, contiguous ones."""
 
     steps: tuple[Step, ...]
     given: tuple[tuple[str, tuple[str, ...]], ...]
     outputs: tuple[str, ...]
+    between: frozenset[str]
 
 
 class Launcher:
@@ -65,7 +68,7 @@ class Launcher:
                 Step(kernel, source.load(), source.parameters, released)
                 for (kernel, source), released in zip(rendered, _released(program), strict=True)
             )
-            self._loaded[specialization] = Loaded(steps, _strides(program), program.outputs)
+            self._loaded[specialization] = Loaded(steps, _strides(program), program.outputs, _between(program))
         return self._loaded[specialization]
 
     def __call__(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -81,6 +84,8 @@ class Launcher:
         for kernel, function, parameters, released in loaded.steps:
             for buffer in kernel.writes:  # spelled out: a call of eager code waits for it
                 shape = [sizes[size] if size.__class__ is str else size for size in buffer.dims]
+                if buffer.name in loaded.between:  # Inductor need not prove strides of symbolic sizes to be equal
+                    shape = [math.prod(shape)]
                 values[buffer.name] = _allocate(like, shape, buffer.dtype)
                 if buffer.strides:
                     values.update(buffer.stride_values(values[buffer.name].stride()))
@@ -105,6 +110,12 @@ def _released(program: Program) -> tuple[tuple[str, ...], ...]:
         released.append(tuple(sorted((used & written) - kept)))
         kept |= used
     return tuple(reversed(released))
+
+
+def _between(program: Program) -> frozenset[str]:
+    """Buffers that no one is given, and whose strides no kernel takes."""
+    written = {buffer.name for kernel in program.kernels for buffer in kernel.writes if not buffer.strides}
+    return frozenset(written - set(program.outputs))
 
 
 def _strides(program: Program) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from monarch_compile.attention.reference import reference
+from monarch_compile.codegen import launcher
 from monarch_compile.codegen.attention import rows, specialization
 from monarch_compile.codegen.attention.emitter import EMITTER
 from monarch_compile.codegen.attention.launch import launch, sizes_of
@@ -160,6 +162,24 @@ def test_the_first_block_is_chosen_for_by_its_own_first_query() -> None:
     _, taken = with_choice(case, q, k, v, None)
     assert taken[0, 0, :7].tolist() == [[-1]] * 7  # of these no row is asked for
     assert taken[0, 0, 7].tolist() == [2]
+
+
+def test_buffers_between_kernels_have_one_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor compares strides of what a kernel is given. Where it cannot prove two of symbolic sizes to be equal, it
+    copies, and torch 2.11 then fails on a copy of itself."""
+    allocate = launcher._allocate
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        shapes.append(tuple(shape))
+        return allocate(like, shape, dtype)
+
+    monkeypatch.setattr(launcher, "_allocate", noted)
+    case = Case(40, 4, 16, 16, causal=True, window=1, chosen=3, queries=16)
+    q, k, v, _ = tensors(case, torch.float32, "cpu")
+    output = launch(q, k, v, None, **case.options)
+    assert [shape for shape in shapes if len(shape) > 1] == [output.transpose(1, 2).shape]
+    assert len(shapes) > 6
 
 
 def test_blocks_before_the_first_query_have_one_summary_each() -> None:
