@@ -22,7 +22,7 @@ EXACT_CASTS = frozenset(DIGITS)
 LARGEST_PLACE = 2**20
 """A bound on the places in a mask: one that goes beyond it has more elements than fit in memory."""
 
-LARGEST_UNKNOWN = 2**31 - 1
+LARGEST_UNKNOWN = 2**63 - 1
 """A bound on unknown integers, such as tokens."""
 
 
