@@ -22,8 +22,11 @@ EXACT_CASTS = frozenset(DIGITS)
 LARGEST_PLACE = 2**20
 """A bound on the places in a mask: one that goes beyond it has more elements than fit in memory."""
 
+LARGEST_SIZE = 2**31
+"""A bound on a symbolic size: the product of two is still an int64, while float32 need not hold one."""
+
 LARGEST_UNKNOWN = 2**63 - 1
-"""A bound on unknown integers, such as tokens."""
+"""A bound on unknown integers: tokens are small, but hashes, times and "no limit" are not."""
 
 
 def leaves(value: Any) -> list[Any]:
@@ -129,6 +132,6 @@ def _bound(value: Any) -> Any:
         return _bound(value.args[1])
     if isinstance(value, sympy.Piecewise):
         return max(map(_bound, leaves(value)))
-    if isinstance(value, sympy.Symbol) and value.is_nonnegative:  # a place or a size
-        return LARGEST_PLACE
+    if isinstance(value, sympy.Symbol) and value.is_nonnegative:
+        return LARGEST_PLACE if isinstance(value, Place) else LARGEST_SIZE
     return LARGEST_UNKNOWN if _is_unknown(value) and value.is_integer else sympy.oo
