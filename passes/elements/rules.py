@@ -69,7 +69,10 @@ class Evaluator:
         if isinstance(node.meta.get("val"), torch.SymInt):
             return node.meta["val"].node.expr  # a size, known by the symbols that shapes are made of
         rule = RULES.get(node.target) if node.op == "call_function" else None
-        found = rule(self, node, index) if rule is not None else None
+        try:
+            found = rule(self, node, index) if rule is not None else None
+        except LookupError:  # sympy has no rule for conditions without symbols
+            found = None
         return self.opaque(node, index) if found is None or found.has(sympy.nan) else found
 
     def opaque(self, node: Node, index: Index) -> Any:
@@ -197,8 +200,11 @@ def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
 
 
 def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: torch.dtype | None) -> bool:
-    """Whether two values of which one is rounded, such as -1e9 in 16 bits, give none that hides that."""
+    """Whether two values of which one is rounded, such as -1e9 in 16 bits, give none that hides that, nor one that
+    hides an unknown float: 0 times an infinity is NaN."""
     result, inexact = combine(x, y), [v for v in (x, y) if not is_held(v, dtype)]
+    if _unknown_floats(x, y) - _unknown_floats(result):
+        return False
     if result is sympy.nan or x == 0 or y == 0 or not inexact or x.is_infinite or y.is_infinite:
         return result is not sympy.nan
     if x.is_number and y.is_number:
