@@ -25,8 +25,8 @@ LARGEST_PLACE = 2**20
 LARGEST_SIZE = 2**31
 """A bound on a symbolic size: the product of two is still an int64, while float32 need not hold one."""
 
-LARGEST_UNKNOWN = 2**63 - 1
-"""A bound on unknown integers: tokens are small, but hashes, times and "no limit" are not."""
+LARGEST_UNKNOWN = 2**63
+"""A bound on unknown integers: tokens are small, but hashes, times and "no limit" are not. -2**63 has no negative."""
 
 
 def leaves(value: Any) -> list[Any]:
@@ -68,11 +68,11 @@ def is_held(value: Any, dtype: torch.dtype | None) -> bool:
     """Whether the dtype holds a number, or an expression of places wherever these are, as it is.
 
     An expression is bounded by its terms. Of floats, multiples of one half are known to be held. An unknown value of
-    its own is held by its own dtype; one that was cast is to be asked of `is_carried`, too.
+    its own is held by its own dtype, integers by int64; one that was cast is to be asked of `is_carried`, too.
     """
     if value.is_number:
         return bool(value.is_extended_real) and _is_number_held(value, dtype)
-    if _is_unknown(value) and not (value.is_integer and dtype in DIGITS):
+    if _is_unknown(value) and not (value.is_integer and dtype in DIGITS and dtype != torch.int64):
         return True
     if dtype not in DIGITS or value.has(sympy.oo, -sympy.oo):
         return False
@@ -113,6 +113,14 @@ def is_carried(value: Any, own: torch.dtype | None, dtype: torch.dtype | None) -
         if unknown and dtype != torch.bool and is_narrowed:
             return False
     return True
+
+
+def is_compared(value: Any, own: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether a value, computed in its own dtype, is that number where it is compared in another."""
+    is_own = own == dtype and dtype not in FLOATS  # an unknown integer may have been rounded to a float
+    return is_carried(value, own, dtype) and all(
+        is_held(leaf, dtype) or (is_own and _is_unknown(leaf)) for leaf in leaves(value)
+    )
 
 
 def _is_unknown(value: Any) -> bool:

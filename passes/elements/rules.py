@@ -20,6 +20,7 @@ from monarch_compile.passes.constants import constant_of, held_by
 from monarch_compile.passes.elements.holding import (
     EXACT_CASTS,
     is_carried,
+    is_compared,
     is_held,
     is_kept,
     leaves,
@@ -90,11 +91,8 @@ class Evaluator:
     def carried(self, node: Node, place: int, index: Index, dtype: torch.dtype | None) -> Any:
         """The element of the operand of an op that reads it as a dtype; None where its own dtype rounded it before, so
         that the number is not known."""
-        given, value = inputs(node)[place], self.operand(node, place, index)
-        if not isinstance(given, Node):
-            return value
-        own = torch.int64 if isinstance(given.meta.get("val"), torch.SymInt) else dtype_of(given)
-        return value if is_carried(as_number(value), own, dtype) else None
+        value = self.operand(node, place, index)
+        return value if is_carried(as_number(value), _own_dtype(node, place, dtype), dtype) else None
 
     def depending(self, node: Node, index: Index, *values: Any) -> Any:
         """`opaque`, as a function of those parts of the index alone that some values depend on."""
@@ -103,6 +101,14 @@ class Evaluator:
         return self.opaque(
             node, tuple(at if is_kept else sympy.Integer(0) for at, is_kept in zip(index, kept, strict=True))
         )
+
+
+def _own_dtype(node: Node, place: int, read_as: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of an operand; of a number that the program spells, the one that it is read as."""
+    given = inputs(node)[place]
+    if not isinstance(given, Node):
+        return read_as
+    return torch.int64 if isinstance(given.meta.get("val"), torch.SymInt) else dtype_of(given)
 
 
 def _same(e: Evaluator, n: Node, i: Index) -> Any:
@@ -124,13 +130,9 @@ def _same(e: Evaluator, n: Node, i: Index) -> Any:
 
 def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
-        x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
-        dtype = _compared_in(n)
-        is_known = (
-            not _unknown_floats(x, y)
-            and all(e.carried(n, place, i, dtype) is not None for place in (0, 1))
-            and all(is_held(leaf, dtype) for v in (x, y) for leaf in leaves(v))
-        )
+        (x, y), dtype = (as_number(e.operand(n, place, i)) for place in (0, 1)), _compared_in(n)
+        held = (is_compared(v, _own_dtype(n, place, dtype), dtype) for place, v in enumerate((x, y)))
+        is_known = not _unknown_floats(x, y) and all(held)
         return relation(x, y) if is_known else e.depending(n, i, x, y)
 
     return rule
