@@ -10,7 +10,7 @@ import torch
 from sympy.core.function import AppliedUndef
 
 from monarch_compile.passes.constants import DROPPED, held_by
-from monarch_compile.passes.elements.values import Place, number
+from monarch_compile.passes.elements.values import Place, Unknown, number
 from monarch_compile.passes.graph import FLOATS
 
 DIGITS = {torch.int32: 31, torch.int64: 63, torch.float32: 24, torch.float64: 53}
@@ -23,7 +23,10 @@ LARGEST_PLACE = 2**20
 """A bound on the places in a mask: one that goes beyond it has more elements than fit in memory."""
 
 LARGEST_SIZE = 2**31
-"""A bound on a symbolic size: the product of two is still an int64, while float32 need not hold one."""
+"""A bound on a symbolic size, or on an integer that a program is called with, such as the number of tokens in a cache.
+
+The product of two is still an int64, while float32 need not hold one.
+"""
 
 LARGEST_UNKNOWN = 2**63
 """A bound on unknown integers: tokens are small, but hashes, times and "no limit" are not. -2**63 has no negative."""
@@ -140,6 +143,6 @@ def _bound(value: Any) -> Any:
         return _bound(value.args[1])
     if isinstance(value, sympy.Piecewise):
         return max(map(_bound, leaves(value)))
-    if isinstance(value, sympy.Symbol) and value.is_nonnegative:
+    if isinstance(value, sympy.Symbol) and not isinstance(value, Unknown):
         return LARGEST_PLACE if isinstance(value, Place) else LARGEST_SIZE
     return LARGEST_UNKNOWN if _is_unknown(value) and value.is_integer else sympy.oo

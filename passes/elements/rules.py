@@ -32,6 +32,7 @@ from monarch_compile.passes.elements.values import (
     Index,
     Place,
     Rule,
+    Unknown,
     as_bool,
     as_number,
     broadcast,
@@ -80,7 +81,7 @@ class Evaluator:
         """An unknown function of the index; a bool one is the condition that it is not 0."""
         kind = {"real": True} if dtype_of(node) in FLOATS else {"integer": True}
         name = f"{name_of(node)}_"
-        leaf = sympy.Function(name, **kind)(*index) if index else sympy.Symbol(name, **kind)
+        leaf = sympy.Function(name, **kind)(*index) if index else Unknown(name, **kind)
         return sympy.Ne(leaf, 0) if dtype_of(node) == torch.bool else leaf
 
     def operand(self, node: Node, place: int, index: Index) -> Any:
