@@ -340,9 +340,8 @@ def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
 def _rule_cumsum(e: Evaluator, n: Node, i: Index) -> Any:
     """A sum over the places up to one's own, of an integer that is the same at every place."""
     dim = normal_dim(inputs(n)[1], len(i))
-    term = as_number(
-        e.value(inputs(n)[0], (*i[:dim], sympy.Symbol("j", integer=True, nonnegative=True), *i[dim + 1 :]))
-    )
+    at = Place(f"{name_of(n)}_at", integer=True, nonnegative=True)  # a sum of sums runs over two
+    term = as_number(e.value(inputs(n)[0], (*i[:dim], at, *i[dim + 1 :])))
     total = term * (i[dim] + 1)
     return total if term.is_integer and term.is_number and _is_exact(total, dtype_of(n)) else None
 
