@@ -119,7 +119,7 @@ CODES: dict[str, Code] = {
     ),
     "rank": Code("queries, keys and values of one rank and batch, with static leading dims beyond (batch, heads)"),
     "row_shift": Code(
-        "mask the scores before they are shifted, or leave the shift out: softmax ignores all but rounding"
+        "leave the shift out, or take off each row's largest score: softmax ignores all of a shift but rounding"
     ),
     "scale": Code("a finite scale that is not 0"),
     "scale_not_constant": Code(

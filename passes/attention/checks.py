@@ -18,7 +18,7 @@ from monarch_compile.config import MonarchConfig
 from monarch_compile.passes.attention.masks import LOWERED_KINDS, MaskFact, classify_all
 from monarch_compile.passes.attention.region import AttentionRegion, Operand, frame_of
 from monarch_compile.passes.attention.sizes import leading_sizes, separate_symbols
-from monarch_compile.passes.graph import dtype_of
+from monarch_compile.passes.graph import dtype_of, shape_of
 from monarch_compile.passes.safety import Footprint, Order, mode_switch, strided_read, write_between
 from monarch_compile.passes.weights import is_computed
 from monarch_compile.refusal import Refusal
@@ -160,13 +160,18 @@ def _check_lead(region: AttentionRegion, context: Context) -> str | None:
 
 
 def _check_factors(region: AttentionRegion, context: Context) -> tuple[str, Node] | None:
-    """A scale known at run time moves to the queries: a number always can, one per head where heads are a dim."""
+    """A scale known at run time moves to the queries: a number can, one per head where heads are a dim.
+
+    Float16 queries overflow where scores of another dtype do not: their products with a large scale.
+    """
     for factor in region.factors:
-        shape = factor.node.meta["val"].shape
-        if len(shape) and (len(region.qk_lead) != 2 or str(region.qk_lead) != str(region.lead)):
+        shape, leads = factor.node.meta["val"].shape, (shape_of(factor.scores)[:-2], region.lead)
+        if len(shape) and (len(region.qk_lead) != 2 or any(str(lead) != str(region.qk_lead) for lead in leads)):
             return "the scores are multiplied by a tensor, and their leading dims are merged", factor.node
         if len(shape) and dtype_of(factor.node) != dtype_of(region.q.node):
             return "the scores are multiplied by a tensor of another dtype than the queries", factor.node
+        if dtype_of(region.q.node) == torch.float16 != dtype_of(factor.scores):
+            return "the scores are multiplied in another dtype than float16, that of the queries", factor.node
     return None
 
 

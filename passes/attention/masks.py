@@ -22,6 +22,16 @@ from monarch_compile.passes.graph import dtype_of, shape_of
 MAX_CONDITIONS = 6
 """A mask decided by more comparisons is not proved."""
 
+UNPROVED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What sympy raises where it cannot compute with an expression."""
 
 B, H, Q, K = map(place, "bhqk")
 MORE = tuple(map(place, ("b1", "b2", "b3", "b4")))
@@ -118,7 +128,7 @@ class Reading:
 def _guarded(prove: Callable[..., Any], term: MaskTerm, *rest: Any) -> Any:
     try:
         return prove(term, *rest)
-    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError) as error:
+    except UNPROVED as error:
         return MaskFact("opaque", f"the mask could not be proved to be anything: {error}", term.node)
 
 
@@ -327,7 +337,7 @@ def is_binary(node: Node) -> bool:
         expression = as_number(Evaluator().value(node, broadcast(node, index_of(max(2, len(shape_of(node)))))))
         conditions = _conditions(expression)
         return len(conditions) <= MAX_CONDITIONS and all(v in (0, 1) for _, v in _cases(expression, conditions))
-    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+    except UNPROVED:
         return False
 
 

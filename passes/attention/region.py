@@ -52,9 +52,10 @@ class MaskTerm:
 
 @dataclass(frozen=True)
 class Factor:
-    """A scale known at run time only: a tensor that multiplies (or divides) the scores, the same for whole matrices."""
+    """A scale known at run time only: a tensor that multiplies (or divides) `scores`, the same for whole matrices."""
 
     node: Node
+    scores: Node
     divides: bool = False
 
 

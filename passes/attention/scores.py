@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from monarch_compile.passes.attention.anchors import BY_WEIGHT, is_unread_product
-from monarch_compile.passes.attention.products import SCORES, Scores
+from monarch_compile.passes.attention.products import SCALES, SCORES, Scores
 from monarch_compile.passes.attention.region import Factor, MaskTerm
 from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
@@ -27,7 +27,7 @@ class Walk:
     """What has been read so far on the way from softmax up to q k^T.
 
     swapped: the scores are (*lead, keys, queries) here. factors: scales known at run time only. shifts: what is added
-    to whole rows.
+    to whole rows. num_masked: how many of the nodes `seen`, from the first one on, hold masked scores.
     """
 
     swapped: bool = False
@@ -36,14 +36,14 @@ class Walk:
     factors: list[Factor] = field(default_factory=list)
     shifts: list[Node] = field(default_factory=list)
     seen: list[Node] = field(default_factory=list)
+    num_masked: int = 0
 
     def copy(self) -> Walk:
-        return Walk(self.swapped, self.scale, list(self.masks), list(self.factors), list(self.shifts), list(self.seen))
+        return replace(self, masks=[*self.masks], factors=[*self.factors], shifts=[*self.shifts], seen=[*self.seen])
 
     def adopt(self, other: Walk) -> None:
         """Go on from where `other` has got to."""
-        self.swapped, self.scale = other.swapped, other.scale
-        self.masks, self.factors, self.shifts, self.seen = other.masks, other.factors, other.shifts, other.seen
+        self.__dict__.update(other.__dict__)
 
     def note(self, node: Node, mask: Node, role: str, gain: float = 1.0) -> None:
         """A mask, applied to the scores `node`."""
@@ -52,6 +52,8 @@ class Walk:
         if role != "times" and any(later.role == "times" for later in self.masks):
             raise Refused("mask_scaled", "a mask is applied before the scores are multiplied by another", node)
         self.masks.append(MaskTerm(mask, role, shape_of(node)[:-2], gain, self.swapped))
+        if role != "times":
+            self.num_masked = len(self.seen)
 
     @property
     def keys_place(self) -> int:
@@ -92,8 +94,9 @@ def _product(node: Node, walk: Walk) -> Scores:
         raise Refused("scores_layout", "the product of queries and keys has a layout that is not understood", node)
     if scores.bias is not None:
         walk.note(node, scores.bias, "add", walk.scale * scores.beta)
+    sources, masked = {*walk.seen, *_origins(scores.q.node), *_origins(scores.k.node)}, {*walk.seen[: walk.num_masked]}
     for shift in walk.shifts:
-        if not _comes_from(shift, {*walk.seen, *_origins(scores.q.node), *_origins(scores.k.node)}):
+        if not _is_small(shift, sources, masked):
             why = "whole rows are shifted by a tensor of unknown size: a large one leaves nothing but rounding of them"
             raise Refused("row_shift", why, shift)
     return scores._replace(q=scores.k, k=scores.q) if walk.swapped else scores
@@ -111,19 +114,64 @@ def _origins(node: Node) -> Iterator[Node]:
         yield node
 
 
-def _comes_from(value: Node, sources: set[Node]) -> bool:
-    """Whether `value` is computed from some of `sources` and nothing else, in a few steps."""
+def _is_small(value: Node, sources: set[Node], masked: set[Node]) -> bool:
+    """Whether `value` is computed from some of `sources` and nothing else, in a few steps, and not made large.
+
+    Scores that are masked already hold large numbers: their maxima alone are small.
+    """
     pending, seen = [value], {value}
     while pending:
         node = pending.pop()
         if node in sources:
             continue
-        if not node.all_input_nodes or len(seen) > MAX_SHIFT_NODES:
+        reads_masked = node.target not in (*COPIES, *MAXIMA) and any(_copied(x) in masked for x in node.all_input_nodes)
+        if not node.all_input_nodes or len(seen) > MAX_SHIFT_NODES or reads_masked or _enlarges(node):
             return False
         found = [x for x in node.all_input_nodes if x not in seen]
         seen.update(found)
         pending += found
     return True
+
+
+def _copied(node: Node) -> Node:
+    """What a node is a copy or a cast of."""
+    while node.target in COPIES:
+        node = inputs(node)[0]
+    return node
+
+
+COPIES = CASTS | {aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default}
+MAXIMA = frozenset({aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default})
+STEEP = frozenset({aten.exp.default, aten.exp2.default, aten.expm1.default, aten.pow.Scalar, aten.pow.Tensor_Tensor})
+"""Ops that make large numbers of small ones."""
+
+
+def _enlarges(node: Node) -> bool:
+    """Whether an op is steep, or reads a number that may make what it gives large."""
+    if node.target in STEEP:
+        return True
+    given = [x for x in (*inputs(node)[1:], *node.kwargs.values()) if isinstance(x, (int, float))]
+    if node.target is aten.pow.Tensor_Scalar:
+        return any(abs(x) > MAX_EXPONENT for x in given)
+    if SCALES.get(node.target):
+        given = [1 / x if x else math.inf for x in given]
+    return node.target in WITH_NUMBERS and not all(abs(x) <= IGNORED for x in given)
+
+
+MAX_EXPONENT = 4
+WITH_NUMBERS = frozenset(
+    {
+        *SCALES,
+        aten.add.Tensor,
+        aten.add.Scalar,
+        aten.sub.Tensor,
+        aten.sub.Scalar,
+        aten.masked_fill.Scalar,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+    }
+)
+"""Ops of which a number is an operand."""
 
 
 def spans(value: Node, place: int) -> bool:
@@ -244,7 +292,7 @@ def _up_scale(node: Node, walk: Walk) -> Any:
     for scores, factor in pairs:
         if isinstance(factor, Node) and isinstance(scores, Node) and same_shape(scores, node):
             if not spans(factor, 1) and not spans(factor, 2) and _may_scale_queries(factor, scores):
-                walk.factors.append(Factor(factor, divide))
+                walk.factors.append(Factor(factor, scores, divide))
                 return scores
             if not divide and spans(factor, walk.keys_place) and not same_shape(factor, node):
                 walk.note(node, factor, "times")

@@ -10,7 +10,7 @@ import torch
 from sympy.core.function import AppliedUndef
 
 from monarch_compile.passes.constants import DROPPED, held_by
-from monarch_compile.passes.elements.values import Place, number
+from monarch_compile.passes.elements.values import Place, Unknown, number
 from monarch_compile.passes.graph import FLOATS
 
 DIGITS = {torch.int32: 31, torch.int64: 63, torch.float32: 24, torch.float64: 53}
@@ -22,8 +22,14 @@ EXACT_CASTS = frozenset(DIGITS)
 LARGEST_PLACE = 2**20
 """A bound on the places in a mask: one that goes beyond it has more elements than fit in memory."""
 
-LARGEST_UNKNOWN = 2**31 - 1
-"""A bound on unknown integers, such as tokens."""
+LARGEST_SIZE = 2**31
+"""A bound on a symbolic size, or on an integer that a program is called with, such as the number of tokens in a cache.
+
+The product of two is still an int64, while float32 need not hold one.
+"""
+
+LARGEST_UNKNOWN = 2**63
+"""A bound on unknown integers: tokens are small, but hashes, times and "no limit" are not. -2**63 has no negative."""
 
 
 def leaves(value: Any) -> list[Any]:
@@ -65,11 +71,11 @@ def is_held(value: Any, dtype: torch.dtype | None) -> bool:
     """Whether the dtype holds a number, or an expression of places wherever these are, as it is.
 
     An expression is bounded by its terms. Of floats, multiples of one half are known to be held. An unknown value of
-    its own is held by its own dtype; one that was cast is to be asked of `is_carried`, too.
+    its own is held by its own dtype, integers by int64; one that was cast is to be asked of `is_carried`, too.
     """
     if value.is_number:
         return bool(value.is_extended_real) and _is_number_held(value, dtype)
-    if _is_unknown(value) and not (value.is_integer and dtype in DIGITS):
+    if _is_unknown(value) and not (value.is_integer and dtype in DIGITS and dtype != torch.int64):
         return True
     if dtype not in DIGITS or value.has(sympy.oo, -sympy.oo):
         return False
@@ -112,6 +118,14 @@ def is_carried(value: Any, own: torch.dtype | None, dtype: torch.dtype | None) -
     return True
 
 
+def is_compared(value: Any, own: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether a value, computed in its own dtype, is that number where it is compared in another."""
+    is_own = own == dtype and dtype not in FLOATS  # an unknown integer may have been rounded to a float
+    return is_carried(value, own, dtype) and all(
+        is_held(leaf, dtype) or (is_own and _is_unknown(leaf)) for leaf in leaves(value)
+    )
+
+
 def _is_unknown(value: Any) -> bool:
     """Whether a value is one element that nothing is known of, or a size."""
     return isinstance(value, AppliedUndef) or (isinstance(value, sympy.Symbol) and not isinstance(value, Place))
@@ -129,6 +143,6 @@ def _bound(value: Any) -> Any:
         return _bound(value.args[1])
     if isinstance(value, sympy.Piecewise):
         return max(map(_bound, leaves(value)))
-    if isinstance(value, sympy.Symbol) and value.is_nonnegative:  # a place or a size
-        return LARGEST_PLACE
+    if isinstance(value, sympy.Symbol) and not isinstance(value, Unknown):
+        return LARGEST_PLACE if isinstance(value, Place) else LARGEST_SIZE
     return LARGEST_UNKNOWN if _is_unknown(value) and value.is_integer else sympy.oo

@@ -20,6 +20,7 @@ from monarch_compile.passes.constants import constant_of, held_by
 from monarch_compile.passes.elements.holding import (
     EXACT_CASTS,
     is_carried,
+    is_compared,
     is_held,
     is_kept,
     leaves,
@@ -31,6 +32,7 @@ from monarch_compile.passes.elements.values import (
     Index,
     Place,
     Rule,
+    Unknown,
     as_bool,
     as_number,
     broadcast,
@@ -69,14 +71,17 @@ class Evaluator:
         if isinstance(node.meta.get("val"), torch.SymInt):
             return node.meta["val"].node.expr  # a size, known by the symbols that shapes are made of
         rule = RULES.get(node.target) if node.op == "call_function" else None
-        found = rule(self, node, index) if rule is not None else None
+        try:
+            found = rule(self, node, index) if rule is not None else None
+        except LookupError:  # sympy has no rule for conditions without symbols
+            found = None
         return self.opaque(node, index) if found is None or found.has(sympy.nan) else found
 
     def opaque(self, node: Node, index: Index) -> Any:
         """An unknown function of the index; a bool one is the condition that it is not 0."""
         kind = {"real": True} if dtype_of(node) in FLOATS else {"integer": True}
         name = f"{name_of(node)}_"
-        leaf = sympy.Function(name, **kind)(*index) if index else sympy.Symbol(name, **kind)
+        leaf = sympy.Function(name, **kind)(*index) if index else Unknown(name, **kind)
         return sympy.Ne(leaf, 0) if dtype_of(node) == torch.bool else leaf
 
     def operand(self, node: Node, place: int, index: Index) -> Any:
@@ -87,11 +92,8 @@ class Evaluator:
     def carried(self, node: Node, place: int, index: Index, dtype: torch.dtype | None) -> Any:
         """The element of the operand of an op that reads it as a dtype; None where its own dtype rounded it before, so
         that the number is not known."""
-        given, value = inputs(node)[place], self.operand(node, place, index)
-        if not isinstance(given, Node):
-            return value
-        own = torch.int64 if isinstance(given.meta.get("val"), torch.SymInt) else dtype_of(given)
-        return value if is_carried(as_number(value), own, dtype) else None
+        value = self.operand(node, place, index)
+        return value if is_carried(as_number(value), _own_dtype(node, place, dtype), dtype) else None
 
     def depending(self, node: Node, index: Index, *values: Any) -> Any:
         """`opaque`, as a function of those parts of the index alone that some values depend on."""
@@ -100,6 +102,14 @@ class Evaluator:
         return self.opaque(
             node, tuple(at if is_kept else sympy.Integer(0) for at, is_kept in zip(index, kept, strict=True))
         )
+
+
+def _own_dtype(node: Node, place: int, read_as: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of an operand; of a number that the program spells, the one that it is read as."""
+    given = inputs(node)[place]
+    if not isinstance(given, Node):
+        return read_as
+    return torch.int64 if isinstance(given.meta.get("val"), torch.SymInt) else dtype_of(given)
 
 
 def _same(e: Evaluator, n: Node, i: Index) -> Any:
@@ -121,13 +131,9 @@ def _same(e: Evaluator, n: Node, i: Index) -> Any:
 
 def _compare(relation: Callable[[Any, Any], Any]) -> Rule:
     def rule(e: Evaluator, n: Node, i: Index) -> Any:
-        x, y = (as_number(e.operand(n, place, i)) for place in (0, 1))
-        dtype = _compared_in(n)
-        is_known = (
-            not _unknown_floats(x, y)
-            and all(e.carried(n, place, i, dtype) is not None for place in (0, 1))
-            and all(is_held(leaf, dtype) for v in (x, y) for leaf in leaves(v))
-        )
+        (x, y), dtype = (as_number(e.operand(n, place, i)) for place in (0, 1)), _compared_in(n)
+        held = (is_compared(v, _own_dtype(n, place, dtype), dtype) for place, v in enumerate((x, y)))
+        is_known = not _unknown_floats(x, y) and all(held)
         return relation(x, y) if is_known else e.depending(n, i, x, y)
 
     return rule
@@ -197,8 +203,11 @@ def _is_exact(result: Any, dtype: torch.dtype | None, *operands: Any) -> bool:
 
 
 def _is_exact_pair(combine: Callable[[Any, Any], Any], x: Any, y: Any, dtype: torch.dtype | None) -> bool:
-    """Whether two values of which one is rounded, such as -1e9 in 16 bits, give none that hides that."""
+    """Whether two values of which one is rounded, such as -1e9 in 16 bits, give none that hides that, nor one that
+    hides an unknown float: 0 times an infinity is NaN."""
     result, inexact = combine(x, y), [v for v in (x, y) if not is_held(v, dtype)]
+    if _unknown_floats(x, y) - _unknown_floats(result):
+        return False
     if result is sympy.nan or x == 0 or y == 0 or not inexact or x.is_infinite or y.is_infinite:
         return result is not sympy.nan
     if x.is_number and y.is_number:
@@ -331,9 +340,8 @@ def _rule_not(e: Evaluator, n: Node, i: Index) -> Any:
 def _rule_cumsum(e: Evaluator, n: Node, i: Index) -> Any:
     """A sum over the places up to one's own, of an integer that is the same at every place."""
     dim = normal_dim(inputs(n)[1], len(i))
-    term = as_number(
-        e.value(inputs(n)[0], (*i[:dim], sympy.Symbol("j", integer=True, nonnegative=True), *i[dim + 1 :]))
-    )
+    at = Place(f"{name_of(n)}_at", integer=True, nonnegative=True)  # a sum of sums runs over two
+    term = as_number(e.value(inputs(n)[0], (*i[:dim], at, *i[dim + 1 :])))
     total = term * (i[dim] + 1)
     return total if term.is_integer and term.is_number and _is_exact(total, dtype_of(n)) else None
 

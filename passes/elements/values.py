@@ -37,6 +37,10 @@ class Place(sympy.Symbol):  # type: ignore[misc]  # sympy has no types
     """A symbolic index into one dim; a family names those that it asks about."""
 
 
+class Unknown(sympy.Symbol):  # type: ignore[misc]  # sympy has no types
+    """The one element of a tensor that nothing is known of."""
+
+
 def place(name: str) -> Place:
     """The place of a name: an integer of at least 0."""
     found: Place = Place(name, integer=True, nonnegative=True)

@@ -94,6 +94,8 @@ NO_TRIANGLES: dict[str, Mask] = {
     "filled and wrapped": unless(lambda later: filled(2**32, LONG)(later).to(INT)),
     "wrapped in int8": unless(lambda later: (later.long() * 256).to(OCTET)),
     "cut to an integer": unless(lambda later: (later.float() * 0.5).long()),
+    "summed by query and by key": unless(lambda later: later.long().cumsum(0).cumsum(1)),
+    "summed by key and by query": unless(lambda later: later.long().cumsum(1).cumsum(0)),
 }
 """Triangles in numbers. Each has other elements as it is computed, or, cast back, those of a triangle by chance."""
 

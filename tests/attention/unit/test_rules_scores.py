@@ -55,6 +55,62 @@ def shift_hides_queries_half(q, k, v, m):
     return attend(scored(q, k) + (1 - m[:, None, :, None].half()) * -3e4, v)
 
 
+@expect("row_shift")
+def shift_marks_queries(q, k, v, m):
+    return attend(scored(q, k) + (q[..., :1] > 0).float() * -1e9, v)
+
+
+@expect("row_shift")
+def shift_filled(q, k, v, m):
+    return attend(scored(q, k) + q[..., :1].masked_fill(q[..., :1] > 0, -1e9), v)
+
+
+@expect("row_shift")
+def shift_divided(q, k, v, m):
+    return attend(scored(q, k) - q[..., :1] / 1e-9, v)
+
+
+@expect("row_shift")
+def shift_steep(q, k, v, m):
+    return attend(scored(q, k) - q[..., :1].abs() ** 60, v)
+
+
+@expect("row_shift")
+def shift_by_mean_of_masked(q, k, v, m):
+    s = scored(q, k).masked_fill(~m[:, None, None], -1e9)
+    return attend(s - s.mean(-1, keepdim=True), v)
+
+
+@expect("row_shift")
+def shift_by_least_of_masked(q, k, v, m):
+    s = scored(q, k) + (1 - m[:, None, None].float()) * -1e9
+    return attend(s - s.amin(-1, keepdim=True).detach(), v)
+
+
+@expect("row_shift")
+def shift_by_first_of_masked(q, k, v, m):
+    s = scored(q, k).masked_fill(m[:, None, None], -1e9)
+    return attend(s.float() - s.detach()[..., :1], v)
+
+
+@expect("lowered")
+def shift_by_mean_before_mask(q, k, v, m):
+    s = scored(q, k)
+    return attend(s.masked_fill(~m[:, None, None], -1e9) - s.mean(-1, keepdim=True), v)
+
+
+@expect("lowered")
+def shift_by_maximum_of_copy(q, k, v, m):
+    s = scored(q, k).masked_fill(~m[:, None, None], -1e9)
+    return attend(s - s.detach().double().amax(-1, keepdim=True).float(), v)
+
+
+@expect("lowered")
+def shift_by_maximum_of_all(q, k, v, m):
+    s = scored(q, k).masked_fill(~m[:, None, None], -1e9)
+    return attend(s - s.max(), v)
+
+
 @expect("mask_opaque")
 def mask_negated(q, k, v, m):
     return attend(-(scored(q, k) + (1 - m[:, None, None].float()) * -1e9), v)
@@ -200,6 +256,25 @@ def factor_two(q, k, v, m):
 def factor_merged(q, k, v, m):
     q2, k2, v2 = (x.reshape(6, 7, 4) for x in (q, k, v))
     return attend(q2 @ k2.mT * v2[:, :1, :1], v2)
+
+
+@expect("scale_not_constant")
+def factor_of_merged_scores(q, k, v, m):
+    s = (q @ k.mT).reshape(6, 7, 7) * v.reshape(6, 7, 4)[:, :1, :1]
+    return attend(s.reshape(2, 3, 7, 7), v)
+
+
+@expect("scale_not_constant")
+def factor_of_scores_with_a_dim_more(q, k, v, m):
+    s = (q @ k.mT).unsqueeze(0) * v[:, :, :1, :1].unsqueeze(0)
+    return attend(s.squeeze(0), v)
+
+
+@expect("scale_not_constant")
+def factor_of_wider_scores(q, k, v, m):
+    q, k, v = q.half(), k.half(), v.half()
+    sharpness = 1e5 / q.float().square().mean()  # such queries are infinite in float16, such scores are not
+    return attend(((q @ k.mT * 1e-5).float() * sharpness).half(), v).float()
 
 
 @expect("scale_not_constant")
