@@ -48,7 +48,7 @@ class Fabric:
 # Inside an NVLink host fitted to two H200 (benchmarks/results/scale_graphs_h200.json); others are rates of data sheets,
 # less what NCCL usually leaves of them.
 FABRICS: dict[str, Fabric] = {
-    "nvlink": Fabric("nvlink", Link(400e9, 25e-6, 1e-6), Link(42e9, 45e-6, 3e-6), per_host=8),
+    "nvlink": Fabric("nvlink", Link(220e9, 45e-6, 1e-6), Link(42e9, 45e-6, 3e-6), per_host=8),
     "pcie": Fabric("pcie", Link(22e9, 30e-6, 2e-6), Link(22e9, 50e-6, 3e-6), per_host=8),
     "cpu": Fabric("cpu", Link(1e9, 300e-6, 100e-6), Link(1e9, 300e-6, 100e-6), per_host=8),
 }

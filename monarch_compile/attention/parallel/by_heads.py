@@ -13,9 +13,11 @@ from monarch_compile.calls import is_trained
 
 MOST_TURNS = 4
 LEAST_BYTES = 4 * 2**20
+"""How many turns there are at most where heads are sent by copies, and what they send at least."""
 LEAST_MESSAGE = 8 * 2**20
 """Bytes of a head's rows from which on they are sent from where they lie. Each such head is a message of its own, which
-takes the host longer than copies of less than this take the device."""
+takes the host longer than copies of less than this take the device. A turn is then as short as can be, one key head,
+since nothing is computed while the first one is sent."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a key mask of the whole sequence."""
@@ -68,9 +70,10 @@ def _in_turns(
     No more is sent ahead, since the host takes its time for it, in which it launches no kernel.
     """
     sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
-    turns = turns_of(q, k, spread, ranks.size)
+    in_place = _lies_by_heads((q, k, v), spread)
+    turns = k.shape[1] // ranks.size if in_place else turns_of(q, k, spread, ranks.size)
     split = [_heads_of(x, turns, ranks.size) for x in (q, k, v)]
-    send = _send_in_place if _lies_by_heads((q, k, v), spread) else _send_copies
+    send = _send_in_place if in_place else _send_copies
     there: list[Joined] = []
     back = []
     for turn in range(turns):
@@ -141,8 +144,8 @@ def _send_copies(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
 
 
 def turns_of(q: Tensor, k: Tensor, spread: Spread, ranks: int) -> int:
-    """In how many turns the heads of a rank are taken, as many on all ranks: what a rank with a whole piece sends to
-    another in one turn is no smaller than `LEAST_BYTES`."""
+    """In how many turns the heads of a rank are taken where they are sent by copies, as many on all ranks: what a rank
+    with a whole piece sends to another in one turn is no smaller than `LEAST_BYTES`."""
     numbers = q.shape[0] * q.shape[1] * q.shape[3] * spread.places
     most = max(1, min(MOST_TURNS, numbers * q.element_size() // ranks // LEAST_BYTES))
     return max(turns for turns in range(1, most + 1) if k.shape[1] // ranks % turns == 0)

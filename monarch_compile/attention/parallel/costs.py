@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.attention.parallel.by_heads import LEAST_BYTES, MOST_TURNS, heads_divide
+from monarch_compile.attention.parallel.by_heads import LEAST_BYTES, LEAST_MESSAGE, MOST_TURNS, heads_divide
 from monarch_compile.attention.parallel.by_offsets import refusal_of
 from monarch_compile.attention.parallel.spread import Spread
 from monarch_compile.attention.work import predict
@@ -19,26 +19,27 @@ FLOAT_BYTES = 4
 CALL_S = 4.4e-3
 """What a shared call takes the host, where no CUDA graph replays it: 4.3 to 5.0 ms on two H200 for as little work as
 64K tokens (benchmarks/results/scale_h200.json)."""
-COPIED_BY_OFFSETS = 28
+COPIED_BY_OFFSETS = 24
 """How often, by offsets, what is sent would have to be written for the time that is neither the kernels' nor the
 links': of the same runs. It stands for kernels that read summaries of far strides, too."""
 
 
 @dataclass(frozen=True)
 class ParallelCost:
-    """Of one rank, forward. compute_s, send_s: seconds. sent: bytes in all exchanges. memory: bytes of inputs, output
-    and what is alive beside them at most.
+    """Of one rank, forward. compute_s, send_s: seconds. exposed_s: of sending, while nothing is computed. sent: bytes
+    in all exchanges. memory: bytes of inputs, output and what is alive beside them at most.
     """
 
     compute_s: float
     send_s: float
+    exposed_s: float
     sent: int
     memory: int
 
     @property
     def total_s(self) -> float:
-        """Seconds of the device. Turns that are sent while others are computed did not shorten this on two H200."""
-        return self.compute_s + self.send_s
+        """Seconds of the device."""
+        return max(self.compute_s + self.exposed_s, self.send_s)
 
     @property
     def called_s(self) -> float:
@@ -82,13 +83,24 @@ def _by_heads(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabr
     moved_s = 0.0 if ranks == 1 else copied / device.monarch.bytes_per_s
     tensors = [(int(ir.num_heads), ir.head_dim), (int(ir.num_kv_heads), ir.head_dim + ir.value_dim)]
     inputs = sum(heads * dim for heads, dim in tensors) * item * batch * spread.places
-    turns = next(n for n in range(MOST_TURNS, 0, -1) if int(own.num_kv_heads) % n == 0)
-    turns = max(1, min(turns, inputs // ranks // LEAST_BYTES)) if ranks > 1 else 1
-    sends = turns * (fabric.all_to_all_s(inputs / turns, ranks) + fabric.all_to_all_s((sent - inputs) / turns, ranks))
+    turns = _turns(ir, own, spread, inputs) if ranks > 1 else 1
+    each_s = fabric.all_to_all_s(inputs / turns, ranks) + fabric.all_to_all_s((sent - inputs) / turns, ranks)
+    exposed_s = each_s + (turns - 1) * 2 * fabric.all_to_all_s(0, ranks)  # queues wait for each other at each turn
     alive = sent if ranks == 1 else 2 * sent + sent - inputs  # the pieces, what was received, and the output, sent
     summaries = int(ir.num_heads) * batch * spread.places * ((ir.head_dim + ir.value_dim) * item + FLOAT_BYTES)
     crossing = sent * (ranks - 1) // ranks
-    return ParallelCost(predict(own, device).monarch_s + moved_s, sends, crossing, alive + summaries // turns)
+    compute_s = predict(own, device).monarch_s + moved_s
+    return ParallelCost(compute_s, turns * each_s, exposed_s, crossing, alive + summaries // turns)
+
+
+def _turns(ir: MonarchAttention, own: MonarchAttention, spread: Spread, inputs: int) -> int:
+    """As of `by_heads`, for heads whose rows are side by side. inputs: bytes of q, k and v on a rank."""
+    key_heads = int(own.num_kv_heads)
+    of_head = spread.places * min(ir.head_dim, ir.value_dim) * ir.dtype.itemsize
+    if of_head >= LEAST_MESSAGE and not spread.has_empty_places and not spread.prefix:
+        return key_heads
+    turns = next(n for n in range(MOST_TURNS, 0, -1) if key_heads % n == 0)
+    return max(1, min(turns, inputs // spread.ranks // LEAST_BYTES))
 
 
 def _by_offsets(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabric) -> ParallelCost:
@@ -111,4 +123,4 @@ def _by_offsets(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fa
     crossing = (there + back) * (ranks - 1) // ranks + (halo + lead if ranks > 1 else 0)
     pieces = batch * places * wide * (heads + kv_heads) * item
     alive = pieces + there if ranks == 1 else pieces + 3 * there + back
-    return ParallelCost(compute_s, sends, crossing, alive)
+    return ParallelCost(compute_s, sends, sends, crossing, alive)
