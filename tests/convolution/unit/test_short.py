@@ -300,7 +300,8 @@ class Module(torch.nn.Module):
         self.others = torch.nn.ParameterList(others)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.program(x, *self.others, padding=2, dilation=2)
+        others = [self.others[place] for place in range(len(self.others))]  # Dynamo of torch 2.11 cannot unpack them
+        result: Tensor = self.program(x, *others, padding=2, dilation=2)
         return result
 
 
