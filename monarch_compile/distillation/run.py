@@ -157,6 +157,8 @@ class Run:
         own = joint_training(self._teacher, references[: self._num_calls], elements, schedule)
         old = {p: p.detach().clone() for p in elements}
         self._train(joint.NUMBER, own, checkpoint)
+        checkpoint.current = (joint.NUMBER, own.progressed())
+        checkpoint.write()
         with written(own.learned()):
             after = self._output_errors(references, joint.NAME)
         is_better = after[0] is not None and after[0] < before[0]

@@ -111,8 +111,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights(stop, calls, tmp_path, monkey
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "_take_step", counted)
         report = distill(model, calls[:3], **arguments)
-    assert steps == [joint.NAME] * (12 - stop // 5 * 5)
+        assert steps == [joint.NAME] * (12 - stop // 5 * 5)
+        again = distill(Transformer(), calls[:3], **arguments)
+    assert len(steps) == 12 - stop // 5 * 5, "what is done is read"
     assert not changed(unbroken.model.state_dict(), report.model)
+    assert not changed(unbroken.model.state_dict(), again.model)
     with pytest.raises(InputError, match="checkpoint of another run"):
         distill(model, calls[:3], **{**arguments, "joint_steps": 13})
 
