@@ -13,11 +13,14 @@ from monarch_compile.calls import is_trained
 
 MOST_TURNS = 4
 LEAST_BYTES = 4 * 2**20
-"""How many turns there are at most where heads are sent by copies, and what they send at least."""
+"""How many turns there are at most where heads are not long, and what they send at least."""
 LEAST_MESSAGE = 8 * 2**20
 """Bytes of a head's rows from which on they are sent from where they lie. Each such head is a message of its own, which
-takes the host longer than copies of less than this take the device. A turn is then as short as can be, one key head,
-since nothing is computed while the first one is sent."""
+takes the host longer than copies of less than this take the device."""
+LONG_HEAD = 64 * 2**20
+"""Bytes of a head's rows from which on a turn is as short as can be, one key head, since nothing is computed while the
+first turn is sent. Below, the host takes longer to begin a turn than the device to compute it (1.5 ms on two H200, and
+.4 ms for a head of 32 MiB), except while a CUDA graph is captured."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a key mask of the whole sequence."""
@@ -71,7 +74,8 @@ def _in_turns(
     """
     sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
     in_place = _lies_by_heads((q, k, v), spread)
-    turns = k.shape[1] // ranks.size if in_place else turns_of(q, k, spread, ranks.size)
+    short = in_place and (_rows_bytes((q, k, v), spread) >= LONG_HEAD or _is_captured(q))
+    turns = k.shape[1] // ranks.size if short else turns_of(q, k, spread, ranks.size)
     split = [_heads_of(x, turns, ranks.size) for x in (q, k, v)]
     send = _send_in_place if in_place else _send_copies
     there: list[Joined] = []
@@ -104,9 +108,19 @@ def _lies_by_heads(tensors: tuple[Tensor, ...], spread: Spread) -> bool:
     return (
         not spread.has_empty_places
         and not spread.prefix
-        and all(spread.places * x.shape[3] * x.element_size() >= LEAST_MESSAGE for x in tensors)
+        and _rows_bytes(tensors, spread) >= LEAST_MESSAGE
         and all(x.stride(3) == 1 and x.stride(2) == x.shape[3] for x in tensors)
     )
+
+
+def _rows_bytes(tensors: tuple[Tensor, ...], spread: Spread) -> int:
+    """Of a head that has the fewest features, and a whole piece of the sequence."""
+    return min(spread.places * x.shape[3] * x.element_size() for x in tensors)
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether what is launched now becomes a CUDA graph, which the host does not launch piece by piece."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _send_in_place(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
@@ -144,8 +158,8 @@ def _send_copies(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:
 
 
 def turns_of(q: Tensor, k: Tensor, spread: Spread, ranks: int) -> int:
-    """In how many turns the heads of a rank are taken where they are sent by copies, as many on all ranks: what a rank
-    with a whole piece sends to another in one turn is no smaller than `LEAST_BYTES`."""
+    """In how many turns the heads of a rank are taken where these are not long, as many on all ranks: what a rank with
+    a whole piece sends to another in one turn is no smaller than `LEAST_BYTES`."""
     numbers = q.shape[0] * q.shape[1] * q.shape[3] * spread.places
     most = max(1, min(MOST_TURNS, numbers * q.element_size() // ranks // LEAST_BYTES))
     return max(turns for turns in range(1, most + 1) if k.shape[1] // ranks % turns == 0)

@@ -94,7 +94,8 @@ def _by_heads(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabr
 
 
 def _turns(ir: MonarchAttention, own: MonarchAttention, spread: Spread, inputs: int) -> int:
-    """As of `by_heads`, for heads whose rows are side by side. inputs: bytes of q, k and v on a rank."""
+    """As of `by_heads` under CUDA graphs, for heads whose rows are side by side. inputs: bytes of q, k and v on a
+    rank."""
     key_heads = int(own.num_kv_heads)
     of_head = spread.places * min(ir.head_dim, ir.value_dim) * ir.dtype.itemsize
     if of_head >= LEAST_MESSAGE and not spread.has_empty_places and not spread.prefix:

@@ -285,8 +285,8 @@ def test_a_spread_of_nonsense_raises() -> None:
         Spread(8, 2, 4, 8)
 
 
-def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], in_place: bool) -> None:
-    """Heads of a rank in three turns, grouped."""
+def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], sends: int, bounds: dict[str, int]) -> None:
+    """Heads of a rank, grouped, in turns, so many of which are sent from where they lie."""
     from unittest import mock
 
     leaves, key_mask = tensors(5, (2, 24, 12, seq_len, 8, 6), "padding")
@@ -298,22 +298,29 @@ def infer_in_turns(mesh: Any, seq_len: int, options: dict[str, Any], in_place: b
     mask = parallel.shard(key_mask, 1)[:, None, None, :]
     assert by_heads.turns_of(own[0], own[1], spread, 4) == 1
     with (
-        mock.patch.multiple(by_heads, LEAST_BYTES=1, LEAST_MESSAGE=1),
-        mock.patch.object(by_heads, "_send_in_place", wraps=by_heads._send_in_place) as sends,
+        mock.patch.multiple(by_heads, LEAST_BYTES=1, LEAST_MESSAGE=1, **bounds),
+        mock.patch.object(by_heads, "_send_in_place", wraps=by_heads._send_in_place) as sent,
         parallel,
     ):
-        assert by_heads.turns_of(own[0], own[1], spread, 4) == 3
+        assert by_heads.turns_of(own[0], own[1], spread, 4) == (1 if bounds else 3)
         output = F.scaled_dot_product_attention(*own, mask, scale=0.3, enable_gqa=True)
-    assert sends.call_count == (3 if in_place else 0)
+    assert sent.call_count == sends
     torch.testing.assert_close(output, parallel.shard(expected, 2), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "options", "in_place"),
-    [(45, {"block_size": 5, "prefix": 2}, False), (40, {"block_size": 5}, True)],
+    ("seq_len", "options", "sends", "bounds"),
+    [
+        (45, {"block_size": 5, "prefix": 2}, 0, {}),
+        (40, {"block_size": 5}, 3, {}),
+        (40, {"block_size": 5}, 1, {"MOST_TURNS": 1}),
+        (40, {"block_size": 5}, 3, {"MOST_TURNS": 1, "LONG_HEAD": 1}),
+    ],
 )
-def test_heads_in_turns_equal_one_process(pool: Pool, seq_len: int, options: dict[str, Any], in_place: bool) -> None:
-    pool.run(infer_in_turns, seq_len, options, in_place)
+def test_heads_in_turns_equal_one_process(
+    pool: Pool, seq_len: int, options: dict[str, Any], sends: int, bounds: dict[str, int]
+) -> None:
+    pool.run(infer_in_turns, seq_len, options, sends, bounds)
 
 
 def infer_on_kernels(mesh: Any, world: int, sizes: tuple[int, ...], options: dict[str, Any], masked: bool) -> None:
