@@ -16,15 +16,15 @@ from torch.utils import _pytree as pytree
 from monarch_compile.distillation.training import Progressed
 from monarch_compile.errors import InputError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(eq=False)
 class Checkpoint:
     """path: of the file; None: nothing is written. key: a hash of all that the run depends on.
 
-    done: for each group that has learned, the new weights of its parameters and its rows of the report, as plain
-    values. current: the group that was learning, and where it was.
+    done: for each group that has learned, the new weights of its parameters, which of their elements may change, and
+    its rows of the report, as plain values. current: the group that was learning, and where it was.
     """
 
     path: Path | None

@@ -85,9 +85,11 @@ class Descent:
                     f"{self.name}: no gradient reaches what is to learn, of {len(self.leaves)} tensors; the model's "
                     "weights are as they were. Look for torch.no_grad, detach or integers in its forward"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            # No `backward`, which would give gradients to whatever else the loss depends on.
+            grads = torch.autograd.grad(loss, list(self.leaves), allow_unused=True)
+        for leaf, grad in zip(self.leaves, grads, strict=True):
+            leaf.grad = grad
         value = loss.item()
-        grads = [leaf.grad for leaf in self.leaves]
         if not math.isfinite(value) or not all(grad is None or bool(grad.isfinite().all()) for grad in grads):
             raise DistillationError(
                 f"{self.name}: the loss is {value} at step {step + 1}, or its gradient is not finite; the model's "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from monarch_compile.autocast import put_back
 from monarch_compile.calibration.inputs import Call
 from monarch_compile.calibration.instrument import Behaviour, Probe, SiteInterpreter, Switch, capture, exact
 from monarch_compile.calibration.snapshot import Snapshot
@@ -128,9 +129,8 @@ class Recorder(SiteInterpreter):
             known = self.parameters.setdefault(n, result)
             if known is not result:
                 self.varied |= {known, result}
-        if self._tape.learned is not None and isinstance(result, Tensor) and result.is_leaf:
-            learned = self._tape.learned.get(result) if isinstance(result, nn.Parameter) else None
-            result = result.detach() if learned is None else learned
+            if self._tape.learned is not None:
+                result = self._tape.learned.get(result, result.detach())
         if n in self._tape.leaves:
             self.values[n] = result if isinstance(result, nn.Parameter) else self._kept(result)
         return result
@@ -173,7 +173,7 @@ class Teacher:
         self.tape.behaviour = behaviour
         self._state.restore()
         args, kwargs = self._calls[number]
-        with torch.no_grad():
+        with torch.no_grad(), put_back():
             return self._run(*args, **kwargs)
 
     def learning_output(self, number: int, values: Mapping[nn.Parameter, Tensor]) -> Any:

@@ -56,7 +56,8 @@ class JointReport:
     """What became of the steps that all sites took together.
 
     calls, held_out: errors of the model's output before and after them. kept: whether the new weights were: the error
-    over the calls fell. seconds: of the steps.
+    over the calls fell. seconds: of the steps, in this process and those that it went on from. unreached: parameters
+    that were to learn and that no gradient has reached, for one behind a graph break.
     """
 
     calls: Errors
@@ -65,6 +66,7 @@ class JointReport:
     steps: int
     lr: float
     seconds: float
+    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class DistillReport:
     sites: in the order in which they were found. calls, held_out: errors of the model's output, of all floating
     tensors in it. model: the module with the new weights. plan: under which it is to be compiled.
     num_calls, num_held_out, steps, lr, seed: what was asked for. joint: of the steps that all sites took together; None
-    where they took none. seconds: all that `distill` took in this process.
+    where they took none. The errors of sites, also those in the plan, are from before these steps. seconds: all that
+    `distill` took in this process.
     """
 
     sites: tuple[DistilledSite, ...]

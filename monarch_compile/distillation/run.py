@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -74,10 +75,12 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a group: rows of the report, and the new values of the parameters that changed."""
+    """What became of a group: rows of the report, the new values of the parameters that changed, and which of their
+    elements may change."""
 
     rows: tuple[DistilledSite, ...]
     weights: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
+    elements: Elements = field(default_factory=dict)
 
 
 class Run:
@@ -103,10 +106,11 @@ class Run:
         path = self._settings.checkpoint
         checkpoint = Checkpoint.open(path, "" if path is None else self._key(groups))
         weights: dict[nn.Parameter, Tensor] = {}
+        elements: dict[nn.Parameter, Tensor] = {}
         for outcome in self._outcomes(groups, checkpoint):
             rows |= {row.name: row for row in outcome.rows}
             weights |= outcome.weights
-        elements = {p: value.to(p.device) != p for p, value in weights.items()}
+            elements |= {p: learns.to(p.device) for p, learns in outcome.elements.items()}
         with written(weights):
             after = self._output_errors(references, "distilled model") if weights else before
             found, after = self._learn_jointly(elements, references, after, checkpoint)
@@ -152,7 +156,11 @@ class Run:
         """Let all that has learned, and is written in the model, learn together; what came of it, and the errors of the
         output then. The new weights are kept if the error over the calls fell."""
         schedule = self._settings.joint
-        if schedule is None or not elements or before[0] is None:
+        if schedule is None:
+            return None, before
+        if not elements or before[0] is None or not math.isfinite(before[0]):
+            why = "nothing has learned" if not elements else f"the error of the model's output is {before[0]}"
+            logger.warning("sites do not learn together: %s", why)
             return None, before
         own = joint_training(self._teacher, references[: self._num_calls], elements, schedule)
         old = {p: p.detach().clone() for p in elements}
@@ -166,7 +174,10 @@ class Run:
             with written(old):
                 pass
         calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
-        found = JointReport(calls, held_out, is_better, schedule.steps, schedule.lr, own.seconds)
+        unreached = tuple(self._known[p] for p in elements if p in own.unreached)
+        if unreached:
+            logger.warning("while sites learned together, no gradient reached %s", ", ".join(unreached))
+        found = JointReport(calls, held_out, is_better, schedule.steps, schedule.lr, own.seconds, unreached)
         return found, after if is_better else before
 
     def _output(self, number: int, what: str, run: Callable[[int], Any]) -> Any:
@@ -194,8 +205,12 @@ class Run:
         for number, group in enumerate(groups):
             if number not in checkpoint.done:
                 outcome = self._learn(number, group, checkpoint)
-                weights = {self._known[p]: value.cpu() for p, value in outcome.weights.items()}
-                checkpoint.done[number] = {"weights": weights, "rows": [asdict(row) for row in outcome.rows]}
+                weights, elements = (
+                    {self._known[p]: value.cpu() for p, value in found.items()}
+                    for found in (outcome.weights, outcome.elements)
+                )
+                rows = [asdict(row) for row in outcome.rows]
+                checkpoint.done[number] = {"weights": weights, "elements": elements, "rows": rows}
                 checkpoint.current = None
                 checkpoint.write()
             outcomes.append(self._read(checkpoint.done[number]))
@@ -205,7 +220,8 @@ class Run:
         named = {name: p for p, name in self._known.items()}
         errors = ("calls", "held_out")
         rows = [DistilledSite(**{**row, **{name: Errors(**row[name]) for name in errors}}) for row in done["rows"]]
-        return Outcome(tuple(rows), {named[name]: value for name, value in done["weights"].items()})
+        weights, elements = ({named[name]: x for name, x in done[kind].items()} for kind in ("weights", "elements"))
+        return Outcome(tuple(rows), weights, elements)
 
     def _key(self, groups: Sequence[Group]) -> str:
         """A hash of all that the new weights depend on."""
@@ -290,7 +306,7 @@ class Run:
             code = "no_gain" if reason else DISTILLED
             names = tuple(self._known[p] for p in weights)
             rows.append(DistilledSite(site, code, reason, names, seen, unseen, own.step, own.seconds))
-        return Outcome(tuple(rows), weights)
+        return Outcome(tuple(rows), weights, {p: own.elements[p] for p in weights})
 
     def _plan(self, rows: Mapping[str, DistilledSite], output_error: float | None) -> Plan:
         """The forms that the sites were lowered to."""
@@ -316,10 +332,12 @@ def written(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     try:
         for parameter, value in weights.items():
             parameter.data.copy_(value)  # without a new version, of which a snapshot would warn
+        torch.clear_autocast_cache()
         yield
     except BaseException:
         for parameter, value in old.items():
             parameter.data.copy_(value)
+        torch.clear_autocast_cache()
         raise
 
 

@@ -36,7 +36,8 @@ class Training:
     """Parameters while some of them learn.
 
     name: what messages call it. loss_of: what is to fall, in each of `num_calls` calls. elements: which elements of
-    each parameter learn, as bool. masters: the values of all parameters.
+    each parameter learn, as bool. masters: the values of all parameters. unreached: those that learn which no gradient
+    has reached so far.
     """
 
     name: str
@@ -49,9 +50,11 @@ class Training:
     descent: Descent = field(init=False)
     step: int = 0
     seconds: float = 0.0
+    unreached: set[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.masters = masters_of(self.parameters)
+        self.unreached = set(self.elements)
         self.descent = Descent(self.name, [self.masters[p] for p in self.elements], self.schedule)
 
     def resume(self, found: Progressed) -> None:
@@ -83,7 +86,9 @@ class Training:
                 save()
 
     def _take_step(self, place: int) -> float:
-        return self.descent.take(self.step, lambda: self.loss_of(place, self.masters))
+        loss = self.descent.take(self.step, lambda: self.loss_of(place, self.masters))
+        self.unreached = {p for p in self.unreached if self.masters[p].grad is None}
+        return loss
 
     def learned(self) -> dict[nn.Parameter, Tensor]:
         """The new values of the parameters, in their dtypes; what leads to nothing that learns is bit-identical."""

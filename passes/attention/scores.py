@@ -14,8 +14,9 @@ import torch
 from torch.fx import Node
 
 from monarch_compile.passes.attention.anchors import BY_WEIGHT, is_unread_product
-from monarch_compile.passes.attention.products import SCALES, SCORES, Scores
+from monarch_compile.passes.attention.products import SCORES, Scores
 from monarch_compile.passes.attention.region import Factor, MaskTerm
+from monarch_compile.passes.attention.shifts import is_small
 from monarch_compile.passes.constants import DROPPED, IGNORED, constant_of
 from monarch_compile.passes.graph import FLOATS, arg, aten, dtype_of, inputs, normal_dim, same_shape, shape_of
 from monarch_compile.passes.views import CASTS, TRANSPOSES, VIEWS, swaps_matrix
@@ -96,14 +97,10 @@ def _product(node: Node, walk: Walk) -> Scores:
         walk.note(node, scores.bias, "add", walk.scale * scores.beta)
     sources, masked = {*walk.seen, *_origins(scores.q.node), *_origins(scores.k.node)}, {*walk.seen[: walk.num_masked]}
     for shift in walk.shifts:
-        if not _is_small(shift, sources, masked):
+        if not is_small(shift, sources, masked):
             why = "whole rows are shifted by a tensor of unknown size: a large one leaves nothing but rounding of them"
             raise Refused("row_shift", why, shift)
     return scores._replace(q=scores.k, k=scores.q) if walk.swapped else scores
-
-
-MAX_SHIFT_NODES = 16
-"""How many nodes a shift of whole rows may be made of."""
 
 
 def _origins(node: Node) -> Iterator[Node]:
@@ -112,66 +109,6 @@ def _origins(node: Node) -> Iterator[Node]:
     while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
         yield node
-
-
-def _is_small(value: Node, sources: set[Node], masked: set[Node]) -> bool:
-    """Whether `value` is computed from some of `sources` and nothing else, in a few steps, and not made large.
-
-    Scores that are masked already hold large numbers: their maxima alone are small.
-    """
-    pending, seen = [value], {value}
-    while pending:
-        node = pending.pop()
-        if node in sources:
-            continue
-        reads_masked = node.target not in (*COPIES, *MAXIMA) and any(_copied(x) in masked for x in node.all_input_nodes)
-        if not node.all_input_nodes or len(seen) > MAX_SHIFT_NODES or reads_masked or _enlarges(node):
-            return False
-        found = [x for x in node.all_input_nodes if x not in seen]
-        seen.update(found)
-        pending += found
-    return True
-
-
-def _copied(node: Node) -> Node:
-    """What a node is a copy or a cast of."""
-    while node.target in COPIES:
-        node = inputs(node)[0]
-    return node
-
-
-COPIES = CASTS | {aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default}
-MAXIMA = frozenset({aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default})
-STEEP = frozenset({aten.exp.default, aten.exp2.default, aten.expm1.default, aten.pow.Scalar, aten.pow.Tensor_Tensor})
-"""Ops that make large numbers of small ones."""
-
-
-def _enlarges(node: Node) -> bool:
-    """Whether an op is steep, or reads a number that may make what it gives large."""
-    if node.target in STEEP:
-        return True
-    given = [x for x in (*inputs(node)[1:], *node.kwargs.values()) if isinstance(x, (int, float))]
-    if node.target is aten.pow.Tensor_Scalar:
-        return any(abs(x) > MAX_EXPONENT for x in given)
-    if SCALES.get(node.target):
-        given = [1 / x if x else math.inf for x in given]
-    return node.target in WITH_NUMBERS and not all(abs(x) <= IGNORED for x in given)
-
-
-MAX_EXPONENT = 4
-WITH_NUMBERS = frozenset(
-    {
-        *SCALES,
-        aten.add.Tensor,
-        aten.add.Scalar,
-        aten.sub.Tensor,
-        aten.sub.Scalar,
-        aten.masked_fill.Scalar,
-        aten.where.ScalarOther,
-        aten.where.ScalarSelf,
-    }
-)
-"""Ops of which a number is an operand."""
 
 
 def spans(value: Node, place: int) -> bool:

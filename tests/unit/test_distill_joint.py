@@ -66,6 +66,95 @@ def test_nothing_gets_a_gradient_and_the_inputs_stay(calls):
     assert model.training
 
 
+def test_what_inputs_and_attributes_are_made_of_gets_no_gradient(calls):
+    """Neither do they stop a second visit of a call."""
+
+    class Scaled(Transformer):
+        def __init__(self):
+            super().__init__()
+            self.base = torch.nn.Parameter(torch.ones(()))
+            self.scale = self.base * 1.0
+
+        def forward(self, x):
+            return super().forward(x * self.scale)
+
+    model, embedding = Scaled(), torch.nn.Linear(calls[0].shape[-1], calls[0].shape[-1])
+    given = [embedding(x) for x in calls[:2]]
+    report = distill(model, given, inplace=True, **quick(), joint_steps=5)
+    assert report.joint.steps == 5
+    assert model.base.grad is None
+    assert embedding.weight.grad is None
+
+
+class Within(Transformer):
+    """Autocast around each layer."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = layer(x)
+        return x.float()
+
+
+def test_autocast_in_the_model_is_left_as_it_was(calls):
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting()
+    teacher = Within(layers=2).eval()
+    report = distill(teacher, calls[:4], **quick(steps=40), **TOGETHER)
+    torch.autocast_increment_nesting()
+    assert torch.autocast_decrement_nesting() == depth
+    assert report.calls.after < 0.8 * report.calls.before
+    lowered = with_attention(report.model, lambda call: call.monarch(), OPTIONS)
+    with torch.no_grad():
+        error = relative_error([teacher(x) for x in calls[:4]], [lowered(x) for x in calls[:4]])
+    assert error == pytest.approx(report.calls.after, rel=0.05)
+
+
+def test_around_autocast_weights_that_were_cast_are_forgotten(calls):
+    with torch.autocast("cpu", torch.bfloat16):
+        report = distill(Transformer(), calls[:4], **quick(steps=40), **TOGETHER)
+    assert report.joint.kept
+    assert report.calls.after < 0.8 * report.calls.before
+
+
+def test_gradients_pass_views_that_are_written_to(calls):
+    class Padded(Transformer):
+        def forward(self, x):
+            x = self.layers[0](x)
+            y = torch.zeros(x.shape[0], x.shape[1] + 8, x.shape[2])
+            y[:, : x.shape[1]] = x
+            return self.layers[1](y[:, : x.shape[1]])
+
+    report = distill(Padded(), calls[:2], **quick(), **TOGETHER)
+    assert report.joint.unreached == ()
+
+
+def test_what_no_gradient_reaches_is_named(calls, caplog):
+    class Broken(Transformer):
+        @torch._dynamo.disable
+        def hidden(self, x):
+            return x * 1.0
+
+        def forward(self, x):
+            return self.layers[1](self.hidden(self.layers[0](x)))
+
+    report = distill(Broken(), calls[:2], **quick(), **TOGETHER)
+    assert report.joint.unreached == ("layers.0.attention.qkv.weight", "layers.0.attention.qkv.bias")
+    assert "no gradient reached layers.0.attention.qkv.weight" in caplog.text
+
+
+def test_an_output_that_is_not_finite_keeps_what_was_learned_site_by_site(calls, caplog):
+    class Masked(Transformer):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.where(torch.arange(y.shape[-1]) < 2, -torch.inf, y)
+
+    report = distill(Masked(), calls[:2], **quick(), **TOGETHER)
+    assert report.joint is None
+    assert report.num_distilled == 2
+    assert "sites do not learn together: the error of the model's output is nan" in caplog.text
+
+
 def test_weights_that_bring_it_no_nearer_are_not_kept(calls):
     alone = distill(Transformer(), calls[:2], **quick())
     report = distill(Transformer(), calls[:2], **quick(), joint_steps=5, joint_lr=3.0)

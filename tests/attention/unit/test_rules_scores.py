@@ -71,6 +71,58 @@ def shift_divided(q, k, v, m):
 
 
 @expect("row_shift")
+def shift_by_one_of_two_numbers(q, k, v, m):
+    return attend(scored(q, k) + torch.where(q[..., :1] > 0, -1e9, 0.0), v)
+
+
+@expect("row_shift")
+def shift_taken_from_a_number(q, k, v, m):
+    s = scored(q, k)
+    return attend(s + (1e9 - s.amax(-1, keepdim=True)), v)
+
+
+@expect("row_shift")
+def shift_at_least_a_number(q, k, v, m):
+    return attend(scored(q, k) + q[..., :1].clamp(min=1e9), v)
+
+
+@expect("row_shift")
+def shift_clamped_by_numbers(q, k, v, m):
+    return attend(scored(q, k) + torch.clamp(q[..., :1], 1e9, max=2e9), v)
+
+
+@expect("row_shift")
+def shift_with_a_product(q, k, v, m):
+    return attend(scored(q, k) + torch.addcmul(q[..., :1], q[..., :1], q[..., 1:2], value=1e9), v)
+
+
+@expect("row_shift")
+def shift_by_a_reciprocal(q, k, v, m):
+    return attend(scored(q, k) + 1 / q[..., :1], v)
+
+
+@expect("row_shift")
+def shift_by_a_quotient(q, k, v, m):
+    return attend(scored(q, k) + q[..., :1] / q[..., 1:2], v)
+
+
+@expect("row_shift")
+def shift_by_a_cosh(q, k, v, m):
+    return attend(scored(q, k) + (10 * q[..., :1]).cosh(), v)
+
+
+@expect("row_shift")
+def shift_by_powers_of_scores(q, k, v, m):
+    s = scored(q, k)
+    return attend(s + (s * s * s * s).square().amax(-1, keepdim=True), v)
+
+
+@expect("row_shift")
+def shift_by_several_numbers(q, k, v, m):
+    return attend(scored(q, k) + q[..., :1] * 50 * 50 * 50 * 50, v)
+
+
+@expect("row_shift")
 def shift_steep(q, k, v, m):
     return attend(scored(q, k) - q[..., :1].abs() ** 60, v)
 
