@@ -16,7 +16,7 @@ from monarch_compile.attention.form import Form
 from monarch_compile.attention.ir import SHARED_PREFIX, MonarchAttention, differentiated_by_kernels
 from monarch_compile.attention.stages import BACKWARD_KERNELS, WHOLE_TILE, Sizes, Work, ceil_div, least, work_of
 from monarch_compile.calls import DEVICE_ALONE, Calls
-from monarch_compile.cost.devices import SHORT_BLOCK, WIDE, Device, Host
+from monarch_compile.cost.devices import LONG_BLOCK, SHORT_BLOCK, WIDE, Device, Host
 from monarch_compile.cost.prediction import Cost, Prediction, Quantity
 from monarch_compile.errors import InputError
 from monarch_compile.ir import Dim
@@ -173,7 +173,8 @@ def _forward(work: Work, sizes: Sizes, device: Device, ir: MonarchAttention) -> 
 
     padding = device.pad_penalty if sizes.M * sizes.B_k != sizes.N_k - sizes.P else 1.0
     form = work.monarch
-    flops = form.flops / (1 + device.block_gain * max(0.0, math.log2(ir.form.block_size / SHORT_BLOCK)))
+    doublings = math.log2(min(max(ir.form.block_size, SHORT_BLOCK), LONG_BLOCK) / SHORT_BLOCK)
+    flops = form.flops / (1 + device.block_gain * doublings * (ir.dtype.itemsize == 2))
     work_s = device.seconds(device.monarch, flops, form.bytes, form.exps, ir.dtype) * padding
     rows_s = exactly(work.rows.flops, work.rows.bytes) if sizes.P else 0.0
     launch_s = device.monarch.launch_s * _kernels(device, ir)

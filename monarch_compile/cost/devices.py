@@ -30,8 +30,8 @@ class Rates:
 
 WIDE = 128
 """Heads of this many features or more fill the tensor cores better."""
-SHORT_BLOCK = 64
-"""Blocks of more keys keep the tensor cores busy for longer."""
+SHORT_BLOCK, LONG_BLOCK = 64, 512
+"""Between these, blocks of more keys keep the tensor cores busy for longer."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class Device:
     overlap: exponent p with which times combine, (sum t^p)^(1/p): 1 where nothing overlaps, large for a pure roofline.
     pad_penalty: factor on the Monarch form's time where the sequence is padded to whole blocks.
     wide_gain: factor on the exact form's FLOP rate in 16 bits for heads of `WIDE` features or more.
-    block_gain: what each doubling of blocks beyond `SHORT_BLOCK` adds to the Monarch form's FLOP rate, as a share.
+    block_gain: what each doubling of blocks from `SHORT_BLOCK` to `LONG_BLOCK` adds to the Monarch form's FLOP rate in
+        16 bits, as a share.
     exact_back, monarch_back: rates of their backward passes, of the Monarch form's without kernels.
     gradients: rates of the kernels of the Monarch form's backward pass; None where there are none.
     dense: FLOP per second of products with weights and what is fused beside them, rather too high than too low.

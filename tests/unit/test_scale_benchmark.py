@@ -17,6 +17,7 @@ from benchmarks.models.problems import TINY_DIT, TINY_VIT
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale import measure
 from benchmarks.scale.simulate import GPUS, TOKENS, Attention, best_block_size, limits, rows
+from monarch_compile.attention.parallel import costs
 from monarch_compile.attention.parallel.costs import METHODS, cost_of, method_of
 from monarch_compile.cost.devices import DEVICES
 from monarch_compile.cost.links import FABRICS, fabric_of
@@ -119,14 +120,15 @@ def test_a_model_on_all_ranks_gives_what_it_gives_on_one(pool: Pool, place: int)
 
 
 @pytest.mark.parametrize("name", ["scale_h200", "scale_graphs_h200"])
-def test_predictions_are_near_what_two_gpus_took(name: str) -> None:
+def test_predictions_are_near_what_two_gpus_took(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "LONG_HEAD", 2**40)  # these runs took turns of two heads
     found = json.loads((RESULTS / f"{name}.json").read_text())
     for row in found["rows"]:
         for method in METHODS:
             ir = Attention(row["num_heads"], row["head_dim"]).ir(row["tokens"], row["block_size"])
             cost = cost_of(ir, found["gpus"], DEVICES["h200"], NVLINK, method)
             predicted_s = cost.total_s if found["clock"] == "graph" else cost.called_s
-            assert predicted_s * 1e3 == pytest.approx(row[method]["ms"], rel=0.15)
+            assert predicted_s * 1e3 == pytest.approx(row[method]["ms"], rel=0.12)
 
 
 def test_both_ways_are_right_where_they_are_measured(pool: Pool) -> None:

@@ -20,7 +20,7 @@ takes the host longer than copies of less than this take the device."""
 LONG_HEAD = 64 * 2**20
 """Bytes of a head's rows from which on a turn is as short as can be, one key head, since nothing is computed while the
 first turn is sent. Below, the host takes longer to begin a turn than the device to compute it (1.5 ms on two H200, and
-.4 ms for a head of 32 MiB), except while a CUDA graph is captured."""
+.4 ms for a head of 32 MiB). All ranks must take as many turns, so that shapes alone decide."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a key mask of the whole sequence."""
@@ -74,7 +74,7 @@ def _in_turns(
     """
     sizes = [spread.tokens_of(rank) for rank in range(ranks.size)]
     in_place = _lies_by_heads((q, k, v), spread)
-    short = in_place and (_rows_bytes((q, k, v), spread) >= LONG_HEAD or _is_captured(q))
+    short = in_place and _rows_bytes((q, k, v), spread) >= LONG_HEAD
     turns = k.shape[1] // ranks.size if short else turns_of(q, k, spread, ranks.size)
     split = [_heads_of(x, turns, ranks.size) for x in (q, k, v)]
     send = _send_in_place if in_place else _send_copies
@@ -116,11 +116,6 @@ def _lies_by_heads(tensors: tuple[Tensor, ...], spread: Spread) -> bool:
 def _rows_bytes(tensors: tuple[Tensor, ...], spread: Spread) -> int:
     """Of a head that has the fewest features, and a whole piece of the sequence."""
     return min(spread.places * x.shape[3] * x.element_size() for x in tensors)
-
-
-def _is_captured(x: Tensor) -> bool:
-    """Whether what is launched now becomes a CUDA graph, which the host does not launch piece by piece."""
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _send_in_place(split: list[Tensor], sizes: list[int], ranks: Ranks) -> Joined:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from monarch_compile.attention.ir import MonarchAttention
-from monarch_compile.attention.parallel.by_heads import LEAST_BYTES, LEAST_MESSAGE, MOST_TURNS, heads_divide
+from monarch_compile.attention.parallel.by_heads import LEAST_BYTES, LONG_HEAD, MOST_TURNS, heads_divide
 from monarch_compile.attention.parallel.by_offsets import refusal_of
 from monarch_compile.attention.parallel.spread import Spread
 from monarch_compile.attention.work import predict
@@ -27,7 +27,8 @@ links': of the same runs. It stands for kernels that read summaries of far strid
 @dataclass(frozen=True)
 class ParallelCost:
     """Of one rank, forward. compute_s, send_s: seconds. exposed_s: of sending, while nothing is computed. sent: bytes
-    in all exchanges. memory: bytes of inputs, output and what is alive beside them at most.
+    in all exchanges. memory: bytes of inputs, output and what is alive beside them at most. call_s: what a plain call
+    takes the host.
     """
 
     compute_s: float
@@ -35,6 +36,7 @@ class ParallelCost:
     exposed_s: float
     sent: int
     memory: int
+    call_s: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -44,7 +46,7 @@ class ParallelCost:
     @property
     def called_s(self) -> float:
         """Seconds of a plain call, whose kernels the host launches one by one."""
-        return max(self.total_s, CALL_S)
+        return max(self.total_s, self.call_s)
 
 
 def method_of(ir: MonarchAttention, ranks: int, device: Device, fabric: Fabric, method: str = "auto") -> str:
@@ -71,7 +73,8 @@ def method_of(ir: MonarchAttention, ranks: int, device: Device, fabric: Fabric, 
 def cost_of(ir: MonarchAttention, ranks: int, device: Device, fabric: Fabric, method: str) -> ParallelCost:
     """The cost of attention `ir`, whose sizes are numbers, where `ranks` hold its sequence."""
     spread = Spread(int(ir.seq_len_k), ranks, ir.form.block_size, ir.form.prefix, ir.form.prefix_at_end)
-    return (_by_heads if method == HEADS else _by_offsets)(ir, spread, device, fabric)
+    cost = (_by_heads if method == HEADS else _by_offsets)(ir, spread, device, fabric)
+    return replace(cost, call_s=CALL_S) if device.kind == "cuda" and ranks > 1 else cost
 
 
 def _by_heads(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabric) -> ParallelCost:
@@ -94,11 +97,10 @@ def _by_heads(ir: MonarchAttention, spread: Spread, device: Device, fabric: Fabr
 
 
 def _turns(ir: MonarchAttention, own: MonarchAttention, spread: Spread, inputs: int) -> int:
-    """As of `by_heads` under CUDA graphs, for heads whose rows are side by side. inputs: bytes of q, k and v on a
-    rank."""
+    """As of `by_heads`, for heads whose rows are side by side. inputs: bytes of q, k and v on a rank."""
     key_heads = int(own.num_kv_heads)
     of_head = spread.places * min(ir.head_dim, ir.value_dim) * ir.dtype.itemsize
-    if of_head >= LEAST_MESSAGE and not spread.has_empty_places and not spread.prefix:
+    if of_head >= LONG_HEAD and not spread.has_empty_places and not spread.prefix:
         return key_heads
     turns = next(n for n in range(MOST_TURNS, 0, -1) if key_heads % n == 0)
     return max(1, min(turns, inputs // spread.ranks // LEAST_BYTES))
