@@ -123,14 +123,15 @@ def _one_of(places: slice) -> Rule:
 
 
 MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default)
-COPIES = (aten.detach.default, aten.alias.default)
+COPIES = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default)
 SHRINKING = (
     *(aten.amin.default, aten.min.dim, aten.min.default, aten.mean.default, aten.mean.dim),
     *(aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim),
     *(aten.neg.default, aten.abs.default, aten.relu.default, aten.sqrt.default, aten.expand_as.default),
 )
 RULES: dict[object, Rule] = {
-    **dict.fromkeys((*VIEWS, *PARTS, *TRANSPOSES, *CASTS, *COPIES, operator.getitem), _same),
+    **dict.fromkeys((*VIEWS, *PARTS, *TRANSPOSES), _no_larger),  # of a part, all may be masked
+    **dict.fromkeys((*CASTS, *COPIES, operator.getitem), _same),
     **dict.fromkeys(MAXIMA, _maximum),
     **dict.fromkeys(SHRINKING, _no_larger),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _sum),

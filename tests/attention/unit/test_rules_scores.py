@@ -123,6 +123,12 @@ def shift_by_several_numbers(q, k, v, m):
 
 
 @expect("row_shift")
+def shift_by_the_largest_of_a_part_of_masked(q, k, v, m):
+    s = scored(q, k).masked_fill(~m[:, None, None], -1e9)
+    return attend(s - s[..., :2].amax(-1, keepdim=True), v)
+
+
+@expect("row_shift")
 def shift_steep(q, k, v, m):
     return attend(scored(q, k) - q[..., :1].abs() ** 60, v)
 
