@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
@@ -94,6 +95,14 @@ def _product(sizes: _Sizes, node: Node, _: bool) -> Bound:
     return Size(one.degree + other.degree, max(1.0, one.gain) * max(1.0, other.gain))
 
 
+def _einsum(sizes: _Sizes, node: Node, _: bool) -> Bound:
+    found = [sizes.of(x) for x in inputs(node)[1]]
+    known = [x for x in found if x is not None]
+    if len(known) < len(found):
+        return None
+    return Size(sum(x.degree for x in known), math.prod(max(1.0, x.gain) for x in known))
+
+
 def _quotient(sizes: _Sizes, node: Node, _: bool) -> Bound:
     size, divisor = sizes.of(inputs(node)[0]), inputs(node)[1]
     if size is None or not isinstance(divisor, (int, float)) or divisor == 0:
@@ -137,6 +146,8 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _sum),
     **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), _sum),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _product),
+    **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.mm.default), _product),  # other scores
+    aten.einsum.default: _einsum,
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _quotient),
     **dict.fromkeys((aten.pow.Tensor_Scalar, aten.square.default), _power),
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
