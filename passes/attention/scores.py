@@ -28,14 +28,15 @@ class Walk:
     """What has been read so far on the way from softmax up to q k^T.
 
     swapped: the scores are (*lead, keys, queries) here. factors: scales known at run time only. shifts: what is added
-    to whole rows. num_masked: how many of the nodes `seen`, from the first one on, hold masked scores.
+    to whole rows, and the number that this is multiplied by. num_masked: how many of the nodes `seen`, from the first
+    one on, hold masked scores.
     """
 
     swapped: bool = False
     scale: float = 1.0
     masks: list[MaskTerm] = field(default_factory=list)
     factors: list[Factor] = field(default_factory=list)
-    shifts: list[Node] = field(default_factory=list)
+    shifts: list[tuple[Node, float]] = field(default_factory=list)
     seen: list[Node] = field(default_factory=list)
     num_masked: int = 0
 
@@ -96,8 +97,8 @@ def _product(node: Node, walk: Walk) -> Scores:
     if scores.bias is not None:
         walk.note(node, scores.bias, "add", walk.scale * scores.beta)
     sources, masked = {*walk.seen, *_origins(scores.q.node), *_origins(scores.k.node)}, {*walk.seen[: walk.num_masked]}
-    for shift in walk.shifts:
-        if not is_small(shift, sources, masked):
+    for shift, factor in walk.shifts:
+        if not is_small(shift, factor, sources, masked):
             why = "whole rows are shifted by a tensor of unknown size: a large one leaves nothing but rounding of them"
             raise Refused("row_shift", why, shift)
     return scores._replace(q=scores.k, k=scores.q) if walk.swapped else scores
@@ -162,7 +163,7 @@ def _note_added(node: Node, walk: Walk, scores: Node, added: Any, factor: float)
     elif walk.masks and not (factor < 0 and _is_top_of(added, scores, walk.keys_place)):
         raise Refused("row_shift", "the scores are shifted by a tensor before they are masked", node)
     else:
-        walk.shifts.append(added)
+        walk.shifts.append((added, walk.scale * factor))
 
 
 def _is_float(node: Node) -> bool:

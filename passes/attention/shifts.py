@@ -32,11 +32,11 @@ Bound = Size | None
 """None: there is none that is known."""
 
 
-def is_small(shift: Node, sources: Set[Node], masked: Set[Node]) -> bool:
-    """Whether a shift is computed from `sources` (queries, keys, scores) and nothing else, in a few steps that do not
-    make it large. `masked` sources hold large numbers: their maxima alone are small."""
+def is_small(shift: Node, factor: float, sources: Set[Node], masked: Set[Node]) -> bool:
+    """Whether a shift times a number is computed from `sources` (queries, keys, scores) and nothing else, in a few
+    steps that do not make it large. `masked` sources hold large numbers: their maxima alone are small."""
     size = _Sizes(sources, masked).of(shift)
-    return size is not None and size.degree <= MAX_DEGREE and size.gain <= IGNORED
+    return size is not None and size.degree <= MAX_DEGREE and size.gain * max(1.0, abs(factor)) <= IGNORED
 
 
 @dataclass
@@ -117,6 +117,11 @@ def _power(sizes: _Sizes, node: Node, _: bool) -> Bound:
     return Size(size.degree * int(exponent), max(1.0, size.gain) ** int(exponent))
 
 
+def _norm(sizes: _Sizes, node: Node, _: bool) -> Bound:
+    """Of order 1, 2 or infinity; one of a small order is a large power."""
+    return sizes.of(inputs(node)[0]) if arg(node, 1, "ord", 2) in (1, 2, math.inf) else None
+
+
 def _one_of(places: slice) -> Rule:
     """One of some operands, or a number between them."""
 
@@ -135,7 +140,7 @@ MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.defa
 COPIES = (aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default)
 SHRINKING = (
     *(aten.amin.default, aten.min.dim, aten.min.default, aten.mean.default, aten.mean.dim),
-    *(aten.sum.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim),
+    *(aten.sum.default, aten.sum.dim_IntList),
     *(aten.neg.default, aten.abs.default, aten.relu.default, aten.sqrt.default, aten.expand_as.default),
 )
 RULES: dict[object, Rule] = {
@@ -148,6 +153,7 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _product),
     **dict.fromkeys((aten.matmul.default, aten.bmm.default, aten.mm.default), _product),  # other scores
     aten.einsum.default: _einsum,
+    **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim), _norm),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _quotient),
     **dict.fromkeys((aten.pow.Tensor_Scalar, aten.square.default), _power),
     **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),

@@ -129,6 +129,22 @@ def shift_by_the_largest_of_a_part_of_masked(q, k, v, m):
 
 
 @expect("row_shift")
+def shift_times_a_number_as_it_is_added(q, k, v, m):
+    s = scored(q, k)
+    return attend(torch.add(s, s.amax(-1, keepdim=True), alpha=1e9), v)
+
+
+@expect("row_shift")
+def shift_before_a_large_scale(q, k, v, m):
+    return attend((scored(q, k) * 1e-6 + q[..., :1]) * 1e6, v)
+
+
+@expect("row_shift")
+def shift_by_a_norm_of_a_small_order(q, k, v, m):
+    return attend(scored(q, k) + q.norm(p=0.05, dim=-1, keepdim=True), v)
+
+
+@expect("row_shift")
 def shift_steep(q, k, v, m):
     return attend(scored(q, k) - q[..., :1].abs() ** 60, v)
 
