@@ -158,8 +158,8 @@ def measure(data: Data, options: Mapping[str, Any], kind: str, stem: Path, args:
     }.get(kind, Schedule(args.steps, args.lr, args.seed))
     target: Behaviour = random_target if kind == RANDOM else exact
     joint = Schedule(args.joint_steps, args.joint_lr, args.seed) if kind == TOGETHER else None
-    config, more = parse_options(options)[0], {"progress": False, "target": target, "joint": joint}
-    settings = Settings(config, schedule, checkpoint=checkpoint, **more)
+    config, _ = parse_options(options)
+    settings = Settings(config, schedule, checkpoint=checkpoint, progress=False, target=target, joint=joint)
     report = distilled(copy.deepcopy(data.model), calls, unseen, settings)
     references = _outputs(data.model, unseen)
     before, after = (

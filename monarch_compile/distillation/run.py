@@ -171,8 +171,7 @@ class Run:
             after = self._output_errors(references, joint.NAME)
         is_better = after[0] is not None and after[0] < before[0]
         if not is_better:
-            with written(old):
-                pass
+            write(old)
         calls, held_out = (Errors(*pair) for pair in zip(before, after, strict=True))
         unreached = tuple(self._known[p] for p in elements if p in own.unreached)
         if unreached:
@@ -330,15 +329,18 @@ def written(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Give parameters new values: all of them, or none where this, or what is run with them, is interrupted."""
     old = {parameter: parameter.detach().clone() for parameter in weights}
     try:
-        for parameter, value in weights.items():
-            parameter.data.copy_(value)  # without a new version, of which a snapshot would warn
-        torch.clear_autocast_cache()
+        write(weights)
         yield
     except BaseException:
-        for parameter, value in old.items():
-            parameter.data.copy_(value)
-        torch.clear_autocast_cache()
+        write(old)
         raise
+
+
+def write(weights: Mapping[nn.Parameter, Tensor]) -> None:
+    """Give parameters new values, and make autocast forget what it has cast of the old ones."""
+    for parameter, value in weights.items():
+        parameter.data.copy_(value)  # without a new version, of which a snapshot would warn
+    torch.clear_autocast_cache()
 
 
 def _left(site: str, unlearned: Unlearned) -> DistilledSite:
